@@ -1,0 +1,137 @@
+"What goes wrong at a user's: each fault stops with a message that names it, and loses nothing."
+import json, os, pickle, resource, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from asibkd.core import CheckpointError, Config, ConfigError, DataError, RunError, resolve
+from asibkd.runtime import Run
+from asibkd.datasets import create_data
+from asibkd.run import run_experiment
+from asibkd.students import create_student
+from asibkd.teachers import create_teacher, load_into, load_weights
+
+root = Path(__file__).parents[1]
+
+# --- parameters ---------------------------------------------------------------------------------------------------
+def test_misspelt_at_the_papermill_door(tmp_path):
+    r = subprocess.run([sys.executable, '-m', 'papermill', str(root/'nbs'/'run_experiment.ipynb'), str(tmp_path/'o.ipynb'), '-p', 'cl_mdoe', '1'], cwd=tmp_path,
+                       capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert r.returncode != 0 and "Did you mean 'cl_mode'" in r.stderr + r.stdout
+
+def test_misspelt_on_the_command_line(asibkd):
+    r = asibkd('run', '--cl_mdoe', 1)
+    assert r.returncode == 2 and "Did you mean 'cl_mode'" in r.stderr and 'Traceback' not in r.stderr
+
+@pytest.mark.parametrize('bad, says', [
+    (dict(tau_start=0), 'greater than 0'), (dict(val_frac=1.5), "'val_frac' = 1.5"), (dict(data_aug='strong'), "'data_aug' = 'strong'"),
+    (dict(dataset='cifar11'), "Did you mean 'cifar10'"), (dict(method='asbm'), "Did you mean 'asmb'"), (dict(method='dkd'), 'arrives with'), (dict(teacher1_type='resnt20'), "Did you mean 'resnet"),
+    (dict(student_type='no_such_net_at_all'), "Unknown"), (dict(preset='quikstart'), "Did you mean 'quickstart'"), (dict(cl_mode=1), 'arrives with'), (dict(compile=1), 'arrives with'),
+    (dict(student_freeze_level=3), "student_freeze_level"), (dict(mbm_n_head=64), 'mbm_n_head')])
+def test_bad_values(tiny, bad, says):
+    with pytest.raises(ValueError, match='(?s)' + says) as e: run_experiment(**tiny | bad)
+    assert not list(Path(tiny['results_dir']).glob('*/summary.json'))
+
+def test_every_unreleased_key_is_refused():
+    other = {bool: lambda d: not d, int: lambda d: d + 1, float: lambda d: (d or 0.) + .05, str: lambda d: 'other'}
+    n = 0
+    for k, f in Config.model_fields.items():
+        if not f.json_schema_extra['arrives']: continue
+        choices = [c for c in getattr(f.annotation, '__args__', ()) if isinstance(c, str) and c != f.default]
+        v = choices[0] if choices else 50. if k == 'overlap_pct' else other[type(f.default)](f.default)
+        with pytest.raises(ConfigError, match='arrives with'): resolve(preset='none', **{k: v})
+        n += 1
+    assert n > 20
+
+# --- data ---------------------------------------------------------------------------------------------------------
+def data(root_, **kw): return create_data(Config(dataset='imagefolder', data_root=str(root_), device='cpu', num_workers=0, val_frac=.25, **kw))
+
+def test_data_root_missing_or_empty(tmp_path):
+    with pytest.raises(DataError, match='nowhere'): data(tmp_path/'nowhere')
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(DataError, match='empty'): data(tmp_path/'empty')
+
+def test_corrupt_image(folder):
+    d = folder(train=8, test=2)
+    (d/'train'/'dog'/'003.png').write_bytes(b'not a picture')
+    with pytest.raises(DataError, match='003.png'): data(d)
+    got = data(d, skip_corrupt=1)
+    assert len(got.train) + len(got.val) == 15 and '1' in str(got.notes)
+
+def test_class_without_test_image(folder):
+    d = folder(train=8, test=2)
+    for f in (d/'test'/'dog').iterdir(): f.unlink()
+    with pytest.raises(DataError, match='dog'): data(d)
+
+def test_labels_out_of_range():
+    class Ds(torch.utils.data.Dataset):
+        classes = ['a', 'b']
+        def __len__(self): return 20
+        def __getitem__(self, i): return torch.zeros(3, 8, 8, dtype=torch.uint8), 7 if i == 5 else i % 2
+    with pytest.raises(DataError, match='7'): create_data(Config(), train=Ds(), test=Ds())
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+def test_checkpoint_of_another_architecture(tmp_path, tiny):
+    torch.save({'model': create_student('resnet14', n_class=10, img_size=8, small_input=True).state_dict()}, tmp_path/'t.pth')
+    with pytest.raises(CheckpointError, match='t.pth'): run_experiment(**tiny, teacher1_ckpt=str(tmp_path/'t.pth'))
+
+def test_pickle_that_would_run_code(tmp_path, tiny):
+    class Evil:
+        def __reduce__(self): return os.system, (f'touch {tmp_path}/harm',)
+    with open(tmp_path/'evil.pth', 'wb') as f: pickle.dump({'w': Evil()}, f)
+    torch.save({'model': Evil()}, tmp_path/'evil2.pth')
+    for f in ('evil.pth', 'evil2.pth'):
+        with pytest.raises(CheckpointError, match=f): run_experiment(**tiny, teacher1_ckpt=str(tmp_path/f))
+    assert not (tmp_path/'harm').exists()
+
+def test_missing_checkpoint(tiny):
+    with pytest.raises(CheckpointError, match='nowhere.pth'): run_experiment(**tiny, teacher1_ckpt='nowhere.pth')
+
+def test_damaged_run_checkpoint(tiny):
+    s = Path(tiny['results_dir'])/'a'/'checkpoint'; s.mkdir(parents=True)
+    (s/'finetune-teacher1.pt').write_bytes(b'\x80garbage')
+    with pytest.raises(CheckpointError, match='Remove it to repeat'): run_experiment(**tiny, exp_id='a')
+
+# --- the run ------------------------------------------------------------------------------------------------------
+def test_nan_stops_and_keeps_the_last_checkpoint(tiny):
+    seen = []
+    def poison(row):
+        seen.append(row['phase'])
+        if row['phase'] == 'B1': next(m for m in alive if True).weight.data.fill_(float('nan'))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)); alive = []
+    class Student(torch.nn.Module):
+        def __init__(self): super().__init__(); self.body, self.head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8)), torch.nn.Linear(8, 10); alive.append(self.head)
+        def forward(self, x): return self.head(self.body(x))
+    st = Student()
+    with pytest.raises(RunError, match=r'phase B1, epoch 2, step 1') as e:
+        run_experiment(**tiny | dict(method='ce', student_epochs_per_stage='3'), student=st, callbacks=[poison])
+    run = next(Path(tiny['results_dir']).glob('ce-*'))
+    kept = torch.load(run/'checkpoint'/'B1.part.pt', weights_only=True)
+    assert kept['epoch'] == 1 and not (run/'summary.json').exists() and str(run) in str(e.value)
+
+def test_results_folder_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path/'file').write_text('')
+    for bad in (tmp_path/'file'/'results', '/proc/results'):
+        with pytest.raises(RunError, match='cannot be written'): run_experiment(**tiny | dict(results_dir=str(bad)))
+
+def test_full_disk(tmp_path):
+    "A limit on file size stands in for a full disk: the same system call fails. The run stops with a message, and goes on when there is room"
+    args = [f'{k}={v}' for k, v in dict(preset='quickstart', device='cpu', compare=0, train_per_class=12, finetune_epochs=1, teacher_adapt_epochs=1, student_epochs_per_stage=1,
+            num_stages=1, results_dir=tmp_path/'r', exp_id='a').items()]
+    def limit(): import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    cmd = [sys.executable, '-m', 'asibkd.cli', 'run', *args]
+    r = subprocess.run(cmd, capture_output=True, text=True, preexec_fn=limit, cwd=root)
+    assert r.returncode == 2 and 'Is the disk full' in r.stderr and 'Traceback' not in r.stderr, r.stderr[-800:]
+    assert not (tmp_path/'r'/'a'/'summary.json').exists() and not list((tmp_path/'r'/'a').rglob('*.tmp'))
+    r = subprocess.run(cmd, capture_output=True, text=True, cwd=root)
+    assert r.returncode == 0, r.stderr[-800:]
+
+def test_two_runs_with_one_name(tiny):
+    cfg, extra = resolve(**tiny | dict(exp_id='a'))
+    with Run(cfg, extra):
+        with pytest.raises(RunError, match='another process'): run_experiment(**tiny, exp_id='a')
+    run_experiment(**tiny, exp_id='a')
+    with pytest.raises(RunError, match='seed: 42 → 1'): run_experiment(**tiny, exp_id='a', seed=1)
+    assert run_experiment(**tiny, exp_id='a')['seed'] == 42

@@ -1,0 +1,58 @@
+"Killed and resumed: the same bits as if nothing had happened (same machine, same thread count)."
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+root = Path(__file__).parents[1]
+ARGS = dict(preset='quickstart', device='cpu', compare=1, train_per_class=30, finetune_epochs=2, teacher_adapt_epochs=1, student_epochs_per_stage=2, num_stages=2, checkpoint_steps=2, exp_id='a', mbm_dropout=.1)
+
+def start(results, **kw):
+    args = [f'{k}={v}' for k, v in dict(ARGS, results_dir=results, **kw).items()]
+    return subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def outcome(results):
+    r = Path(results)/'a'
+    s = json.loads((r/'summary.json').read_text()); s.pop('time')
+    rows = [{k: v for k, v in json.loads(o).items() if k != 'seconds'} for o in (r/'metrics.jsonl').read_text().splitlines()]
+    return s, rows, {f.name: load_file(f) for f in r.glob('*.safetensors')}
+
+def same(a, b):
+    assert a[0] == b[0], 'summary.json differs'
+    assert a[1] == b[1], 'metrics.jsonl differs'
+    assert a[2].keys() == b[2].keys()
+    for f, w in a[2].items():
+        for k, v in w.items(): assert v.dtype == b[2][f][k].dtype and v.equal(b[2][f][k]), f'{f}: {k} differs'
+
+@pytest.mark.parametrize('kw', [{}, dict(bridge_objective='both', feat_kd_alpha=1)], ids=['distil', 'both'])
+def test_kill_9(tmp_path, kw):
+    "kill -9 at random moments; every field of the summary outside `time` and every weight equal the uninterrupted run's"
+    p = start(tmp_path/'whole', **kw); t = time.time(); out = p.communicate(timeout=500)[0]; took = time.time() - t
+    assert p.returncode == 0, out[-2000:]
+    kills, rng = int(os.environ.get('ASIBKD_KILLS', 2)), random.Random(len(kw))
+    work = (tmp_path/'cut'/'a'/'checkpoint')
+    for i in range(kills):
+        p, t = start(tmp_path/'cut', **kw), time.time()
+        while not work.exists() and p.poll() is None: time.sleep(.05)      # begun: the imports are behind it
+        time.sleep(rng.uniform(0, .9*took/kills))
+        if p.poll() is None: os.kill(p.pid, signal.SIGKILL)
+        p.communicate()
+    p = start(tmp_path/'cut', **kw); out = p.communicate(timeout=500)[0]
+    assert p.returncode == 0, out[-2000:]
+    same(outcome(tmp_path/'whole'), outcome(tmp_path/'cut'))
+
+def test_ctrl_c(tmp_path):
+    "Ctrl-C: a sentence, not a traceback; exit code 130; the same command goes on"
+    p = start(tmp_path/'r')
+    while not (tmp_path/'r'/'a'/'checkpoint').exists() and p.poll() is None: time.sleep(.05)
+    p.send_signal(signal.SIGINT); out = p.communicate(timeout=200)[0]
+    assert p.returncode == 130 and 'goes on from the last checkpoint' in out and 'Traceback' not in out, out[-1500:]
+
+def test_finished_run_is_not_run_again(tiny):
+    from asibkd.run import run_experiment
+    a = run_experiment(**tiny); f = Path(a['run'])/'summary.json'; t = f.stat().st_mtime_ns
+    assert run_experiment(**tiny) == a and f.stat().st_mtime_ns == t
+    b = run_experiment(**tiny | dict(resume='0'))
+    assert f.stat().st_mtime_ns > t and {k: v for k, v in a.items() if k != 'time'} == {k: v for k, v in b.items() if k != 'time'}     # anew, and the same result
+    assert (f.parent.parent/f'{f.parent.name}~1'/'summary.json').exists()                                                              # the old one is kept
