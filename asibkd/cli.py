@@ -10,8 +10,8 @@ __all__ = ['ABOUT', 'COMMANDS', 'parse', 'cmd_run', 'cmd_baseline', 'cmd_finetun
 import argparse, sys
 from pathlib import Path
 
-from .core import GROUPS, ALIASES, AsibError, Config, ConfigError, list_presets, parameter_table, refuse_key
-from .analysis import result_table, show_table
+from .core import GROUPS, ALIASES, AsibError, Config, ConfigError, list_presets, parameter_table, refuse_key, unknown
+from .analysis import load_summary, result_table, show_table
 from .deploy import export_student
 from .methods import list_methods
 from .run import run_evaluate, run_experiment, run_finetune
@@ -96,7 +96,6 @@ def cmd_show(argv):
     p = argparse.ArgumentParser('asibkd show', description=ABOUT['show'])
     p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/')
     run = p.parse_args(argv).run or newest()
-    from asibkd.analysis import load_summary
     _report(load_summary(run) | dict(run=run))
 
 def cmd_export(argv):
@@ -124,13 +123,11 @@ def main(argv=None)->int: # Exit code: 0 well, 2 refused or stopped with a messa
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'): print(usage()); return 0 if argv else 2
     try:
-        if argv[0] not in COMMANDS:
-            from asibkd.core import unknown
-            raise unknown('command', argv[0], COMMANDS)
+        if argv[0] not in COMMANDS: raise unknown('command', argv[0], COMMANDS)
         COMMANDS[argv[0]](argv[1:]); return 0
     except AsibError as e: print(f'asibkd: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt:
         print('asibkd: stopped by Ctrl-C; the same command goes on from the last checkpoint.', file=sys.stderr)
         return 130
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # `python -m asibkd.cli`, not this notebook
