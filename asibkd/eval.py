@@ -10,23 +10,21 @@ __all__ = ['answers', 'compute_disagreement_rate', 'teacher_report', 'paired_dif
 import math
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 
 from .core import CheckpointError, Config
 from .batches import make_loader
 from .data import Data
 from .ib_mbm import build_from_teachers
-from .losses import ib_kl
-from .metrics import accuracy, agreement, disagreement_rates, per_class, predict, scores
-from .losses import disagreement
+from .losses import disagreement, ib_kl
+from .metrics import accuracy, agreement, disagreement_rates, predict, scores
 from .teachers import load_into, load_weights
-from .phases import evaluating, synergy_answers
+from .phases import evaluating
 
 # %% ../nbs/08_eval.ipynb #8f9aa7cb
 def answers(
     models:dict,   # name → wrapped model
     loader,        # Evaluation batches
-    acc,           # Accelerator: precision
     synergy=None,  # `Synergy`, with `teachers` (names) and `student` (name)
     teachers=(), student=None,
 )->tuple: # {name: (N, K) logits, 'average', 'synergy', 'nats' (N,), 'share' (N, M)} · labels (N,)
@@ -41,21 +39,19 @@ def answers(
                         share=s['share'])
         return out
     with evaluating(*models.values(), *([synergy] if synergy is not None else [])):
-        return predict(ask, loader.epoch(0), acc.autocast)
+        return predict(ask, loader.epoch(0))
 
 # %% ../nbs/08_eval.ipynb #0e744425
 def compute_disagreement_rate(
     teacher1, teacher2,  # Wrapped models, or their logits (N, K)
     loader,              # Evaluation batches; with logits: the labels (N,)
     mode='pred',         # pred, both_wrong or any_wrong
-    acc=None,            # Accelerator; None = float32
 )->float: # In [0, 1]
     "Share of samples on which two teachers disagree, in the sense of `mode`"
     if torch.is_tensor(teacher1): z, y = dict(a=teacher1, b=teacher2), loader
     else:
         with evaluating(teacher1, teacher2):
-            z, y = predict(lambda b: dict(a=teacher1(b.x)['logit'], b=teacher2(b.x)['logit']), loader.epoch(0), acc
-                           and acc.autocast)
+            z, y = predict(lambda b: dict(a=teacher1(b.x)['logit'], b=teacher2(b.x)['logit']), loader.epoch(0))
     return disagreement([z['a'], z['b']], y, mode).float().mean().item()
 
 # %% ../nbs/08_eval.ipynb #834f408a
@@ -120,7 +116,7 @@ def report_splits(
     out = {}
     for split in ('train', 'test'):
         loader = make_loader(cfg, data, split, 'eval', device=acc.device, train=False)
-        z, y = answers(models, loader, acc, synergy, teachers, student)
+        z, y = answers(models, loader, synergy, teachers, student)
         out[split] = {k: scores(v, y) for k, v in z.items() if k in (*models, 'average', 'synergy')}
         if len(teachers) > 1: out[split]['disagreement'] = disagreement_rates([z[t] for t in teachers], y)
     return out

@@ -79,7 +79,7 @@ def teach_all(
     if cfg.compare:
         val = make_loader(cfg, data, 'val', 'val', device=acc.device)
         place(cfg, acc, *teachers)
-        z, y = answers({s['name']: t for s, t in zip(specs, teachers)}, val, acc)
+        z, y = answers({s['name']: t for s, t in zip(specs, teachers)}, val)
         # one teacher: the one with the better validation accuracy
         strong = max(range(len(teachers)), key=lambda i: accuracy(z[specs[i]['name']], y))
         for key in ('ce', 'vanilla_kd', 'avgz'):
@@ -132,13 +132,9 @@ def judge(
         if split != 'train': loader = make_loader(cfg, data, split, 'eval', device=acc.device)
         else:
             loader = Loader(some_train(data, cfg), data, cfg.batch_size, device=acc.device, num_workers=cfg.num_workers)
-        z[split], y[split] = answers({k: m
-                                      for k, m in models.items() if split != 'train' or not k.endswith('~last')},
-                                     loader, acc, syn,
-                                     list(adapted) or names, cfg.method)
-        if adapted:
-            # the average of the teachers as they came
-            z[split]['average'] = torch.stack([z[split][n] for n in names]).mean(0)
+        ask = {k: m for k, m in models.items() if split != 'train' or not k.endswith('~last')}
+        z[split], y[split] = answers(ask, loader, syn, list(adapted) or names, cfg.method)
+        if adapted: z[split]['average'] = torch.stack([z[split][n] for n in names]).mean(0)   # teachers as they came
     return z, y
 
 # %% ../nbs/12_run.ipynb #8311e029
@@ -330,8 +326,8 @@ def run_finetune(_file='', **params)->dict: # Summary: type, checkpoint, val_acc
         spec = dict(name='teacher1', what=kind, ckpt=cfg.teacher_ckpt, pretrained=cfg.teacher1_pretrained,
                     keep=str(path))
         t, known = build_teacher(spec, data, cfg, acc, run, tracker(cfg, run))
-        z, y = answers({'t': t}, make_loader(cfg, data, 'test', 'eval', device=acc.device), acc)
-        v, vy = answers({'t': t}, make_loader(cfg, data, 'val', 'eval', device=acc.device), acc)
+        z, y = answers({'t': t}, make_loader(cfg, data, 'test', 'eval', device=acc.device))
+        v, vy = answers({'t': t}, make_loader(cfg, data, 'val', 'eval', device=acc.device))
         out = dict(type=kind, checkpoint=str(path), skipped=False, val_acc=accuracy(v['t'], vy),
                    test_acc=accuracy(z['t'], y), seed=cfg.seed, time=dict(seconds=known.get('seconds')))
         run.finish(
