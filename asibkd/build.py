@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import crd, multi, single    # they register their methods
 from .core import CheckpointError, Config, ConfigError, log
 from .runtime import atomic_save, forked_rng, pick_device, precision_of
-from .data import Data
+from .data import Data, overlap_classes, restrict
 from .freeze import apply_freeze, freeze_all
+from .kdmodel import spread_classes
 from .methods import check_method
 from .students import create_student
 from .teachers import create_teacher, load_into, load_weights
@@ -31,16 +33,20 @@ def settle(
     device = pick_device(cfg.device)
     p = precision_of(cfg, device)
     if cfg.use_amp and p == 'no':
-        log.info(
-            "use_amp: this CPU has no native bfloat16, the run is in float32 (type amp_dtype=bfloat16 to force it)")
+        log.info("use_amp: this CPU has no native bfloat16, the run is in float32 "
+                 "(type amp_dtype=bfloat16 to force it)")
     if cfg.mbm_type != 'ib_mbm': log.info(f"mbm_type='{cfg.mbm_type}' is ignored: the bridge is always ib_mbm")
+    if cfg.overlap_pct is not None and not check_method(cfg.method).subsets:
+        raise ConfigError(f"overlap_pct={cfg.overlap_pct:g}: {cfg.method} needs teachers that know every class. "
+                          "Use asmb, avgz, aver, ebkd, camkd, aekd or vanilla_kd.")
     size = max(data.shape[1:])
-    now = dict(
-        device=device.type, image_size=size,
-        small_input='1' if cfg.small_input == '1' or (cfg.small_input == 'auto' and size <= 64) else '0',
-        tau_end=cfg.tau_start if cfg.tau_end is None else cfg.tau_end, use_partial_freeze=cfg.use_partial_freeze
-        and cfg.method == 'asmb', student_freeze_level=cfg.student_freeze_level if cfg.student_freeze_level is not None
-        else 0 if cfg.student_pretrained else -1, mbm_type='ib_mbm', teacher_cache='off', epochs=student_epochs(cfg))
+    now = dict(device=device.type, image_size=size,
+               small_input='1' if cfg.small_input == '1' or (cfg.small_input == 'auto' and size <= 64) else '0',
+               tau_end=cfg.tau_start if cfg.tau_end is None else cfg.tau_end,
+               use_partial_freeze=cfg.use_partial_freeze and cfg.method == 'asmb',
+               student_freeze_level=(cfg.student_freeze_level if cfg.student_freeze_level is not None else
+                                     0 if cfg.student_pretrained else -1),
+               mbm_type='ib_mbm', teacher_cache='off', epochs=student_epochs(cfg))
     if cfg.channels_last == 'auto': now['channels_last'] = '1' if device.type == 'cuda' or p == 'no' else '0'
     out = cfg.model_copy(update=now)
     if p == 'no': out = out.model_copy(update=dict(use_amp=False))
@@ -50,32 +56,35 @@ def student_epochs(cfg:Config)->int:
     "Student epochs of the whole run; contradicting numbers are refused"
     staged = cfg.num_stages*cfg.student_epochs_per_stage
     if check_method(cfg.method).adapts and cfg.epochs not in (0, staged):
-        raise ConfigError(
-            f"epochs={cfg.epochs} is for single-teacher methods and baselines; {cfg.method} runs "
-            f"num_stages × student_epochs_per_stage = {cfg.num_stages} × {cfg.student_epochs_per_stage}. Set those.")
+        raise ConfigError(f"epochs={cfg.epochs} is for single-teacher methods and baselines; {cfg.method} runs "
+                          f"num_stages × student_epochs_per_stage = {cfg.num_stages} × "
+                          f"{cfg.student_epochs_per_stage}. Set those.")
     return cfg.epochs or staged
 
 # %% ../nbs/06b_build.ipynb #13672e75
 def teacher_specs(
     cfg:Config,
     given=None,   # The user's own modules or names, replacing the configured ones
-)->list: # [dict(name, what, ckpt, pretrained, level, scope, bn_head_only, freeze_bn, keep)]
+    n_class=0,    # All classes; needed with overlap_pct
+)->list: # [dict(name, what, ckpt, pretrained, level, scope, bn_head_only, freeze_bn, keep, classes)]
     "Who teaches, and how much of each may move: teacher 1's settings for the first, teacher 2's for all others"
     used = check_method(cfg.method).teachers_used
     if used == 'none' and not cfg.compare: return []
-    if given is None:
-        given = cfg.teachers or ([cfg.teacher_type or cfg.teacher1_type]
-                                 if used == 'one' and not cfg.compare else [cfg.teacher1_type, cfg.teacher2_type])
+    one = used == 'one' and not cfg.compare
+    if given is None: given = cfg.teachers or [one and cfg.teacher_type or cfg.teacher1_type, cfg.teacher2_type]
+    if one: given = given[:1]                                               # nobody would ask the others
+    if cfg.overlap_pct is not None and len(given) > 2:
+        raise ConfigError(f"overlap_pct deals the classes to two teachers; there are {len(given)}.")
+    parts = (None, None) if cfg.overlap_pct is None else overlap_classes(n_class, cfg.overlap_pct, cfg.seed)
     ckpts = cfg.teacher_ckpts or [cfg.teacher_ckpt or cfg.teacher1_ckpt, cfg.teacher2_ckpt]
     out = []
     for i, what in enumerate(given):
         t = 1 if i == 0 else 2
         get = lambda k: getattr(cfg, f'teacher{t}_{k}')
-        out.append(
-            dict(name=f'teacher{i + 1}', what=what, ckpt=ckpts[i] if i < len(ckpts) else '',
-                 pretrained=get('pretrained'), level=get('freeze_level'), scope=get('freeze_scope'),
-                 bn_head_only=get('bn_head_only'), freeze_bn=get('freeze_bn'),
-                 keep=getattr(cfg, f'finetune_ckpt{i + 1}', '')))
+        out.append(dict(name=f'teacher{i + 1}', what=what, ckpt=ckpts[i] if i < len(ckpts) else '',
+                        pretrained=get('pretrained'), level=get('freeze_level'), scope=get('freeze_scope'),
+                        bn_head_only=get('bn_head_only'), freeze_bn=get('freeze_bn'),
+                        keep=getattr(cfg, f'finetune_ckpt{i + 1}', ''), classes=parts[t - 1]))
     return out
 
 def dropout_of(what, cfg:Config):
@@ -90,9 +99,9 @@ def save_teacher(
     val_acc:float,
 ):
     "A fine-tuned teacher with its card"
-    atomic_save(
-        dict(model=model.state_dict(), asibkd=dict(type=kind, dataset=data.name, classes=list(map(str, data.classes)),
-                                                   val_acc=val_acc)), path)
+    atomic_save(dict(model=model.state_dict(),
+                     asibkd=dict(type=kind, dataset=data.name, classes=list(map(str, data.classes)), val_acc=val_acc)),
+                path)
 
 def check_card(path, data:Data):
     "Refuse a checkpoint whose card names other classes than the data"
@@ -100,23 +109,27 @@ def check_card(path, data:Data):
     try: card = torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('asibkd')
     except Exception: return   # `load_weights` explains what is wrong with it
     if card and card['classes'] != list(map(str, data.classes)):
-        raise CheckpointError(
-            f"'{path}' was trained on {card['dataset']} ({len(card['classes'])} classes: {', '.join(card['classes'][:3])}, …); "
-            f"this run has {data.name} "
-            f"({data.n_class}: {', '.join(map(str, data.classes[:3]))}, …). "
-            "Name other weights (teacher1_ckpt=…), or move the file away.")
+        raise CheckpointError(f"'{path}' was trained on {card['dataset']} ({len(card['classes'])} classes: "
+                              f"{', '.join(card['classes'][:3])}, …); this run has {data.name} "
+                              f"({data.n_class}: {', '.join(map(str, data.classes[:3]))}, …). "
+                              "Name other weights (teacher1_ckpt=…), or move the file away.")
 
 def find_weights(spec:dict)->str: # '' when there are none
     "The file a teacher's weights come from"
     if spec['ckpt']: return spec['ckpt']
-    usual = [spec['keep']] + ([f"checkpoints/{spec['what']}_ft.pth"] if isinstance(spec['what'], str) else [])
+    usual = [spec['keep']] + ([f"checkpoints/{spec['what']}_ft.pth"]
+                               if isinstance(spec['what'], str) and spec.get('usual', True) else [])
     return next((f for f in usual if f and Path(f).exists()), '')
 
 # %% ../nbs/06b_build.ipynb #e2e4309f
 def build_teacher(
     spec:dict, data:Data, cfg:Config, acc, run=None, callbacks=(),
 )->tuple: # (wrapped teacher, dict of what is known about it)
-    "One teacher: built, then loaded or fine-tuned"
+    "One teacher: built, then loaded or fine-tuned; one that is to know some classes sees only those"
+    if (classes := spec.get('classes')) is not None:
+        own = spec | dict(classes=None, usual=False)                       # checkpoints/{type}_ft.pth knows all classes
+        t, known = build_teacher(own, restrict(data, classes), cfg, acc, run, callbacks)
+        return spread_classes(t, classes, data.n_class), known | dict(classes=classes)
     what, name = spec['what'], spec['name']
     with forked_rng(cfg.seed, 'init', name):
         t = create_teacher(what, n_class=data.n_class, pretrained=spec['pretrained'], img_size=data.shape[-1],
@@ -143,12 +156,11 @@ def freeze_teachers(teachers, specs, cfg:Config):
     "Partial freezing for asmb, everything fixed for all others"
     for t, s in zip(teachers, specs):
         if not cfg.use_partial_freeze: freeze_all(t)
-        else:
-            apply_freeze(t, level=s['level'], scope=s['scope'] or None, bn_head_only=s['bn_head_only'],
-                         freeze_bn=s['freeze_bn'])
+        else: apply_freeze(t, level=s['level'], scope=s['scope'] or None, bn_head_only=s['bn_head_only'],
+                           freeze_bn=s['freeze_bn'])
         n = sum(p.numel() for p in t.parameters() if p.requires_grad)
-        log.info(
-            f"{s['name']}: {t.name}, {n:,} of {sum(p.numel() for p in t.parameters()):,} parameters open in phase A")
+        log.info(f"{s['name']}: {t.name}, {n:,} of {sum(p.numel() for p in t.parameters()):,} parameters "
+                 "open in phase A")
 
 def build_student(cfg:Config, data:Data, given=None):
     "The student: built, started from weights when asked, opened to `student_freeze_level`"

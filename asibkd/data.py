@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'as_image', 'Rows', 'Items', 'Files', 'check', 'as_labels', 'ImageSet', 'is_small', 'deliver', 'one_thread',
-           'settle_shape', 'load', 'by_class', 'stratified_split', 'at_most', 'channel_stats', 'Data']
+           'settle_shape', 'load', 'by_class', 'stratified_split', 'at_most', 'channel_stats', 'Data',
+           'overlap_classes', 'restrict']
 
 # %% ../nbs/01_data.ipynb #d2e4ca31
 import contextlib, os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -315,3 +316,32 @@ class Data:
         size, where = '×'.join(map(str, self.shape)), 'streamed' if self.train.streamed else 'in memory'
         return (f"{self.name}: {len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test images "
                 f"of {size} in {self.n_class} classes, {where}")
+
+# %% ../nbs/01_data.ipynb #9ae569e8
+def overlap_classes(
+    n_class:int,  # All classes
+    pct:float,    # Per cent that both teachers know
+    *key,         # Names the draw, e.g. seed
+)->tuple: # Two sorted lists of classes; together all of them
+    "Deal the classes to two teachers"
+    order = torch.randperm(n_class, generator=generator(*key, 'overlap')).tolist()
+    shared = round(n_class*pct/100)
+    both, rest = order[:shared], order[shared:]
+    cut = (len(rest) + 1)//2
+    a, b = sorted(both + rest[:cut]), sorted(both + rest[cut:])
+    if min(len(a), len(b)) < 2:
+        raise DataError(f"overlap_pct={pct:g} of {n_class} classes leaves a teacher {min(len(a), len(b))}; each needs at least two.")
+    return a, b
+
+def restrict(
+    data:Data,
+    classes,     # Positions of the classes to keep
+)->Data:
+    "The images of some classes, labels counted from 0 in the order of `classes`"
+    new = torch.full((data.n_class,), -1); new[classes] = torch.arange(len(classes))
+    names, parts = [data.classes[c] for c in classes], {}
+    for k in ('train', 'val', 'test'):
+        ds = getattr(data, k)
+        keep = (new[ds.y] >= 0).nonzero().flatten()
+        parts[k] = ImageSet(ds.source, new[ds.y[keep]], names, ds.ids[keep], ds.shape)
+    return replace(data, **parts, classes=names)

@@ -60,13 +60,9 @@ def preprocess_for(card:dict)->v2.Compose:
     "The transform of evaluation: resize, crop, channels, scale, normalise"
     c, h, w = card['shape']
     channels = [v2.Grayscale(1)] if c == 1 else [v2.RGB()]
-    return v2.Compose([
-        v2.ToImage(), *channels,
-        v2.Resize(min(h, w), antialias=True),
-        v2.CenterCrop((h, w)),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(card['mean'], card['std'])
-    ])
+    return v2.Compose([v2.ToImage(), *channels,
+                       v2.Resize(min(h, w), antialias=True), v2.CenterCrop((h, w)),
+                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(card['mean'], card['std'])])
 
 def load_student(
     run,                   # A run folder
@@ -79,9 +75,9 @@ def load_student(
     card = json.loads(card.read_text(encoding='utf-8'))
     if model is None and not card['type']:
         raise AsibError("This run's student is a module of your own: pass it, load_student(run, model=MyModule()).")
-    bare = model if model is not None else create_student(card['type'], n_class=card['n_class'],
-                                                          img_size=card['shape'][-1], in_chans=card['shape'][0],
-                                                          small_input=card['small_input']).model
+    bare = (model if model is not None else
+            create_student(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
+                           in_chans=card['shape'][0], small_input=card['small_input']).model)
     load_into(bare, load_file(f), f)
     return Student(bare.eval(), preprocess_for(card), card['classes'])
 
@@ -103,9 +99,8 @@ def export_student(
         ask = _to_pt2(program, tmp) if to == 'pt2' else _to_onnx(program, x, tmp)
         gap = max(_gap(s.model, ask, torch.randn(b, *card['shape'])) for b in (2, 3))
         if gap > tol:
-            raise AsibError(
-                f"The exported program answers differently (by {gap:.2g} of the largest logit, allowed {tol:g}); nothing was written."
-            )
+            raise AsibError(f"The exported program answers differently (by {gap:.2g} of the largest logit, "
+                            f"allowed {tol:g}); nothing was written.")
     return dict(path=str(path), difference=gap)
 
 def _gap(model, ask, x)->float:
@@ -123,9 +118,8 @@ def _to_onnx(program, x, tmp):
     "Through torch's exporter; answers come from onnxruntime"
     try: import onnxruntime, onnxscript
     except ImportError as e:
-        raise AsibError(
-            f"Exporting to ONNX needs `pip install asibkd[onnx]` ({e.name} is missing). `--to pt2` needs nothing more."
-        ) from None
+        raise AsibError(f"Exporting to ONNX needs `pip install asibkd[onnx]` ({e.name} is missing). "
+                        "`--to pt2` needs nothing more.") from None
     torch.onnx.export(program, (x,), dynamo=True, verbose=False).save(str(tmp))
     session = onnxruntime.InferenceSession(str(tmp), providers=['CPUExecutionProvider'])
     return lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]

@@ -17,7 +17,8 @@ from .batches import make_loader
 from .data import Data
 from .ib_mbm import build_from_teachers
 from .losses import disagreement, ib_kl
-from .metrics import accuracy, agreement, disagreement_rates, predict, scores
+from .methods import average
+from .metrics import accuracy, agreement, disagreement_rates, per_class, predict, scores
 from .teachers import load_into, load_weights
 from .phases import evaluating
 
@@ -32,7 +33,7 @@ def answers(
     def ask(b):
         o = {n: m(b.x) for n, m in models.items()}
         out = {n: v['logit'] for n, v in o.items()}
-        if teachers: out['average'] = torch.stack([o[t]['logit'].float() for t in teachers]).mean(0)
+        if teachers: out['average'] = average([o[t] for t in teachers])
         if synergy is not None:
             s = synergy(o[student], [o[t] for t in teachers])
             out |= dict(synergy=s['logit'], synergy_open=s['open_logit'], nats=ib_kl(s['mu'], s['logvar'], 'none'),
@@ -61,8 +62,8 @@ def teacher_report(
     student=None,      # A student to compare them with
 )->dict: # teachers, average, synergy: scores · disagreement · agreement with the student · nats · share
     "Teachers, their average and the synergy in numbers"
-    out = dict(teachers={t: scores(z[t], y)
-                         for t in teachers}, disagreement=disagreement_rates([z[t] for t in teachers], y))
+    out = dict(teachers={t: scores(z[t], y) for t in teachers},
+               disagreement=disagreement_rates([z[t] for t in teachers], y))
     for k in ('average', 'synergy'):
         if k in z: out[k] = scores(z[k], y)
     if 'nats' in z: out |= dict(nats=z['nats'].mean().item(), share=z['share'].mean(0).tolist())
@@ -86,10 +87,13 @@ def verdict(
     seeds=1,          # Seeds behind the numbers
 )->str:
     "One honest sentence"
-    points = f"{100*d['diff']:+.2f} points, 95 % interval on these test images [{100*d['low']:+.2f}, {100*d['high']:+.2f}]"
-    say = f"LOSES to {baseline}" if d['high'] < 0 else f"beats {baseline}" if d[
-        'low'] > 0 else f"cannot be told apart from {baseline}" + (' (it is behind)' if d['diff'] < 0 else '')
-    return f"{method} {say}: {points}; {seeds} seed{'s' if seeds > 1 else ', so what another seed would give is not known'}."
+    points = (f"{100*d['diff']:+.2f} points, "
+              f"95 % interval on these test images [{100*d['low']:+.2f}, {100*d['high']:+.2f}]")
+    say = (f"LOSES to {baseline}" if d['high'] < 0 else
+           f"beats {baseline}" if d['low'] > 0 else
+           f"cannot be told apart from {baseline}" + (' (it is behind)' if d['diff'] < 0 else ''))
+    return (f"{method} {say}: {points}; "
+            f"{seeds} seed{'s' if seeds > 1 else ', so what another seed would give is not known'}.")
 
 # %% ../nbs/08_eval.ipynb #379a075a
 def load_synergy(
@@ -111,12 +115,15 @@ def load_synergy(
 def report_splits(
     models:dict, data:Data, cfg:Config, acc,
     synergy=None, teachers=(), student=None,  # As in `answers`
-)->dict: # {split: {name: scores}}
-    "Scores on (un-augmented) train and test"
+)->dict: # {split: dict(models={name: scores}, per_class={name: [accuracy]}, disagreement={mode: rate})}
+    "Scores on (un-augmented) train and test: accuracy, top-5, NLL, calibration, agreement with the student"
     out = {}
     for split in ('train', 'test'):
         loader = make_loader(cfg, data, split, 'eval', device=acc.device, train=False)
         z, y = answers(models, loader, synergy, teachers, student)
-        out[split] = {k: scores(v, y) for k, v in z.items() if k in (*models, 'average', 'synergy')}
+        z_of = {k: v for k, v in z.items() if k in (*models, 'average', 'synergy')}
+        with_student = lambda v: dict(agreement=agreement(v, z[student])) if student else {}
+        out[split] = dict(models={k: scores(v, y) | with_student(v) for k, v in z_of.items()},
+                          per_class={k: per_class(v, y) for k, v in z_of.items()})
         if len(teachers) > 1: out[split]['disagreement'] = disagreement_rates([z[t] for t in teachers], y)
     return out

@@ -20,16 +20,16 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 def is_norm(m:nn.Module)->bool:
     "BatchNorm, LayerNorm and their relatives (timm's, torchvision's)"
-    return isinstance(m, NORMS) or ('norm' in type(m).__name__.lower() and bool(m._parameters)
-                                    and not any(True for _ in m.children()))
+    return isinstance(m, NORMS) or (
+        'norm' in type(m).__name__.lower() and bool(m._parameters) and not any(True for _ in m.children()))
 
 def has_stats(m:nn.Module)->bool: return getattr(m, 'running_mean', None) is not None
 
 def open_by_level(m:KDModel, level:int)->set: # Names inside `m.model`
     "Head and last `level` blocks"
     a = m.anatomy
-    return {n
-            for n, b in a.where.items() if level == -1 or b >= len(a.blocks) - level} - ({''} if level >= 0 else set())
+    return ({n for n, b in a.where.items() if level == -1 or b >= len(a.blocks) - level}
+            - ({''} if level >= 0 else set()))
 
 def open_norms(m:KDModel)->set:
     "Normalisation layers and head"
@@ -45,8 +45,8 @@ def open_by_scope(m:KDModel, scope:str)->set:
     out = set()
     for part in filter(None, (o.strip() for o in scope.split(','))):
         if part == 'adapter' and m.adapter is None:
-            raise ValueError(
-                f"Freeze scope 'adapter' matches nothing: '{m.name}' has none. Set use_distillation_adapter=1.")
+            raise ValueError(f"Freeze scope 'adapter' matches nothing: '{m.name}' has none. "
+                             "Set use_distillation_adapter=1.")
         if part in short and part not in names: out |= short[part]; continue
         hit = {n for n in names if n and (n == part or n.startswith(part + '.') or fnmatch.fnmatchcase(n, part))}
         if not hit:
@@ -66,8 +66,8 @@ def apply_freeze(
 )->KDModel: # The same model, changed in place
     "Freeze a model in part; its adapter stays trainable"
     if level not in (-1, 0, 1, 2):
-        raise ValueError(
-            f"Freeze level {level!r}: expected -1 (nothing frozen), 0 (head open), 1 or 2 (and that many last blocks).")
+        raise ValueError(f"Freeze level {level!r}: expected -1 (nothing frozen), 0 (head open), "
+                         "1 or 2 (and that many last blocks).")
     if use_partial_freeze and scope and bn_head_only:
         raise ValueError("freeze_scope and bn_head_only both say what is open; give one of them.")
     if use_partial_freeze and bn_head_only and freeze_bn:
@@ -83,9 +83,8 @@ def apply_freeze(
             if p is not None: p.requires_grad_(n in opened)
     m.fixed = closed_parts(mods, opened)
     if not any(p.requires_grad for p in m.parameters()):
-        raise ValueError(
-            f"Nothing in '{m.name}' is left trainable. Choose another freeze level or scope, or freeze it wholly with `freeze_all`."
-        )
+        raise ValueError(f"Nothing in '{m.name}' is left trainable. Choose another freeze level or scope, "
+                         "or freeze it wholly with `freeze_all`.")
     return m.train(m.training)
 
 def closed_parts(mods:dict, opened:set)->set:
@@ -103,10 +102,8 @@ def freeze_report(m:KDModel)->pd.DataFrame: # A row for each block, the head, th
         ps = {id(p): p for o in mods for p in o._parameters.values() if p is not None}.values()
         bn = {any(id(o) == f for f in held) for o in mods if has_stats(o)}
         mode = {frozenset(): '-', frozenset([True]): 'fixed', frozenset([False]): 'updates'}.get(frozenset(bn), 'mixed')
-        rows.append({
-            'block': name, 'parameters': sum(p.numel() for p in ps), 'trainable':
-            sum(p.numel() for p in ps if p.requires_grad), 'BN mode': mode
-        })
+        rows.append({'block': name, 'parameters': sum(p.numel() for p in ps),
+                     'trainable': sum(p.numel() for p in ps if p.requires_grad), 'BN mode': mode})
     held = {id(o) for n in m.fixed for o in m.get_submodule(n).modules()}
     mods = dict(m.model.named_modules())
     for i, name in enumerate([*a.blocks, 'head']): row(name, [mods[n] for n, b in a.where.items() if b == i])

@@ -102,8 +102,8 @@ def validator(
 # %% ../nbs/06a_phases.ipynb #07a71353
 def place(cfg:Config, acc, *modules):
     "Move modules to the run's device and memory format"
-    last = cfg.channels_last == '1' or (cfg.channels_last == 'auto' and
-                                        (acc.device.type == 'cuda' or precision_of(cfg, acc.device) == 'no'))
+    last = cfg.channels_last == '1' or (
+        cfg.channels_last == 'auto' and (acc.device.type == 'cuda' or precision_of(cfg, acc.device) == 'no'))
     for m in modules:
         m.to(acc.device)
         if last: m.to(memory_format=torch.channels_last)
@@ -118,8 +118,9 @@ def finetune(
     alpha = cfg.finetune_cutmix_alpha or (1. if cfg.finetune_use_cutmix else 0.)
     loader = make_loader(cfg, data, 'train', f'finetune-{name}', mix=(0., alpha), device=acc.device)
     phase = Phase(f'finetune-{name}', Tune(model, cfg.label_smoothing),
-                  [dict(params=model.parameters(), lr=cfg.finetune_lr, weight_decay=cfg.finetune_weight_decay)], loader,
-                  cfg.finetune_epochs, validator(model, make_loader(cfg, data, 'val', 'val', device=acc.device), acc),
+                  [dict(params=model.parameters(), lr=cfg.finetune_lr, weight_decay=cfg.finetune_weight_decay)],
+                  loader, cfg.finetune_epochs,
+                  validator(model, make_loader(cfg, data, 'val', 'val', device=acc.device), acc),
                   dict(model=model), kind='finetune')
     f = fit(phase, cfg, acc, run, callbacks)
     restore(phase.keep, f.state)
@@ -133,8 +134,8 @@ def synergy_answers(
     def ask(b):
         s = student(b.x)
         o = synergy(s, [t(b.x) for t in teachers])
-        return dict({k: o[k]
-                     for k in ('logit', 'open_logit', 'average', 'recon', 'mu', 'logvar', 'share')}, student=s['logit'])
+        return dict({k: o[k] for k in ('logit', 'open_logit', 'average', 'recon', 'mu', 'logvar', 'share')},
+                    student=s['logit'])
     return ask
 
 def synergy_validator(obj:Adapt, loader, acc, tau)->Callable:
@@ -143,9 +144,9 @@ def synergy_validator(obj:Adapt, loader, acc, tau)->Callable:
     def run():
         with evaluating(obj):
             o, y = predict(synergy_answers(syn, obj.student, obj.teachers), loader.epoch(0), acc.autocast)
-        return dict(val_acc=accuracy(o['open_logit'], y), val_nll=nll(o['open_logit'],
-                                                                      y), val_avg_acc=accuracy(o['average'], y),
-                    val_avg_nll=nll(o['average'], y), val_recon=kd_loss(o['recon'], o['average'], tau).item())
+        return dict(val_acc=accuracy(o['open_logit'], y), val_nll=nll(o['open_logit'], y),
+                    val_avg_acc=accuracy(o['average'], y), val_avg_nll=nll(o['average'], y),
+                    val_recon=kd_loss(o['recon'], o['average'], tau).item())
     return run
 
 # %% ../nbs/06a_phases.ipynb #f121c2c8
@@ -165,14 +166,14 @@ def adapt_phase(student, teachers, method:Method, data:Data, cfg:Config, acc, st
     new = [*method.parameters(), *(p for t in teachers if t.adapter is not None for p in t.adapter.parameters())]
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill)
     keep = dict(method=method,
-                **{f'teacher{i + 1}': t
-                   for i, t in enumerate(teachers) if moves or t.adapter is not None})
-    return Phase(name, obj, [
-        dict(params=own, lr=cfg.teacher_lr, weight_decay=cfg.teacher_weight_decay),
-        dict(params=new, lr=cfg.teacher_lr*cfg.mbm_lr_factor, weight_decay=0.)
-    ], make_loader(cfg, data, 'train', name, mix=mix, device=acc.device), cfg.teacher_adapt_epochs,
+                **{f'teacher{i + 1}': t for i, t in enumerate(teachers) if moves or t.adapter is not None})
+    return Phase(name, obj,
+                 [dict(params=own, lr=cfg.teacher_lr, weight_decay=cfg.teacher_weight_decay),
+                  dict(params=new, lr=cfg.teacher_lr*cfg.mbm_lr_factor, weight_decay=0.)],
+                 make_loader(cfg, data, 'train', name, mix=mix, device=acc.device), cfg.teacher_adapt_epochs,
                  synergy_validator(obj, make_loader(cfg, data, 'val', 'val', device=acc.device), acc, cfg.tau_start),
-                 keep, select='val_recon' if distil else 'val_nll', best='min', optimizer='adam', kind='A', stage=stage,
+                 keep, select='val_recon' if distil else 'val_nll', best='min', optimizer='adam',
+                 kind='A', stage=stage,
                  offset=stage*cfg.teacher_adapt_epochs, total=cfg.num_stages*cfg.teacher_adapt_epochs)
 
 # %% ../nbs/06a_phases.ipynb #381992e9
@@ -210,11 +211,11 @@ def distil(
     for t in teachers: t.eval()
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill)
     test = make_loader(cfg, data, 'test', 'test', device=acc.device) if cfg.report_oracle else None
-    phase = Phase(name, Distil(student, teachers, method, cfg.debug_verbose), [
-        dict(params=[*student.parameters(), *method.parameters()], lr=cfg.student_lr,
-             weight_decay=cfg.student_weight_decay)
-    ], make_loader(cfg, data, 'train', f'B{stage + 1}', mix=mix, device=acc.device), epochs,
+    phase = Phase(name, Distil(student, teachers, method, cfg.debug_verbose),
+                  [dict(params=[*student.parameters(), *method.parameters()], lr=cfg.student_lr,
+                        weight_decay=cfg.student_weight_decay)],
+                  make_loader(cfg, data, 'train', f'B{stage + 1}', mix=mix, device=acc.device), epochs,
                   validator(student, make_loader(cfg, data, 'val', 'val', device=acc.device), acc, test),
-                  dict(student=student, method=method), kind='B', stage=stage, offset=stage*epochs, total=stages*epochs,
-                  span=not cfg.lr_restart)
+                  dict(student=student, method=method), kind='B', stage=stage,
+                  offset=stage*epochs, total=stages*epochs, span=not cfg.lr_restart)
     return fit(phase, cfg, acc, run, callbacks)

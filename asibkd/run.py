@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Taught', 'teach', 'teach_all', 'target_of', 'copies', 'some_train', 'judge', 'table_rows', 'strongest', 'summarise',
-           'save_results', 'tracker', 'run_experiment', 'run_finetune', 'run_evaluate', 'parameters_set']
+           'save_results', 'tracker', 'effective', 'run_experiment', 'parameters_set']
 
 # %% ../nbs/12_run.ipynb #a0a84341
 import copy, json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .core import Config, ConfigError, RunError, log, resolve
+from .core import Config, RunError, log, resolve
 from .runtime import Run, atomic_write, create_accelerator, environment, forked_rng, set_deterministic, setup_log
 from .batches import Loader, make_loader
 from .build import (build_student, build_teacher, fingerprint, freeze_teachers, save_teacher, settle,
@@ -22,12 +22,11 @@ from .build import (build_student, build_teacher, fingerprint, freeze_teachers, 
 from .data import Data
 from .datasets import create_data
 from .deploy import save_state, save_student, student_card
-from .eval import answers, load_synergy, paired_difference, report_splits, teacher_report, verdict
+from .eval import answers, paired_difference, teacher_report, verdict
 from .freeze import freeze_report
-from .methods import check_method, create_method
+from .methods import average, check_method, create_method, tuned
 from .metrics import accuracy, scores
-from .students import create_student
-from .teachers import create_teacher, load_into, load_weights, model_costs
+from .teachers import model_costs
 from .phases import adapt, distil, place
 from .trainers import Fitted, snapshot
 
@@ -55,14 +54,13 @@ def teach(
     extra=None,      # Parameters a registered method brought
 )->tuple: # (Taught, method, [what the gate saw in each stage])
     "Teach one student by one method: stages of A and B where the method adapts, one phase B otherwise"
-    with forked_rng(cfg.seed, 'init', key): method = create_method(key, cfg, student, teachers, extra)
+    with forked_rng(cfg.seed, 'init', key): method = create_method(key, cfg, student, teachers, extra, data.train.y)
     place(cfg, acc, student, method, *teachers)
     out, gates = Taught(key), []
     if not method.adapts:
         name = 'B1' if key == cfg.method else f'{key}-B1'
-        return out.add(
-            distil(student, teachers, method, data, cfg, acc, run, epochs=cfg.epochs, name=name, callbacks=callbacks),
-            student), method, gates
+        return out.add(distil(student, teachers, method, data, cfg, acc, run, epochs=cfg.epochs, name=name,
+                              callbacks=callbacks), student), method, gates
     for stage in range(cfg.num_stages):
         if cfg.teacher_adapt_epochs:
             gates.append(adapt(student, teachers, method, data, cfg, acc, run, stage, callbacks))
@@ -95,11 +93,14 @@ def teach_all(
 
 def target_of(cfg:Config, gates)->str:
     "What the student really had as its target: said in the table"
-    if cfg.method != 'asmb':
-        return dict(ce='labels', vanilla_kd='teacher1', avgz='averaged logits').get(cfg.method, cfg.method)
+    if not check_method(cfg.method).adapts:
+        return dict(none='labels', one='teacher1', all='averaged logits' if cfg.method == 'avgz' else 'teachers')[
+            check_method(cfg.method).teachers_used]
     says = ''.join('s' if g['gate'] else 'a' for g in gates) or 's'
-    logits = 'synergy logits' if set(says) == {'s'} else 'averaged logits' if set(
-        says) == {'a'} else 'averaged, later synergy logits' if says[0] == 'a' else 'synergy, later averaged logits'
+    logits = ('synergy logits' if set(says) == {'s'} else
+              'averaged logits' if set(says) == {'a'} else
+              'averaged, later synergy logits' if says[0] == 'a' else
+              'synergy, later averaged logits')
     return logits + (f" + {cfg.feat_kd_target}" if cfg.feat_kd_alpha > 0 else '')
 
 # %% ../nbs/12_run.ipynb #f8ac9f08
@@ -114,8 +115,8 @@ def copies(student, taught:dict)->dict: # {key or 'key~last': model}
 def some_train(data:Data, cfg:Config, most=5000):
     "Up to `most` training images, un-augmented, in the order of a counted draw"
     n = len(data.train)
-    idx = torch.arange(n) if n <= most else torch.randperm(n, generator=torch.Generator().manual_seed(
-        cfg.seed))[:most].sort().values
+    idx = (torch.arange(n) if n <= most else
+           torch.randperm(n, generator=torch.Generator().manual_seed(cfg.seed))[:most].sort().values)
     return data.train.subset(idx)
 
 def judge(
@@ -134,35 +135,30 @@ def judge(
             loader = Loader(some_train(data, cfg), data, cfg.batch_size, device=acc.device, num_workers=cfg.num_workers)
         ask = {k: m for k, m in models.items() if split != 'train' or not k.endswith('~last')}
         z[split], y[split] = answers(ask, loader, syn, list(adapted) or names, cfg.method)
-        if adapted: z[split]['average'] = torch.stack([z[split][n] for n in names]).mean(0)   # teachers as they came
+        if adapted:                                                         # the average is of the teachers as they came
+            z[split]['average'] = average([dict(logit=z[split][n], columns=None if m.columns is None else m.columns.cpu())
+                                           for n, m in zip(names, came)])
     return z, y
 
 # %% ../nbs/12_run.ipynb #8311e029
 def table_rows(z:dict, y:dict, taught:dict, specs, teachers, student, costs:dict, cfg:Config)->list:
     "The rows of the result table, as plain numbers"
-    acc = {
-        s: {
-            k: accuracy(v, y[s])
-            for k, v in z[s].items() if v.ndim == 2 and v.shape[1] == z[s][cfg.method].shape[1] and k != 'share'
-        }
-        for s in z
-    }
-    rows = [
-        dict(key=s['name'], model=t.name, role='teacher', taught_by='labels' if isinstance(s['what'], str) else 'given',
-             **costs[s['name']]) for s, t in zip(specs, teachers)
-    ]
-    rows += [
-        dict(key=k, model=t.name, role='teacher', taught_by='phase A', **costs[k.split('~')[0]])
-        for k, t in zip([f"{s['name']}~adapted" for s in specs], teachers) if k in acc['test']
-    ]
+    acc = {s: {k: accuracy(v, y[s]) for k, v in z[s].items()
+               if v.ndim == 2 and v.shape[1] == z[s][cfg.method].shape[1] and k != 'share'}
+           for s in z}
+    def taught_by(s):
+        if not isinstance(s['what'], str): return 'given'
+        return 'labels' if s['classes'] is None else f"labels of {len(s['classes'])} classes"
+    rows = [dict(key=s['name'], model=t.name, role='teacher', taught_by=taught_by(s), **costs[s['name']])
+            for s, t in zip(specs, teachers)]
+    rows += [dict(key=k, model=t.name, role='teacher', taught_by='phase A', **costs[k.split('~')[0]])
+             for k, t in zip([f"{s['name']}~adapted" for s in specs], teachers) if k in acc['test']]
     if 'average' in acc['test']:
         rows.append(dict(key='average', model='teachers\' average', role='ensemble', taught_by=''))
     if 'synergy' in acc['test']:
         rows.append(dict(key='synergy', model='bridge + head', role='ensemble', taught_by=cfg.bridge_objective))
-    rows += [
-        dict(key=k, model=student.name, role=f'student: {k}', taught_by=t.by, **costs['student'])
-        for k, t in taught.items()
-    ]
+    rows += [dict(key=k, model=student.name, role=f'student: {k}', taught_by=t.by, **costs['student'])
+             for k, t in taught.items()]
     for r in rows:
         k = r['key']
         r |= dict(val_acc=taught[k].val_acc if k in taught else acc['val'][k], test_acc_val_selected=acc['test'][k],
@@ -184,11 +180,8 @@ def summarise(z, y, taught, gates, specs, came, student, known, data:Data, cfg:C
     measured = {s['name']: cost(t) for s, t in zip(specs, came)} | {'student': cost(student)}
     rows = table_rows(z, y, taught, specs, came, student, {k: c for k, (c, _) in measured.items()}, cfg)
     mine = next(r for r in rows if r['key'] == cfg.method)
-    mine_keys = [
-        k
-        for k in ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc', 'params', 'macs')
-        if k in mine
-    ]
+    mine_keys = [k for k in ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc',
+                             'params', 'macs') if k in mine]
     out = dict(exp_id=run.id, method=cfg.method, dataset=data.name, seed=cfg.seed, rows=rows, gates=gates, own=extra)
     out |= {k: mine[k] for k in mine_keys}
     out |= dict(images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')}, n_class=data.n_class)
@@ -212,18 +205,15 @@ def save_results(run, student, taught, method, teachers, specs, moved:bool, z, y
     if hasattr(method, 'synergy'): save_state(method.synergy.state_dict(), run/'bridge.safetensors')
     for s, m in zip(specs, teachers):
         if moved or m.adapter is not None: save_teacher(m, run/f"{s['name']}_adapted.pth", data, m.name, -1.)
-    save_state({k: v.argmax(1).to(torch.int32)
-                for k, v in z['test'].items() if v.ndim == 2 and k != 'share'} | {'labels': y['test']},
-               run/'predictions.safetensors')
+    save_state({k: v.argmax(1).to(torch.int32) for k, v in z['test'].items() if v.ndim == 2 and k != 'share'}
+               | {'labels': y['test']}, run/'predictions.safetensors')
 
 # %% ../nbs/12_run.ipynb #5dfac152
 def tracker(cfg:Config, run)->list: # Callbacks for `fit`
     "Send epoch rows to TensorBoard or Weights & Biases"
     if cfg.track == 'none': return []
-    numbers = lambda row: {
-        f"{row['phase']}/{k}": v
-        for k, v in row.items() if isinstance(v, (int, float)) and k not in ('epoch', 'stage')
-    }
+    numbers = lambda row: {f"{row['phase']}/{k}": v for k, v in row.items()
+                           if isinstance(v, (int, float)) and k not in ('epoch', 'stage')}
     try:
         if cfg.track == 'tensorboard':
             from torch.utils.tensorboard import SummaryWriter
@@ -235,10 +225,10 @@ def tracker(cfg:Config, run)->list: # Callbacks for `fit`
     w = wandb.init(project='asibkd', name=run.id, config=run.params, dir=str(run.path))
     return [lambda row: w.log(numbers(row))]
 
-def _effective(run, cfg:Config, acc):
+def effective(run, cfg:Config, acc):
     "config.json with every value settled, and what had been asked for"
     asked = json.loads(json.dumps(run.params))
-    now = json.loads(json.dumps(cfg.model_dump() | dict(exp_id=run.id) | run.extra))
+    now = json.loads(json.dumps(tuned(cfg, cfg.method).model_dump() | dict(exp_id=run.id) | run.extra))
     requested = {k: v for k, v in asked.items() if now.get(k, v) != v}
     atomic_write(run/'config.json', json.dumps(asked | now | {'_requested': requested}, indent=1, ensure_ascii=False))
     if not (run/'env.json').exists():
@@ -264,16 +254,14 @@ def run_experiment(
     run = Run(cfg, extra, '+'.join(map(fingerprint, own)))
     with run:
         setup_log(cfg, run.path)
-        if run.finished:
-            log.info(f"{run.path} is finished: nothing was run again (resume=0 starts anew)")
+        if run.finished: log.info(f"{run.path} is finished: nothing was run again (resume=0 starts anew)")
         else:
             try: _run(run, cfg, extra, teachers, student, train, val, test, callbacks)
             except KeyboardInterrupt:
                 log.info(f"stopped. The same command goes on from the last checkpoint in {run.path}"); raise
             except torch.OutOfMemoryError as e:
-                raise RunError(
-                    f"Out of GPU memory: lower batch_size ({cfg.batch_size}), or use_amp=1. {str(e).splitlines()[0]}"
-                ) from e
+                raise RunError(f"Out of GPU memory: lower batch_size ({cfg.batch_size}), or use_amp=1. "
+                               f"{str(e).splitlines()[0]}") from e
         return run.summary() | dict(run=str(run.path))
 
 def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks):
@@ -282,13 +270,13 @@ def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks)
     acc = create_accelerator(cfg)
     data = create_data(cfg, train, val, test)
     cfg = settle(cfg, data)
-    _effective(run, cfg, acc)
-    log.info(
-        f"{run.path}: {data.name}, {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
-        f"{data.n_class} classes, {data.shape}; {acc.device}, {dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)}"
-    )
+    effective(run, cfg, acc)
+    log.info(f"{run.path}: {data.name}, "
+             f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
+             f"{data.n_class} classes, {data.shape}; "
+             f"{acc.device}, {dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)}")
     callbacks = [*callbacks, *tracker(cfg, run)]
-    specs = teacher_specs(cfg, teachers)
+    specs = teacher_specs(cfg, teachers, data.n_class)
     built = [build_teacher(s, data, cfg, acc, run, callbacks) for s in specs]
     ts, known = [b[0] for b in built], [b[1] for b in built]
     st = build_student(cfg, data, student)
@@ -307,71 +295,6 @@ def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks)
     for f in (run/'checkpoint').glob('*.pt'): f.unlink()      # done: nothing is left to resume
     if 'verdict' in summary: log.info(summary['verdict'])
 
-# %% ../nbs/12_run.ipynb #88303579
-def run_finetune(_file='', **params)->dict: # Summary: type, checkpoint, val_acc, test_acc, skipped
-    "Fine-tune one teacher (`teacher_type`, else teacher 1) into `checkpoints/{type}_ft.pth`; skipped when it exists"
-    cfg, extra = resolve(_file, **{'method': 'ce', 'compare': 0} | params)
-    kind = cfg.teacher_type or cfg.teacher1_type
-    path = Path(cfg.finetune_ckpt1 or f'checkpoints/{kind}_ft.pth')
-    setup_log(cfg)
-    if path.exists():
-        log.info(f"{path} exists: fine-tuning {kind} is skipped")
-        return dict(type=kind, checkpoint=str(path), skipped=True)
-    if not cfg.finetune_epochs:
-        raise ConfigError("finetune_epochs=0: nothing to fine-tune. Say how long, e.g. --finetune_epochs 20.")
-    with Run(cfg, extra, kind, 'finetune') as run:
-        setup_log(cfg, run.path); set_deterministic(cfg.deterministic)
-        acc, data = create_accelerator(cfg), create_data(cfg)
-        cfg = settle(cfg, data); _effective(run, cfg, acc)
-        spec = dict(name='teacher1', what=kind, ckpt=cfg.teacher_ckpt, pretrained=cfg.teacher1_pretrained,
-                    keep=str(path))
-        t, known = build_teacher(spec, data, cfg, acc, run, tracker(cfg, run))
-        z, y = answers({'t': t}, make_loader(cfg, data, 'test', 'eval', device=acc.device))
-        v, vy = answers({'t': t}, make_loader(cfg, data, 'val', 'eval', device=acc.device))
-        out = dict(type=kind, checkpoint=str(path), skipped=False, val_acc=accuracy(v['t'], vy),
-                   test_acc=accuracy(z['t'], y), seed=cfg.seed, time=dict(seconds=known.get('seconds')))
-        run.finish(
-            out,
-            dict(method='finetune', dataset=data.name, seed=cfg.seed, val_acc=out['val_acc'],
-                 test_acc_val_selected=out['test_acc'], teachers=kind))
-        for f in (run/'checkpoint').glob('*.pt'): f.unlink()
-        log.info(f"{kind}: validation {out['val_acc']:.4f}, test {out['test_acc']:.4f} → {path}")
-    return out
-
-# %% ../nbs/12_run.ipynb #717cd685
-def run_evaluate(_file='', **params)->dict: # {split: {model: scores}}
-    "Train and test accuracy from checkpoints: `single` with ckpt_path; `synergy` with mbm_ckpt, teachers, student_ckpt"
-    cfg, _ = resolve(_file, **{'compare': 0} | params)
-    setup_log(cfg)
-    if cfg.eval_mode == 'single' and not (cfg.ckpt_path or cfg.student_ckpt):
-        raise ConfigError("eval_mode=single needs ckpt_path=… (and student_type or teacher_type: its architecture).")
-    if cfg.eval_mode == 'synergy' and not cfg.mbm_ckpt:
-        raise ConfigError(
-            "eval_mode=synergy needs mbm_ckpt=…, e.g. results/<exp_id>/bridge.safetensors, and student_ckpt=….")
-    acc, data = create_accelerator(cfg), create_data(cfg)
-    cfg = settle(cfg, data)
-    if cfg.eval_mode == 'single':
-        f = cfg.ckpt_path or cfg.student_ckpt
-        kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0],
-                  small_input=cfg.small_input == '1')
-        m = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
-        load_into(m, load_weights(f), f); place(cfg, acc, m)
-        out = report_splits({m.name: m}, data, cfg, acc)
-    else:
-        specs = teacher_specs(cfg.model_copy(update=dict(method='asmb')))
-        ts, st = [build_teacher(s, data, cfg.model_copy(update=dict(finetune_epochs=0)), acc)[0]
-                  for s in specs], build_student(cfg, data)
-        syn = load_synergy(ts, st, cfg, cfg.mbm_ckpt, cfg.head_ckpt); place(cfg, acc, syn, st, *ts)
-        names = [s['name'] for s in specs]
-        out = report_splits(dict(zip(names, ts)) | {'student': st}, data, cfg, acc, syn, names, 'student')
-    rows = [
-        dict(mode=cfg.eval_mode, dataset=data.name, split=s, model=k, **v) for s, o in out.items()
-        for k, v in o.items() if k != 'disagreement'
-    ]
-    path = Path(cfg.results_dir)/'evaluation.csv'; path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(path, mode='a', header=not path.exists(), index=False)
-    return out
-
 # %% ../nbs/12_run.ipynb #dbfc31ef
 def parameters_set(
     names:dict,   # `globals()` of the notebook
@@ -379,7 +302,5 @@ def parameters_set(
 )->dict: # Without those left at None (= what the preset says)
     "What the parameters cell and papermill set"
     skip = {'In', 'Out', 'exit', 'quit', 'get_ipython', 'open'}
-    return {
-        k: v
-        for k, v in names.items() if k not in before and k not in skip and not k.startswith('_') and v is not None
-    }
+    return {k: v for k, v in names.items()
+            if k not in before and k not in skip and not k.startswith('_') and v is not None}

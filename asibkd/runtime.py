@@ -29,8 +29,8 @@ def generator(*key, device='cpu')->torch.Generator:
 @contextlib.contextmanager
 def forked_rng(*key):
     "Inside: torch's global generators seeded by the key. After: as they were"
-    devices = list(range(
-        torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = (list(range(torch.cuda.device_count()))
+               if torch.cuda.is_available() and torch.cuda.is_initialized() else [])
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed_of(*key))
         yield
@@ -84,8 +84,8 @@ def get_amp_components(cfg)->tuple: # (autocast context, GradScaler or None)
     "What a hand-written loop needs for mixed precision (the original's public helper)"
     device = pick_device(cfg.device)
     p = precision_of(cfg, device)
-    ctx = contextlib.nullcontext() if p == 'no' else torch.autocast(device.type,
-                                                                    torch.bfloat16 if p == 'bf16' else torch.float16)
+    ctx = (contextlib.nullcontext() if p == 'no' else
+           torch.autocast(device.type, torch.bfloat16 if p == 'bf16' else torch.float16))
     scaler = torch.amp.GradScaler(device.type, init_scale=cfg.grad_scaler_init_scale) if p == 'fp16' else None
     return ctx, scaler
 
@@ -133,9 +133,8 @@ def atomic_path(path):
         yield tmp
         os.replace(tmp, path)
     except OSError as e:
-        raise RunError(
-            f"Cannot write '{path}': {e.strerror or e}. Is the disk full or the folder read-only? What was saved before is untouched."
-        ) from e
+        raise RunError(f"Cannot write '{path}': {e.strerror or e}. Is the disk full or the folder read-only? "
+                       "What was saved before is untouched.") from e
     finally:
         with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
@@ -163,8 +162,7 @@ def environment(device=None)->dict:
     return dict(python=platform.python_version(), system=platform.platform(), device=str(device),
                 threads=torch.get_num_threads(),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, git=commit,
-                versions={p: v(p)
-                          for p in ('asibkd', 'torch', 'torchvision', 'timm', 'accelerate', 'numpy')})
+                versions={p: v(p) for p in ('asibkd', 'torch', 'torchvision', 'timm', 'accelerate', 'numpy')})
 
 def exp_name(cfg, extra=(), salt='')->str: # e.g. 'asmb-digits-s42-1f2e3d4c'
     "The automatic `exp_id`: readable, and the same for the same parameters"
@@ -203,12 +201,11 @@ def _open(self:Run):
         self._lock = FileLock(str(self/'.lock'), timeout=0)
         self._lock.acquire()
     except Timeout:
-        raise RunError(
-            f"Run '{self.id}' is being written by another process ({self.path}). Wait for it, or give this run another exp_id."
-        ) from None
+        raise RunError(f"Run '{self.id}' is being written by another process ({self.path}). "
+                       "Wait for it, or give this run another exp_id.") from None
     except OSError as e:
-        raise RunError(
-            f"Results folder '{self.path}' cannot be written: {e.strerror or e}. Choose another results_dir.") from None
+        raise RunError(f"Results folder '{self.path}' cannot be written: {e.strerror or e}. "
+                       "Choose another results_dir.") from None
     try: self._settle()
     except BaseException: self.close(); raise
     return self
@@ -220,11 +217,9 @@ def _settle(self:Run):
         raise RunError(f"resume=1, but there is nothing to resume in '{self.path}'. Use resume=auto.")
     if old is not None and self.cfg.resume == '0': self._aside(); old = None
     if old is not None and (diff := self._differs(old)):
-        raise RunError(
-            f"'{self.path}' holds a run with other parameters ({', '.join(diff[:6])}). Give this run another exp_id, or resume=0 to start anew."
-        )
-    if old is None:
-        atomic_write(self/'config.json', json.dumps(self.params, indent=1, ensure_ascii=False))
+        raise RunError(f"'{self.path}' holds a run with other parameters ({', '.join(diff[:6])}). "
+                       "Give this run another exp_id, or resume=0 to start anew.")
+    if old is None: atomic_write(self/'config.json', json.dumps(self.params, indent=1, ensure_ascii=False))
     elif not self.finished: log.info(f"resuming {self.path}")
 
 Run.open, Run._settle = _open, _settle
@@ -232,10 +227,8 @@ Run.open, Run._settle = _open, _settle
 # %% ../nbs/00a_runtime.ipynb #a5004e5c
 def _differs(self:Run, old:dict)->list:
     "Keys in which the folder's run differs from this one, those aside that cannot change a result"
-    free = {
-        'resume', 'results_dir', 'exp_id', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose', 'num_workers',
-        'checkpoint_steps', 'preset'
-    }
+    free = {'resume', 'results_dir', 'exp_id', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose',
+            'num_workers', 'checkpoint_steps', 'preset'}
     # compare what was asked for, not what it was settled to
     old, new = {**old, **old.get('_requested', {})}, json.loads(json.dumps(self.params))
     old = {k: v for k, v in old.items() if k != '_requested'}
@@ -262,9 +255,8 @@ def _log_row(self:Run, **row):
     try:
         with open(self/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
     except OSError as e:
-        raise RunError(
-            f"Cannot write '{self/'metrics.jsonl'}': {e.strerror or e}. Is the disk full? The last checkpoint is whole."
-        ) from e
+        raise RunError(f"Cannot write '{self/'metrics.jsonl'}': {e.strerror or e}. Is the disk full? "
+                       "The last checkpoint is whole.") from e
 
 def _rows(self:Run)->list:
     "The rows of metrics.jsonl; a last line cut off by a crash is dropped"

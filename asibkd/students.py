@@ -15,10 +15,8 @@ from .zoo import zoo
 # %% ../nbs/02a_students.ipynb #8c6ac5a6
 def list_students()->list:
     "Names that `create_student` knows by themselves; every teacher's name works too"
-    return sorted({
-        *zoo, 'resnet', 'resnet50_student', 'resnet101_student', 'resnet152_student', 'efficientnet', 'efficientnet_b2',
-        'swin'
-    })
+    return sorted({*zoo, 'resnet', 'resnet50_student', 'resnet101_student', 'resnet152_student',
+                   'efficientnet', 'efficientnet_b2', 'swin'})
 
 def create_student(
     spec='resnet101_student', # A name, your own module, or a `KDModel`

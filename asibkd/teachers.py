@@ -58,9 +58,10 @@ def list_teachers(
 
 # %% ../nbs/02_teachers.ipynb #48d6b4ed
 def _fetch_error(name:str, e)->CheckpointError:
-    return CheckpointError(
-        f"Published weights of '{name}' could not be loaded: {str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__}. "
-        "They are downloaded once: connect to the network and try again, or give a checkpoint file and pretrained=0.")
+    return CheckpointError(f"Published weights of '{name}' could not be loaded: "
+                           f"{str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__}. "
+                           "They are downloaded once: connect to the network and try again, "
+                           "or give a checkpoint file and pretrained=0.")
 
 def build_timm(
     name:str,
@@ -81,8 +82,8 @@ def build_timm(
             except TypeError as e:
                 if 'img_size' not in str(e): raise
             except AssertionError: pass   # not for this size: the watching will say so
-    if sized is not None and small_input and 'patch_size' in inspect.signature(getattr(sized, 'set_input_size',
-                                                                                       int)).parameters:
+    if (sized is not None and small_input
+            and 'patch_size' in inspect.signature(getattr(sized, 'set_input_size', int)).parameters):
         p = sized.patch_embed.patch_size[0]
         small_patch = p//2 if p <= 4 else min(p, max(2, img_size//8))
     if sized is not None: args['img_size'] = img_size//small_patch*p if small_patch else img_size
@@ -135,11 +136,8 @@ def build_torchvision(
 
 # %% ../nbs/02_teachers.ipynb #fc3ad150
 _core = getattr(np, '_core', None) or np.core   # numpy numbers beside the weights (a `best_acc`) are harmless
-_SAFE = [
-    _core.multiarray.scalar, (_core.multiarray.scalar, 'numpy.core.multiarray.scalar'), np.dtype,
-    *{type(np.dtype(o))
-      for o in ('f8', 'f4', 'i8', 'i4')}
-]
+_SAFE = [_core.multiarray.scalar, (_core.multiarray.scalar, 'numpy.core.multiarray.scalar'), np.dtype,
+         *{type(np.dtype(o)) for o in ('f8', 'f4', 'i8', 'i4')}]
 
 def load_weights(
     path, # .pth, .pt or .safetensors
@@ -147,8 +145,8 @@ def load_weights(
     "The weights in a checkpoint file, unwrapped; never runs code"
     path = Path(path)
     if not path.is_file():
-        near = ', '.join(
-            sorted(f.name for f in path.parent.glob('*') if f.suffix in ('.pth', '.pt', '.safetensors'))[:5])
+        near = ', '.join(sorted(f.name for f in path.parent.glob('*')
+                                if f.suffix in ('.pth', '.pt', '.safetensors'))[:5])
         raise CheckpointError(f"Checkpoint '{path}' does not exist. " +
                               (f"In that folder: {near}." if near else "Check the path."))
     try:
@@ -160,21 +158,20 @@ def load_weights(
         if 'GLOBAL' not in str(e):
             raise CheckpointError(f"Checkpoint '{path}' is damaged or no checkpoint: {str(e)[:120]}") from None
         what = str(e).partition('GLOBAL')[2].split()[:1]
-        raise CheckpointError(
-            f"Checkpoint '{path}' holds Python objects ({' '.join(what)}), not only weights; loading it could run code, so it is refused. "
-            "Save `model.state_dict()` instead of the model.") from None
+        raise CheckpointError(f"Checkpoint '{path}' holds Python objects ({' '.join(what)}), not only weights; "
+                              "loading it could run code, so it is refused. "
+                              "Save `model.state_dict()` instead of the model.") from None
     except Exception as e:
-        raise CheckpointError(
-            f"Checkpoint '{path}' is damaged or no checkpoint: {type(e).__name__}: {str(e).strip()[:120]}. Fetch or save it again."
-        ) from None
+        raise CheckpointError(f"Checkpoint '{path}' is damaged or no checkpoint: "
+                              f"{type(e).__name__}: {str(e).strip()[:120]}. Fetch or save it again.") from None
     return unwrap(state, path)
 
 def unwrap(state, path='')->dict:
     "Take `{'model': …}`, `{'state_dict': …}` and `module.` off"
     for _ in range(3):
-        inner = isinstance(state, Mapping) and next(
-            (state[k] for k in ('state_dict', 'model', 'model_state_dict', 'student', 'net')
-             if isinstance(state.get(k), Mapping)), None)
+        inner = isinstance(state, Mapping) and next((
+            state[k] for k in ('state_dict', 'model', 'model_state_dict', 'student', 'net')
+            if isinstance(state.get(k), Mapping)), None)
         if inner: state = inner
     if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(v) for v in state.values()):
         raise CheckpointError(f"Checkpoint '{path}' holds no dict of tensors. Save `model.state_dict()`.")
@@ -188,17 +185,13 @@ def load_into(
 )->nn.Module:
     "Copy weights into `model`; all of them, or stop"
     mine, wrapped = model.state_dict(), isinstance(model, KDModel)
-    forms = [state, {f'model.{k}': v
-                     for k, v in state.items()}
-             ] if wrapped else [state, {k.removeprefix('model.'): v
-                                        for k, v in state.items()}]
+    forms = ([state, {f'model.{k}': v for k, v in state.items()}] if wrapped else
+             [state, {k.removeprefix('model.'): v for k, v in state.items()}])
     state = max(forms, key=lambda f: len(f.keys() & mine.keys()))
     # a plain checkpoint under a new adapter
     fresh_adapter = wrapped and not any(k.startswith('adapter.') for k in state)
-    missing = [
-        k for k in mine
-        if k not in state and not k.endswith('num_batches_tracked') and not (fresh_adapter and k.startswith('adapter.'))
-    ]
+    missing = [k for k in mine if k not in state and not k.endswith('num_batches_tracked')
+               and not (fresh_adapter and k.startswith('adapter.'))]
     extra = [k for k in state if k not in mine]
     bent = [k for k in mine if k in state and state[k].shape != mine[k].shape]
     if missing or extra or bent: raise CheckpointError(misfit(model, mine, state, missing, extra, bent, path))
@@ -208,10 +201,8 @@ def load_into(
 def misfit(model, mine:dict, state:dict, missing, extra, bent, path)->str:
     "What does not fit, and the likely reason"
     name = getattr(model, 'name', type(model).__name__)
-    heads = [
-        f'model.{h}.' if isinstance(model, KDModel) else f'{h}.'
-        for h in (model.anatomy.heads if isinstance(model, KDModel) else ())
-    ]
+    heads = [f'model.{h}.' if isinstance(model, KDModel) else f'{h}.'
+             for h in (model.anatomy.heads if isinstance(model, KDModel) else ())]
     first = next((k for k, v in mine.items() if v.ndim == 4), None)
     some = lambda ks: ', '.join(ks[:3]) + (f", … ({len(ks)} in all)" if len(ks) > 3 else '')
     said = [f"{w}: {some(ks)}" for w, ks in (('missing', missing), ('unexpected', extra),
@@ -219,7 +210,8 @@ def misfit(model, mine:dict, state:dict, missing, extra, bent, path)->str:
     if not missing and extra and all(k.startswith('adapter.') for k in extra):
         why = "It was saved with an adapter: use_distillation_adapter=1."
     elif not missing and not extra and heads and all(k.startswith(tuple(heads)) for k in bent):
-        why = f"It was trained for another number of classes ({state[bent[0]].shape[0]}, here {mine[bent[0]].shape[0]})."
+        why = ("It was trained for another number of classes "
+               f"({state[bent[0]].shape[0]}, here {mine[bent[0]].shape[0]}).")
     elif not missing and not extra and bent[0] == first:
         why = "The stem differs: was it trained with another small_input (or number of channels)?"
     else: why = "It is of another architecture."
@@ -270,9 +262,8 @@ def create_teacher(
         m = KDModel(net, img_size, in_chans, spec, dropout)
     else: raise ValueError(f"A model is a name, an nn.Module or a KDModel; got a {type(spec).__name__}.")
     if n_class is not None and m.n_class != n_class:
-        raise ValueError(
-            f"Model '{m.name}' answers with {m.n_class} logits, the data have {n_class} classes. Give it a last layer with {n_class} outputs."
-        )
+        raise ValueError(f"Model '{m.name}' answers with {m.n_class} logits, the data have {n_class} classes. "
+                         f"Give it a last layer with {n_class} outputs.")
     if use_adapter and m.adapter is None: add_adapter(m, adapter_hidden, adapter_out)
     return load_into(m, load_weights(ckpt), ckpt) if ckpt else m
 

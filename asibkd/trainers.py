@@ -28,8 +28,8 @@ def create_optimizer(
     groups = [{**g, 'params': [p for p in g['params'] if p.requires_grad]} for g in groups]
     groups = [g for g in groups if g['params']]
     if not groups:
-        raise RunError(
-            "Nothing to train: no parameter requires a gradient. Look at freeze_report(model) and the freeze levels.")
+        raise RunError("Nothing to train: no parameter requires a gradient. "
+                       "Look at freeze_report(model) and the freeze levels.")
     name = default if cfg.optimizer == 'auto' else cfg.optimizer
     kw = dict(fused=True) if groups[0]['params'][0].device.type in ('cpu', 'cuda') else {}
     if name == 'sgd':
@@ -111,10 +111,9 @@ def stop_if_bad(losses, phase:Phase, epoch:int, start:int, run):
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
         kept = f"The last good checkpoint is kept in {run/'checkpoint'}." if run is not None else ''
-        raise RunError(
-            f"Loss is {losses[bad[0]].item()} in phase {phase.name}, epoch {epoch + 1}, step {start + bad[0] + 1}. "
-            f"{kept} "
-            "Lower the learning rate, set grad_clip_norm, or try use_amp=0.")
+        raise RunError(f"Loss is {losses[bad[0]].item()} in phase {phase.name}, epoch {epoch + 1}, "
+                       f"step {start + bad[0] + 1}. {kept} "
+                       "Lower the learning rate, set grad_clip_norm, or try use_amp=0.")
 
 # %% ../nbs/06_trainers.ipynb #0c682f9b
 def train_epoch(
@@ -131,9 +130,8 @@ def train_epoch(
     model.train()
     cuda = [acc.device.index or 0] if acc.device.type == 'cuda' else []
     with torch.random.fork_rng(devices=cuda):
-        for k, batch in enumerate(
-                bar(phase.loader.epoch(epoch, start), cfg, total=n, initial=start,
-                    desc=f'{phase.name} {epoch + 1}/{phase.epochs}'), start):
+        for k, batch in enumerate(bar(phase.loader.epoch(epoch, start), cfg, total=n, initial=start,
+                                      desc=f'{phase.name} {epoch + 1}/{phase.epochs}'), start):
             schedule.step_update((phase.offset + epoch if phase.span else epoch)*n + k)
             torch.manual_seed(seed_of(cfg.seed, phase.name, epoch, k))
             out = model(shard(batch, acc), when)
@@ -175,15 +173,14 @@ def after_epoch(phase:Phase, fitted:Fitted, epoch:int, parts:dict, lr:float, sec
     "Validate, select and snapshot: once every epoch; returns the row for the log"
     v = phase.validate()
     if not math.isfinite(v.get('val_nll', 0.)):
-        raise RunError(
-            f"The validation loss is {v['val_nll']} after phase {phase.name}, epoch {epoch + 1}: the weights are "
-            "broken. The last good checkpoint is kept. Lower the learning rate or set grad_clip_norm.")
+        raise RunError(f"The validation loss is {v['val_nll']} after phase {phase.name}, epoch {epoch + 1}: "
+                       "the weights are broken. The last good checkpoint is kept. "
+                       "Lower the learning rate or set grad_clip_norm.")
     fitted.last, fitted.seconds = v, fitted.seconds + seconds
     if better(v, fitted.best, phase): fitted.best, fitted.state = dict(v, epoch=epoch + 1), snapshot(phase.keep)
     if 'oracle' in v: fitted.oracle = max(v['oracle'], fitted.oracle or 0.)
     row = dict(phase=phase.name, kind=phase.kind, stage=phase.stage + 1, epoch=epoch + 1, lr=lr,
-               **{f'train_{k}': p
-                  for k, p in parts.items()}, **v, seconds=round(seconds, 3))
+               **{f'train_{k}': p for k, p in parts.items()}, **v, seconds=round(seconds, 3))
     if run is not None: run.log_row(**row)
     return row
 
@@ -210,14 +207,13 @@ def fit(
     if state and state['scaler'] and acc.scaler is not None: acc.scaler.load_state_dict(state['scaler'])
     def save(epoch, step=0, sums=None, done=False):
         if acc.is_main_process:
-            ckpt.save(
-                dict(keep=snapshot(phase.keep), fitted=vars(fitted), rows=getattr(run, 'n_rows', 0), epoch=epoch,
-                     step=step, sums=sums, opt={} if done else opt.state_dict(),
-                     scaler=acc.scaler.state_dict() if acc.scaler is not None else {}), done)
+            ckpt.save(dict(keep=snapshot(phase.keep), fitted=vars(fitted), rows=getattr(run, 'n_rows', 0),
+                           epoch=epoch, step=step, sums=sums, opt={} if done else opt.state_dict(),
+                           scaler=acc.scaler.state_dict() if acc.scaler is not None else {}), done)
     for epoch in range(first, phase.epochs):
         t = time.perf_counter()
-        parts = train_epoch(phase, model, opt, schedule, acc, cfg, epoch, step, sums, lambda k, s: save(epoch, k, s),
-                            run)
+        parts = train_epoch(phase, model, opt, schedule, acc, cfg, epoch, step, sums,
+                            lambda k, s: save(epoch, k, s), run)
         row = after_epoch(phase, fitted, epoch, parts, opt.param_groups[0]['lr'], time.perf_counter() - t, run)
         if run is not None: run.n_rows += 1
         step, sums = 0, None

@@ -47,10 +47,8 @@ class CifarResNet(nn.Module):
             blocks = [ResBlock(w[k-1], w[k], stride)] + [ResBlock(w[k], w[k]) for _ in range(n - 1)]
             setattr(self, f'layer{k}', nn.Sequential(*blocks))
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(w[3], n_class)
-        self.feature_info = [
-            dict(num_chs=c, reduction=r, module=m)
-            for c, r, m in zip(w, (1, 1, 2, 4), ('relu', 'layer1', 'layer2', 'layer3'))
-        ]
+        self.feature_info = [dict(num_chs=c, reduction=r, module=m)
+                             for c, r, m in zip(w, (1, 1, 2, 4), ('relu', 'layer1', 'layer2', 'layer3'))]
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
 
@@ -96,10 +94,8 @@ class WideResNet(nn.Module):
         for k, stride in ((1, 1), (2, 2), (3, 2)): setattr(self, f'block{k}', WideGroup(n, w[k-1], w[k], stride))
         self.bn1, self.relu = nn.BatchNorm2d(w[3]), nn.ReLU()
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(w[3], n_class)
-        self.feature_info = [
-            dict(num_chs=c, reduction=r, module=m)
-            for c, r, m in zip(w, (1, 1, 2, 4), ('conv1', 'block1', 'block2', 'block3'))
-        ]
+        self.feature_info = [dict(num_chs=c, reduction=r, module=m)
+                             for c, r, m in zip(w, (1, 1, 2, 4), ('conv1', 'block1', 'block2', 'block3'))]
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out')
         nn.init.zeros_(self.fc.bias)
@@ -130,9 +126,8 @@ class CifarVGG(nn.Module):
         for k, (n, o) in enumerate(zip(depths, w)):
             setattr(self, f'block{k}', vgg_block(n, w[k-1] if k else in_chans, o)); setattr(self, f'act{k}', nn.ReLU())
         self.pool, self.avgpool, self.classifier = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Linear(512, n_class)
-        self.feature_info = [
-            dict(num_chs=c, reduction=r, module=f'act{k}') for k, (c, r) in enumerate(zip(w, (1, 2, 4, 8, 8)))
-        ]
+        self.feature_info = [dict(num_chs=c, reduction=r, module=f'act{k}')
+                             for k, (c, r) in enumerate(zip(w, (1, 2, 4, 8, 8)))]
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out'); nn.init.zeros_(m.bias)
         nn.init.normal_(self.classifier.weight, std=.01); nn.init.zeros_(self.classifier.bias)

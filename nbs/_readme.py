@@ -13,11 +13,15 @@ def render()->str:
     nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and re.match(r'\s*#\|\s*hide\b', c.source))]
     for c in nb.cells:
         if c.cell_type == 'code':
+            mute = re.search(r'#\|\s*echo:\s*false', c.source)       # its output alone is for the reader
             c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
             for o in c.outputs: o.get('data', {}).pop('text/html', None)
+            if mute:
+                c.cell_type, c.source = 'markdown', '\n\n'.join(o.data['text/markdown'] for o in c.outputs)
+                for k in ('outputs', 'execution_count'): c.pop(k)
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r'(\]\(|src=")images/', r'\1nbs/images/', text)
-    text = re.sub(r'\]\(([\w]+\.ipynb)', r'](nbs/\1', text)
+    text = re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', text)
     return '<!-- Written by nbs/_readme.py from nbs/index.ipynb: edit that. -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 if __name__ == '__main__':
