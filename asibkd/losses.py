@@ -159,7 +159,7 @@ def angles(
     n = v.pow(2).sum(-1, keepdim=True)
     there = n > 1e-20
     u = torch.where(there, v/torch.where(there, n, 1.).sqrt(), 0.)
-    return u @ u.transpose(1, 2)
+    with torch.autocast(e.device.type, enabled=False): return u @ u.transpose(1, 2)   # in full precision
 
 def rkd_distance(
     f_s:Tensor,  # (B, D) student's feature
