@@ -17,7 +17,7 @@ demo: env            ## the main job on the embedded digits: table, curves, run 
 	@echo "The executed notebook, with table and curves: results/quickstart.ipynb"
 
 test: env            ## every notebook, then the tests of doors, faults and the house
-	nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	pytest -q -n 2
 	python nbs/_readme.py --check
 
