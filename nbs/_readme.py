@@ -19,6 +19,7 @@ def render()->str:
             if mute:
                 c.cell_type, c.source = 'markdown', '\n\n'.join(o.data['text/markdown'] for o in c.outputs)
                 for k in ('outputs', 'execution_count'): c.pop(k)
+    nb.metadata['language_info'] = dict(name='python')                   # so that code blocks are coloured
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r'(\]\(|src=")images/', r'\1nbs/images/', text)
     text = re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', text)
