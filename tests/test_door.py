@@ -60,3 +60,17 @@ def test_wheel_contents(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
     assert 'asibkd/cli.py' in names and 'asibkd/presets/quickstart.yaml' in names and 'asibkd/presets/method/asmb.yaml' in names
     assert not any(n.startswith(('nbs/', 'tests/')) for n in names)
+
+def test_finetune_then_run_then_evaluate(asibkd, tmp_path):
+    "A teacher is fine-tuned once, the stages find its checkpoint, and `evaluate` gives the table's numbers back"
+    short = ['preset=quickstart', 'train_per_class=12', 'device=cpu', 'log_level=INFO']
+    r = asibkd('finetune', *short, '--teacher_type', 'resnet20', '--finetune_epochs', 1, '--finetune_use_cutmix', 1); assert r.returncode == 0, r.stderr[-2000:]
+    assert (tmp_path/'checkpoints'/'resnet20_ft.pth').exists()
+    r = asibkd('finetune', *short, '--teacher_type', 'resnet20', '--finetune_epochs', 1); assert r.returncode == 0 and 'skipped' in r.stdout
+    r = asibkd('run', *short, '--finetune_epochs', 1, '--teacher_adapt_epochs', 1, '--student_epochs_per_stage', 1, '--num_stages', 1, '--compare', 0, '--exp_id', 'a')
+    assert r.returncode == 0 and 'from checkpoints/resnet20_ft.pth' in r.stdout and 'fine-tuning resnet14' in r.stdout, r.stderr[-2000:]
+    s = json.loads((tmp_path/'results'/'a'/'summary.json').read_text())
+    r = asibkd('evaluate', *short, '--eval_mode', 'synergy', '--mbm_ckpt', 'results/a/bridge.safetensors', '--student_ckpt', 'results/a/student.safetensors', '--teacher2_ckpt', 'results/a/teacher2.pth')
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert f"acc {s['test_acc_val_selected']:.4f}" in next(o for o in r.stdout.splitlines() if re.match(r'test\s+student', o)) and 'both_wrong' in r.stdout
+    assert (tmp_path/'results'/'evaluation.csv').exists()

@@ -10,7 +10,8 @@ ARGS = dict(preset='quickstart', device='cpu', compare=1, train_per_class=30, fi
 
 def start(results, **kw):
     args = [f'{k}={v}' for k, v in dict(ARGS, results_dir=results, **kw).items()]
-    return subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a background shell hands Ctrl-C down as ignored
 
 def outcome(results):
     r = Path(results)/'a'
