@@ -7,8 +7,6 @@ __all__ = ['weigh_equal', 'weigh_entropy', 'weigh_confidence', 'min_norm', 'weig
            'CAMKDParams', 'CAMKD', 'FitNetMKD']
 
 # %% ../nbs/05e_multi.ipynb #148bb72b
-import itertools
-
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field
@@ -25,20 +23,19 @@ def weigh_equal(
     z_s:Tensor, # (B, K) student's logits
     z_t:Tensor, # (M, B, K) teachers' logits
     y:Tensor,   # (B,) int64 labels
-    tau=1.,     # Temperature of the distillation
 )->Tensor: # (M, B), sums to 1 over the teachers
     "AVER: everybody alike"
     return up(z_t).new_full(z_t.shape[:2], 1/len(z_t))
 
 def weigh_entropy(
-    z_s, z_t, y, tau=1., # As in `weigh_equal`
+    z_s, z_t, y, # As in `weigh_equal`
 )->Tensor:
     "EBKD: softmax over teachers of minus the entropy of their answer (Kwon et al. 2020)"
     log_p = up(z_t.detach()).log_softmax(-1)
     return (log_p.exp()*log_p).sum(-1).softmax(0)
 
 def weigh_confidence(
-    z_s, z_t, y, tau=1., # As in `weigh_equal`
+    z_s, z_t, y, # As in `weigh_equal`
 )->Tensor:
     "CA-MKD: (1 − softmax over teachers of their cross-entropy)/(M − 1) (Zhang et al. 2022, eq. 3)"
     m = len(z_t)
@@ -51,23 +48,24 @@ def min_norm(
     gram:Tensor, # (M, M) products of M vectors
 )->Tensor: # (M,) ≥ 0, sums to 1
     "The convex weights that make Σ w_t g_t shortest"
-    m = len(gram)
-    if m > 10: raise ConfigError(f"aekd solves for at most 10 teachers, got {m}. Use aver, ebkd or camkd.")
-    faces = torch.tensor(list(itertools.product((0., 1.), repeat=m))[1:], device=gram.device, dtype=gram.dtype)
+    m, bit = len(gram), torch.arange(len(gram), device=gram.device)
+    faces = (torch.arange(1, 2**m, device=gram.device)[:, None] >> bit & 1).to(gram.dtype)     # every non-empty set of teachers
     g = gram/gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(m, device=gram.device, dtype=gram.dtype)
     a = g*faces[:, :, None]*faces[:, None, :] + torch.diag_embed(1 - faces) + 1e-6*eye   # equal teachers: share alike
     w = torch.linalg.solve_ex(a, faces[..., None])[0][..., 0]*faces
     w = w/w.sum(1, keepdim=True)
-    cost = torch.einsum('fi,ij,fj->f', w, g + 1e-6*eye, w)
-    return w[torch.where((w >= -1e-6).all(1) & cost.isfinite(), cost, torch.inf).argmin()].clamp_min(0)
+    cost = (w[:, :, None]*w[:, None]*(g + 1e-6*eye)).sum((1, 2))           # no matmul: autocast would halve its precision
+    best = torch.where((w >= -1e-6).all(1) & cost.isfinite(), cost, torch.inf).argmin(0, keepdim=True)
+    return w.index_select(0, best)[0].clamp_min(0)
 
 def weigh_min_norm(
-    z_s, z_t, y, tau=1., # As in `weigh_equal`
+    z_s, z_t, y, # As in `weigh_equal`
+    tau=1.,      # Temperature: the gradients are those of the softened loss
 )->Tensor:
     "AEKD: min-norm weights of the teachers' gradients at the student's logits, one set a batch (Du et al. 2020, eq. 8)"
     z_s, z_t = up(z_s.detach()), up(z_t.detach())
-    known = z_t > FOREIGN                                                   # a class a teacher does not know has no gradient
+    known = z_t > FOREIGN/2                                                 # (half types round FOREIGN) a class a teacher does not know has no gradient
     g = (torch.where(known, z_s/tau, FOREIGN).softmax(-1) - (z_t/tau).softmax(-1)).flatten(1)
     w = min_norm((g[:, None]*g).sum(-1))                                   # no matmul: autocast would halve its precision
     return (w/w.sum())[:, None].expand(-1, z_s.shape[0])
@@ -77,10 +75,12 @@ class Weighing(Method):
     "ce_alpha · CE + kd_alpha · Σ_t w_t KD_t; a subclass says `weigh`"
     weigh = staticmethod(weigh_equal)
 
+    def weights(self, z_s, z_t, y, tau): return self.weigh(z_s, z_t, y)    # aekd also wants the temperature
+
     def weighed_kd(self, batch, s_out, t_outs, when)->Tensor:
         "The mean over teachers, each on the classes it knows"
         z_t = torch.stack([o['logit'] for o in t_outs])
-        w = self.weigh(s_out['logit'].detach(), z_t, batch.hard, self.tau(when))
+        w = self.weights(s_out['logit'].detach(), z_t, batch.hard, self.tau(when))
         return sum(self.hear(s_out, o, when, weight=v) for o, v in zip(t_outs, w))
 
     def loss(self, batch, s_out, t_outs, when):
@@ -98,6 +98,13 @@ class EBKD(Weighing):
 class AEKD(Weighing):
     "Min-norm weights of the gradients (Du et al. 2020)"
     weigh = staticmethod(weigh_min_norm)
+
+    def __init__(self, cfg, student, teachers, own=None, labels=None):
+        super().__init__(cfg, student, teachers, own)
+        if len(teachers) > 10:
+            raise ConfigError(f"aekd solves for at most 10 teachers, got {len(teachers)}. Use aver, ebkd or camkd.")
+
+    def weights(self, z_s, z_t, y, tau): return self.weigh(z_s, z_t, y, tau)
 
 # %% ../nbs/05e_multi.ipynb #59484b0f
 class CAMKDParams(BaseModel, extra='forbid'):
