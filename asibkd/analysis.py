@@ -41,6 +41,7 @@ def result_table(
 )->pd.DataFrame:
     "Teachers, their ensemble, baselines and the student of one run"
     s = summary if isinstance(summary, dict) else load_summary(summary)
+    if 'rows' not in s: raise RunError("This folder holds a fine-tuned teacher, no result table. Name the folder of a run.")
     t = pd.DataFrame(s['rows'])
     for k in ('latency_ms', 'seconds'): t[k] = [s['time'].get(k, {}).get(n) for n in t['key']]
     for k in ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc'):
@@ -113,8 +114,9 @@ def _folders(paths):
     "Folders of finished runs at or below `paths`"
     out = [d for p in map(Path, paths) for d in ([p] if (p/'summary.json').exists() else
                                                  sorted(f.parent for f in p.glob('*/summary.json')))]
-    if not out: raise RunError(f"No finished run in {', '.join(map(str, paths))}.")
-    return [d for d in out if 'rows' in load_summary(d) and '~' not in d.name]     # no fine-tuning, nothing set aside
+    out = [d for d in out if 'rows' in load_summary(d) and '~' not in d.name]      # no fine-tuning, nothing set aside
+    if not out: raise RunError(f"No finished run in {', '.join(map(str, paths))}. Start one with `asibkd run`.")
+    return out
 
 def collect(
     *paths,  # Run folders, or folders of run folders

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['settle', 'student_epochs', 'teacher_specs', 'dropout_of', 'save_teacher', 'check_card', 'find_weights',
-           'build_teacher', 'freeze_teachers', 'build_student', 'fingerprint']
+           'build_teacher', 'train_teacher', 'check_plan', 'freeze_teachers', 'build_student', 'fingerprint']
 
 # %% ../nbs/06b_build.ipynb #731a8183
 import hashlib
@@ -16,10 +16,10 @@ from torch import nn
 from . import crd, multi, single    # they register their methods
 from .core import CheckpointError, Config, ConfigError, log
 from .runtime import atomic_save, forked_rng, pick_device, precision_of
-from .data import Data, overlap_classes, restrict
+from .data import Data, ImageSet, as_image, overlap_classes, restrict
 from .freeze import apply_freeze, freeze_all
 from .kdmodel import spread_classes
-from .methods import check_method
+from .methods import check_method, create_method
 from .students import create_student
 from .teachers import create_teacher, load_into, load_weights
 from .phases import finetune
@@ -39,6 +39,9 @@ def settle(
     if cfg.overlap_pct is not None and not check_method(cfg.method).subsets:
         raise ConfigError(f"overlap_pct={cfg.overlap_pct:g}: {cfg.method} needs teachers that know every class. "
                           "Use asmb, avgz, aver, ebkd, camkd, aekd or vanilla_kd.")
+    if cfg.method == 'asmb' and cfg.synergy_base == 'none' and not cfg.teacher_adapt_epochs:
+        raise ConfigError("synergy_base=none with teacher_adapt_epochs=0: the student would learn from an untrained head. "
+                          "Raise teacher_adapt_epochs, or use synergy_base=average.")
     size = max(data.shape[1:])
     now = dict(device=device.type, image_size=size,
                small_input='1' if cfg.small_input == '1' or (cfg.small_input == 'auto' and size <= 64) else '0',
@@ -70,13 +73,15 @@ def teacher_specs(
     "Who teaches, and how much of each may move: teacher 1's settings for the first, teacher 2's for all others"
     used = check_method(cfg.method).teachers_used
     if used == 'none' and not cfg.compare: return []
-    one = used == 'one' and not cfg.compare
+    one = used == 'one'
+    if cfg.teacher_type and not one: log.warning(f"teacher_type is for single-teacher methods; {cfg.method} has teacher1_type, teacher2_type")
     if given is None: given = cfg.teachers or [one and cfg.teacher_type or cfg.teacher1_type, cfg.teacher2_type]
-    if one: given = given[:1]                                               # nobody would ask the others
+    if one and not cfg.compare: given = given[:1]                           # nobody would ask the others
+    if not given: raise ConfigError("teachers=[]: give at least one teacher.")
     if cfg.overlap_pct is not None and len(given) > 2:
         raise ConfigError(f"overlap_pct deals the classes to two teachers; there are {len(given)}.")
     parts = (None, None) if cfg.overlap_pct is None else overlap_classes(n_class, cfg.overlap_pct, cfg.seed)
-    ckpts = cfg.teacher_ckpts or [cfg.teacher_ckpt or cfg.teacher1_ckpt, cfg.teacher2_ckpt]
+    ckpts = cfg.teacher_ckpts or [one and cfg.teacher_ckpt or cfg.teacher1_ckpt, cfg.teacher2_ckpt]
     out = []
     for i, what in enumerate(given):
         t = 1 if i == 0 else 2
@@ -123,13 +128,13 @@ def find_weights(spec:dict)->str: # '' when there are none
 
 # %% ../nbs/06b_build.ipynb #e2e4309f
 def build_teacher(
-    spec:dict, data:Data, cfg:Config, acc, run=None, callbacks=(),
-)->tuple: # (wrapped teacher, dict of what is known about it)
-    "One teacher: built, then loaded or fine-tuned; one that is to know some classes sees only those"
+    spec:dict, data:Data, cfg:Config,
+)->tuple: # (wrapped teacher, dict of what is known about it; None: it is still to be fine-tuned)
+    "One teacher: built, and loaded where there are weights; one that is to know some classes answers in their columns"
     if (classes := spec.get('classes')) is not None:
         own = spec | dict(classes=None, usual=False)                       # checkpoints/{type}_ft.pth knows all classes
-        t, known = build_teacher(own, restrict(data, classes), cfg, acc, run, callbacks)
-        return spread_classes(t, classes, data.n_class), known | dict(classes=classes)
+        t, known = build_teacher(own, restrict(data, classes), cfg)
+        return spread_classes(t, classes, data.n_class), known and known | dict(classes=classes)
     what, name = spec['what'], spec['name']
     with forked_rng(cfg.seed, 'init', name):
         t = create_teacher(what, n_class=data.n_class, pretrained=spec['pretrained'], img_size=data.shape[-1],
@@ -145,21 +150,40 @@ def build_teacher(
         log.warning(f"{name}: {t.name} has no trained weights for these classes (no checkpoint, finetune_epochs=0). "
                     "What it teaches is noise" + (" but for its pretrained trunk." if spec['pretrained'] else '.'))
         return t, dict(weights='pretrained trunk, untrained head' if spec['pretrained'] else 'untrained')
-    log.info(f"{name}: fine-tuning {t.name} for {cfg.finetune_epochs} epochs")
+    return t, None
+
+def train_teacher(
+    t, spec:dict, data:Data, cfg:Config, acc, run=None, callbacks=(),
+)->dict: # What is known about it
+    "Fine-tune a teacher that `build_teacher` left untrained, on the classes it is to know"
+    name, classes = spec['name'], spec.get('classes')
+    if classes is not None: data, n_class, t.columns = restrict(data, classes), data.n_class, None
+    log.info(f"{name}: fine-tuning {t.name} for {cfg.finetune_epochs} epochs"
+             + ('' if isinstance(spec['what'], str) else ' (a copy of your module; finetune_epochs=0 takes it as it is)'))
     fitted = finetune(t, data, cfg, acc, run, name, callbacks)
     for to in filter(None, (run and run/f'{name}.pth', spec['keep'])):
         save_teacher(t, to, data, t.name, fitted.best['val_acc'])
-    return t, dict(weights='fine-tuned in this run', seconds=fitted.seconds)
+    if classes is not None: spread_classes(t, classes, n_class)
+    return dict(weights='fine-tuned in this run', seconds=fitted.seconds)
 
 # %% ../nbs/06b_build.ipynb #404e18d4
-def freeze_teachers(teachers, specs, cfg:Config):
+def check_plan(student, teachers, specs, cfg:Config, extra=None, labels=None):
+    "Freeze and build the method once, for the errors: a typing error is to cost seconds, not the teachers' training"
+    files = [f for f in map(find_weights, specs) if f]
+    if len(set(files)) < len(files):
+        log.warning(f"two teachers have the same weights ({', '.join(files)}): their average is one teacher. Name another file.")
+    freeze_teachers(teachers, specs, cfg, log.debug)
+    with forked_rng(cfg.seed, 'plan'): create_method(cfg.method, cfg, student, teachers, extra, labels)
+    for t in teachers: t.requires_grad_(True); t.fixed = set()
+
+def freeze_teachers(teachers, specs, cfg:Config, say=log.info):
     "Partial freezing for asmb, everything fixed for all others"
     for t, s in zip(teachers, specs):
         if not cfg.use_partial_freeze: freeze_all(t)
         else: apply_freeze(t, level=s['level'], scope=s['scope'] or None, bn_head_only=s['bn_head_only'],
                            freeze_bn=s['freeze_bn'])
         n = sum(p.numel() for p in t.parameters() if p.requires_grad)
-        log.info(f"{s['name']}: {t.name}, {n:,} of {sum(p.numel() for p in t.parameters()):,} parameters "
+        say(f"{s['name']}: {t.name}, {n:,} of {sum(p.numel() for p in t.parameters()):,} parameters "
                  "open in phase A")
 
 def build_student(cfg:Config, data:Data, given=None):
@@ -172,10 +196,19 @@ def build_student(cfg:Config, data:Data, given=None):
     if cfg.student_ckpt: load_into(s, load_weights(cfg.student_ckpt), cfg.student_ckpt)
     return apply_freeze(s, level=cfg.student_freeze_level, freeze_bn=cfg.student_freeze_bn)
 
+def _some_items(o, n=32)->str:
+    "Hash of `n` spread items: two datasets of one length are not one (an image drawn anew each time does not count)"
+    h = hashlib.blake2b(digest_size=4)
+    for i in torch.linspace(0, len(o) - 1, min(n, len(o))).long().tolist():
+        (a, y), (b, _) = ((o.source[int(o.ids[i])], o.y[i]) if isinstance(o, ImageSet) else o[i][:2] for _ in range(2))
+        a, b = as_image(a), as_image(b)
+        h.update(f'{int(y)}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
+    return h.hexdigest()
+
 def fingerprint(o)->str:
-    "A short name for the user's own module (its weights) or dataset (type and length)"
+    "A short name for the user's own module (its weights) or dataset (its length and some of its images and labels)"
     if isinstance(o, str): return o
-    if not isinstance(o, nn.Module): return f'{type(o).__name__}:{len(o)}'
+    if not isinstance(o, nn.Module): return f'{type(o).__name__}:{len(o)}:{_some_items(o)}'
     h = hashlib.blake2b(digest_size=4)
     for k, v in o.state_dict().items():
         h.update(k.encode())

@@ -7,7 +7,7 @@ __all__ = ['ABOUT', 'LOOP', 'COMMANDS', 'parse', 'cmd_run', 'cmd_baseline', 'cmd
            'cmd_compare', 'newest', 'cmd_show', 'cmd_export', 'usage', 'main']
 
 # %% ../nbs/12b_cli.ipynb #0ee13bbf
-import argparse, sys
+import argparse, re, sys
 from pathlib import Path
 
 from .core import ALIASES, AsibError, Config, ConfigError, list_presets, parameter_table, refuse_key, unknown
@@ -15,7 +15,7 @@ from .analysis import collect, compare_runs, load_summary, result_table, save_co
 from .deploy import export_student
 from .methods import list_methods
 from .run import run_experiment
-from .tasks import run_evaluate, run_finetune, run_loop
+from .tasks import run_evaluate, run_finetune, run_loop, unless
 
 # %% ../nbs/12b_cli.ipynb #d6587121
 ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
@@ -54,7 +54,8 @@ def _optional(key:str)->bool:
 
 def parse(command:str, argv)->tuple: # (YAML file, {key: value})
     "Options into parameters; unknown ones are refused with the nearest name"
-    argv = [f"--{a.lstrip('+')}" if '=' in a and not a.startswith('-') else a for a in argv]
+    argv = [f"--{a.lstrip('+')}" if re.match(r'\+*[\w.]+=', a) and not bare else a
+            for a, bare in zip(argv, [False, *(o.startswith('-') and '=' not in o for o in argv)])]   # not the value of a --key
     ns, rest = _parser(command).parse_known_args(argv)
     given = {k: v for k, v in vars(ns).items() if v is not None and k != 'file'}
     known = {*Config.model_fields, *ALIASES}
@@ -80,7 +81,7 @@ def _report(s:dict):
 
 def cmd_run(argv): f, p = parse('run', argv); _report(run_experiment(f, **p))
 def cmd_baseline(argv):
-    f, p = parse('baseline', argv); _report(run_experiment(f, **{'compare': 0} | p | {'method': 'ce'}))
+    f, p = parse('baseline', argv); _report(run_experiment(f, **unless(f, p, compare=0) | {'method': 'ce'}))
 
 def cmd_finetune(argv):
     f, p = parse('finetune', argv); s = run_finetune(f, **p)
@@ -117,7 +118,8 @@ def cmd_compare(argv):
 # %% ../nbs/12b_cli.ipynb #f3c4ec14
 def newest(results='results')->str:
     "The run folder that was finished last"
-    done = sorted(Path(results).glob('*/summary.json'), key=lambda f: f.stat().st_mtime)
+    done = sorted((f for f in Path(results).glob('*/summary.json') if 'rows' in load_summary(f.parent)),
+                  key=lambda f: f.stat().st_mtime)
     if not done: raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
     return str(done[-1].parent)
 

@@ -73,7 +73,7 @@ class Experiment(Params):
         "Where to compute; cuda asked for and absent falls back to the CPU with a warning.")
     results_dir:str = P('results', "Folder of all run folders and of summary.csv.")
     exp_id:str = P('auto',
-        "Name of the run folder; auto = method, dataset, seed and a hash of the parameters.", pattern=r'^[\w.+-]+$')
+        "Name of the run folder; auto = method, dataset, seed and a hash of the parameters.", pattern=r'^\w[\w.+=-]*$')
     resume:Literal['auto', '0', '1'] = P('auto',
         "auto: go on where the same run stopped, do not repeat a finished one; 0: start anew (the old folder is "
         "kept aside); 1: must resume.")
@@ -345,6 +345,7 @@ def read_yaml(path)->dict: # Flat; `log: {level: …}` becomes `log_level`
 def flatten_log(d:dict)->dict:
     "The original's nested `log: {level, filename}` as flat keys"
     nested = d.pop('log', None) or {}
+    for k in ('_requested', 'own', 'kind'): d.pop(k, None)          # a run's config.json is a parameter file, too
     return {**d, **{f'log_{k}': v for k, v in nested.items()}}
 
 # %% ../nbs/00_core.ipynb #793172e0
@@ -382,6 +383,8 @@ def refuse_key(key:str, known):
         near = difflib.get_close_matches(plain.replace('.', '_'), known, n=1, cutoff=0.3)
         raise ConfigError(f"Unknown parameter '{key}': here keys are flat, without dots. " +
                           (f"Did you mean '{near[0]}'?" if near else "See `asibkd run --help`."))
+    if whose := [m for m, p in own_params.items() if plain in p.model_fields]:
+        raise ConfigError(f"Parameter '{key}' belongs to method {', '.join(whose)}: give it with method={whose[0]}.")
     near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     raise ConfigError(f"Unknown parameter '{key}'." + (f" Did you mean '{near[0]}'?" if near else '') +
                       " `asibkd run --help` lists every parameter.")
@@ -412,7 +415,7 @@ def not_yet(cfg:Config):
     "Refuse keys whose machinery is not released, unless they stand at their default"
     for k, f in Config.model_fields.items():
         arrives = (f.json_schema_extra or {}).get('arrives')
-        if arrives and getattr(cfg, k) != f.default:
+        if arrives and getattr(cfg, k) not in (f.default, 'off'):
             raise ConfigError(
                 f"Parameter '{k}' = {getattr(cfg, k)!r} arrives with {arrives}, in a later release; leave it at {f.default!r}."
             )

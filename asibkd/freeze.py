@@ -12,7 +12,7 @@ import contextlib, fnmatch
 import pandas as pd
 from torch import nn
 
-from .core import unknown
+from .core import ConfigError, unknown
 from .kdmodel import KDModel
 
 # %% ../nbs/03_freeze.ipynb #f81e2030
@@ -45,13 +45,13 @@ def open_by_scope(m:KDModel, scope:str)->set:
     out = set()
     for part in filter(None, (o.strip() for o in scope.split(','))):
         if part == 'adapter' and m.adapter is None:
-            raise ValueError(f"Freeze scope 'adapter' matches nothing: '{m.name}' has none. "
+            raise ConfigError(f"Freeze scope 'adapter' matches nothing: '{m.name}' has none. "
                              "Set use_distillation_adapter=1.")
         if part in short and part not in names: out |= short[part]; continue
         hit = {n for n in names if n and (n == part or n.startswith(part + '.') or fnmatch.fnmatchcase(n, part))}
         if not hit:
             err = unknown('freeze scope', part, [*short, *(n for n in names if n and n.count('.') < 2)])
-            raise ValueError(f"Freeze scope '{part}' matches nothing in '{m.name}'. {err}")
+            raise ConfigError(f"Freeze scope '{part}' matches nothing in '{m.name}'. {err}")
         out |= hit | {n for n in names if any(n.startswith(h + '.') for h in hit)}
     return out
 
@@ -66,12 +66,12 @@ def apply_freeze(
 )->KDModel: # The same model, changed in place
     "Freeze a model in part; its adapter stays trainable"
     if level not in (-1, 0, 1, 2):
-        raise ValueError(f"Freeze level {level!r}: expected -1 (nothing frozen), 0 (head open), "
+        raise ConfigError(f"Freeze level {level!r}: expected -1 (nothing frozen), 0 (head open), "
                          "1 or 2 (and that many last blocks).")
     if use_partial_freeze and scope and bn_head_only:
-        raise ValueError("freeze_scope and bn_head_only both say what is open; give one of them.")
+        raise ConfigError("freeze_scope and bn_head_only both say what is open; give one of them.")
     if use_partial_freeze and bn_head_only and freeze_bn:
-        raise ValueError("bn_head_only opens the normalisation layers and freeze_bn fixes them; give one of them.")
+        raise ConfigError("bn_head_only opens the normalisation layers and freeze_bn fixes them; give one of them.")
     if not use_partial_freeze: opened = open_by_level(m, -1)
     elif bn_head_only: opened = open_norms(m)
     else: opened = open_by_scope(m, scope) if scope else open_by_level(m, level)
@@ -83,7 +83,7 @@ def apply_freeze(
             if p is not None: p.requires_grad_(n in opened)
     m.fixed = closed_parts(mods, opened)
     if not any(p.requires_grad for p in m.parameters()):
-        raise ValueError(f"Nothing in '{m.name}' is left trainable. Choose another freeze level or scope, "
+        raise ConfigError(f"Nothing in '{m.name}' is left trainable. Choose another freeze level or scope, "
                          "or freeze it wholly with `freeze_all`.")
     return m.train(m.training)
 

@@ -27,7 +27,7 @@ class Tokens(nn.Module):
         feats,  # One per teacher: (B, D_t), or a map (B, C_t, h, w)
     )->tuple:   # tokens (B, N, d) · tokens per teacher [n_t]
         if len(feats) != len(self.proj):
-            raise ValueError(f"{len(feats)} teachers' features came, the bridge was built for {len(self.proj)}.")
+            raise ConfigError(f"{len(feats)} teachers' features came, the bridge was built for {len(self.proj)}.")
         out = [p(f[:, None] if f.ndim == 2 else f.flatten(2).transpose(1, 2)) for p, f in zip(self.proj, feats)]
         return torch.cat(out, 1), [o.shape[1] for o in out]
 
@@ -43,7 +43,7 @@ class Attend(nn.Module):
     ):
         super().__init__()
         if d//r < n_head:
-            raise ValueError(f"mbm_r={r} leaves a width of {d//r} of {d} for {n_head} head(s). "
+            raise ConfigError(f"mbm_r={r} leaves a width of {d//r} of {d} for {n_head} head(s). "
                              "Lower mbm_r or mbm_n_head.")
         inner = d//r//n_head*n_head
         self.n_head, self.scale = n_head, (inner//n_head)**-0.5

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .core import ConfigError
 from .runtime import forked_rng
 
 # %% ../nbs/01d_kdmodel.ipynb #acd96318
@@ -58,7 +59,7 @@ def logits_of(
     if torch.is_tensor(got) and got.ndim > 2 and got[0].numel() == got.shape[1]: got = got.flatten(1)
     if torch.is_tensor(got) and got.ndim == 2: return got
     kind = f"a tensor of shape {tuple(got.shape)}" if torch.is_tensor(got) else f"a {type(out).__name__}"
-    raise ValueError(f"Model '{name}' returned {kind}; expected logits of shape (batch, classes), "
+    raise ConfigError(f"Model '{name}' returned {kind}; expected logits of shape (batch, classes), "
                      "or a dict with a 'logits' entry. Wrap it in a module that returns them.")
 
 # %% ../nbs/01d_kdmodel.ipynb #bd727c92
@@ -80,7 +81,7 @@ def trace(
     try:
         with forked_rng('trace'): out, calls = watch(model.eval(), x)
     except Exception as e:
-        raise ValueError(f"Model '{name}' fails on an image of shape {tuple(x.shape[1:])}: "
+        raise ConfigError(f"Model '{name}' fails on an image of shape {tuple(x.shape[1:])}: "
                          f"{type(e).__name__}: {str(e)[:200]}. "
                          "Check image size, channels and small_input.") from e
     finally:
@@ -139,7 +140,7 @@ def find_heads(model:nn.Module, calls, n_class:int)->list: # Names
                 and n_class == getattr(m, 'out_features', getattr(m, 'out_channels', 0))): return [c.name]
     for c in reversed(calls):
         if mods[c.name]._parameters and torch.is_tensor(c.out) and c.out.shape[1:] == (n_class,): return [c.name]
-    raise ValueError(f"{type(model).__name__}: no module makes the {n_class} logits. "
+    raise ConfigError(f"{type(model).__name__}: no module makes the {n_class} logits. "
                      f"Expected a last nn.Linear or nn.Conv2d with {n_class} outputs; end the model with one.")
 
 def head_input(
@@ -380,6 +381,6 @@ def spread_classes(
 )->KDModel:
     "Let a model of some classes answer in the columns of all"
     if len(classes) != m.anatomy.n_class:
-        raise ValueError(f"'{m.name}' has {m.anatomy.n_class} logits and is to stand for {len(classes)} classes.")
+        raise ConfigError(f"'{m.name}' has {m.anatomy.n_class} logits and is to stand for {len(classes)} classes.")
     m.columns, m.n_class = torch.as_tensor(classes, dtype=torch.int64, device=next(m.parameters()).device), n_class
     return m

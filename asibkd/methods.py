@@ -200,7 +200,7 @@ class ASMB(Method):
         "Phase A trains the synergy; phase B the student's projection"
         self.phase = phase
         self.synergy.requires_grad_(phase == 'A')
-        if self.project is not None: self.project.requires_grad_(phase == 'B' or self.cfg.bridge_objective != 'distil')
+        if self.project is not None: self.project.requires_grad_(phase == 'B')
         self.train(self.training)
 
     def train(self, mode=True):
@@ -268,7 +268,8 @@ def _adapt_loss(self:ASMB, batch, s_out, t_outs, when,
         terms['syn_ce'] = (c.synergy_ce_alpha, ce_loss(syn['open_logit'], batch.y, c.label_smoothing))
         if when.stage >= c.teacher_adapt_kd_warmup:
             terms['syn_kd'] = (c.synergy_kd_alpha, self.soften(syn['open_logit'], s_out['logit'], when))
-        if self.project is not None and c.feat_kd_target != 'teachers':        # those do not depend on the bridge
+        # not before phase B has trained the projection; and the teachers' own features do not depend on the bridge
+        if self.project is not None and when.stage and c.feat_kd_target != 'teachers':
             terms['feat'] = (c.feat_kd_alpha, self._pull(s_out, syn))
     if obj != 'ce': terms['recon'] = (c.synergy_kd_alpha, self.soften(syn['recon'], syn['average'], when))
     if c.use_ib: terms['nats'] = (beta_at(c, when.epoch), ib_kl(syn['mu'], syn['logvar']))

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
-from .core import Config, RunError, log, resolve
+from .core import Config, ConfigError, RunError, log, resolve
 from .runtime import Run, atomic_write, create_accelerator, environment, forked_rng, set_deterministic, setup_log
 from .batches import Loader, make_loader
-from .build import (build_student, build_teacher, fingerprint, freeze_teachers, save_teacher, settle,
-                          teacher_specs)
+from .build import (build_student, build_teacher, check_plan, fingerprint, freeze_teachers, save_teacher, settle,
+                          teacher_specs, train_teacher)
 from .data import Data
 from .datasets import create_data
 from .deploy import save_state, save_student, student_card
@@ -73,13 +74,14 @@ def teach_all(
     student, teachers, specs, data:Data, cfg:Config, acc, run, callbacks=(), extra=None,
 )->tuple: # ({key: Taught}, method, gates)
     "The baselines (compare=1), then the method; each begins with the same student"
-    taught, start = {}, copy.deepcopy(student)
+    taught, start, mine = {}, copy.deepcopy(student), teachers
     if cfg.compare:
         val = make_loader(cfg, data, 'val', 'val', device=acc.device)
         place(cfg, acc, *teachers)
         z, y = answers({s['name']: t for s, t in zip(specs, teachers)}, val)
-        # one teacher: the one with the better validation accuracy
-        strong = max(range(len(teachers)), key=lambda i: accuracy(z[specs[i]['name']], y))
+        # one teacher: the one that was named, else the one with the best validation accuracy; for every method that hears one
+        strong = 0 if cfg.teacher_type else max(range(len(teachers)), key=lambda i: accuracy(z[specs[i]['name']], y))
+        if check_method(cfg.method).teachers_used == 'one': mine = [teachers[strong]]
         for key in ('ce', 'vanilla_kd', 'avgz'):
             if key == cfg.method: continue
             log.info(f"baseline {key}")
@@ -87,14 +89,15 @@ def teach_all(
             taught[key] = teach(key, copy.deepcopy(start), who, data, cfg, acc, run, callbacks)[0]
             taught[key].by = dict(ce='labels', vanilla_kd=f'teacher{strong + 1}', avgz='averaged logits')[key]
     log.info(f"method {cfg.method}")
-    taught[cfg.method], method, gates = teach(cfg.method, student, teachers, data, cfg, acc, run, callbacks, extra)
-    taught[cfg.method].by = taught[cfg.method].by or target_of(cfg, gates)
+    taught[cfg.method], method, gates = teach(cfg.method, student, mine, data, cfg, acc, run, callbacks, extra)
+    one = next((s['name'] for s, t in zip(specs, teachers) if mine and t is mine[0]), '')
+    taught[cfg.method].by = target_of(cfg, gates, one)
     return taught, method, gates
 
-def target_of(cfg:Config, gates)->str:
+def target_of(cfg:Config, gates, one='teacher1')->str:
     "What the student really had as its target: said in the table"
     if not check_method(cfg.method).adapts:
-        return dict(none='labels', one='teacher1', all='averaged logits' if cfg.method == 'avgz' else 'teachers')[
+        return dict(none='labels', one=one, all='averaged logits' if cfg.method == 'avgz' else 'teachers')[
             check_method(cfg.method).teachers_used]
     says = ''.join('s' if g['gate'] else 'a' for g in gates) or 's'
     logits = ('synergy logits' if set(says) == {'s'} else
@@ -245,18 +248,21 @@ def run_experiment(
     **params,                          # Any parameter of `Config`
 )->dict: # The summary, as in summary.json, with `run`: the folder
     "Run one experiment end to end; the same call again resumes it, or returns what it had found"
+    if isinstance(teachers, nn.Module): teachers = [teachers]
     if isinstance(teachers, str) or teachers and all(isinstance(t, str) for t in teachers):
         params, teachers = params | dict(teachers=teachers), None      # names: a parameter like any other
     if isinstance(student, str): params, student = params | dict(student_type=student), None
     cfg, extra = resolve(_file, **params)
     check_method(cfg.method)
+    if teachers is not None and not len(teachers): raise ConfigError("teachers=[]: give at least one teacher.")
     own = [o for o in (*(teachers or ()), student, train, val, test) if o is not None]
     run = Run(cfg, extra, '+'.join(map(fingerprint, own)))
     with run:
         setup_log(cfg, run.path)
         if run.finished: log.info(f"{run.path} is finished: nothing was run again (resume=0 starts anew)")
         else:
-            try: _run(run, cfg, extra, teachers, student, train, val, test, callbacks)
+            # your modules stay as they are: the same call must find the same start again
+            try: _run(run, cfg, extra, copy.deepcopy(teachers), copy.deepcopy(student), train, val, test, callbacks)
             except KeyboardInterrupt:
                 log.info(f"stopped. The same command goes on from the last checkpoint in {run.path}"); raise
             except torch.OutOfMemoryError as e:
@@ -277,9 +283,10 @@ def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks)
              f"{acc.device}, {dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)}")
     callbacks = [*callbacks, *tracker(cfg, run)]
     specs = teacher_specs(cfg, teachers, data.n_class)
-    built = [build_teacher(s, data, cfg, acc, run, callbacks) for s in specs]
-    ts, known = [b[0] for b in built], [b[1] for b in built]
-    st = build_student(cfg, data, student)
+    built = [build_teacher(s, data, cfg) for s in specs]
+    ts, st = [t for t, _ in built], build_student(cfg, data, student)
+    check_plan(st, ts, specs, cfg, extra, data.train.y)
+    known = [k or train_teacher(t, s, data, cfg, acc, run, callbacks) for (t, k), s in zip(built, specs)]
     freeze_teachers(ts, specs, cfg)
     named = {'student': st} | {s['name']: t for s, t in zip(specs, ts)}
     pd.concat([freeze_report(m).assign(model=n) for n, m in named.items()]).to_csv(run/'freeze_report.csv', index=False)

@@ -38,9 +38,8 @@ def hint_pair(
 class Regressor(nn.Module):
     "The student's map in the teacher's shape: convolution by ratio, BatchNorm, ReLU"
     def __init__(self,
-        s,          # (C, h, w) of the student's map
-        t,          # (C', h', w') of the teacher's
-        relu=True,  # End with ReLU, as maps behind a ReLU need
+        s,  # (C, h, w) of the student's map
+        t,  # (C', h', w') of the teacher's
     ):
         super().__init__()
         (c, h, w), (o, th, tw) = s, t
@@ -49,7 +48,7 @@ class Regressor(nn.Module):
         elif 2*h == th and 2*w == tw: conv = nn.ConvTranspose2d(c, o, 4, 2, 1)
         elif h >= th and w >= tw: conv = nn.Conv2d(c, o, (1 + h - th, 1 + w - tw))
         else: conv = nn.Conv2d(c, o, 1)
-        self.net = nn.Sequential(conv, nn.BatchNorm2d(o), *([nn.ReLU()] if relu else []))
+        self.net = nn.Sequential(conv, nn.BatchNorm2d(o), nn.ReLU())
 
     def forward(self, f):
         f = self.net[0](f)

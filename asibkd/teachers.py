@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import CheckpointError, unknown
+from .core import CheckpointError, ConfigError, unknown
 from .kdmodel import KDModel, add_adapter, anatomy
 from .zoo import cifar_stem, create_zoo, zoo
 
@@ -260,9 +260,9 @@ def create_teacher(
         net = build(spec, n_class=n_class, img_size=img_size, in_chans=in_chans, pretrained=pretrained,
                     small_input=small_input, **kw)
         m = KDModel(net, img_size, in_chans, spec, dropout)
-    else: raise ValueError(f"A model is a name, an nn.Module or a KDModel; got a {type(spec).__name__}.")
+    else: raise ConfigError(f"A model is a name, an nn.Module or a KDModel; got a {type(spec).__name__}.")
     if n_class is not None and m.n_class != n_class:
-        raise ValueError(f"Model '{m.name}' answers with {m.n_class} logits, the data have {n_class} classes. "
+        raise ConfigError(f"Model '{m.name}' answers with {m.n_class} logits, the data have {n_class} classes. "
                          f"Give it a last layer with {n_class} outputs.")
     if use_adapter and m.adapter is None: add_adapter(m, adapter_hidden, adapter_out)
     return load_into(m, load_weights(ckpt), ckpt) if ckpt else m

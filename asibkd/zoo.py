@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .core import ConfigError
+
 # %% ../nbs/01c_zoo.ipynb #0cf6c64b
 def conv3x3(i:int, o:int, stride=1): return nn.Conv2d(i, o, 3, stride, 1, bias=False)
 
@@ -174,7 +176,7 @@ def cifar_stem(
     convs = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
     first = next((i for i, (_, m) in enumerate(convs) if isinstance(m, nn.Conv2d)), None)
     if first is None:
-        raise ValueError(f"small_input=1: {type(model).__name__} has no convolution to change. Use small_input=0.")
+        raise ConfigError(f"small_input=1: {type(model).__name__} has no convolution to change. Use small_input=0.")
     conv = convs[first][1]
     if max(conv.stride) == 1: return model
     conv.stride = (1, 1)

@@ -39,7 +39,7 @@ def test_every_unreleased_key_is_refused():
     n = 0
     for k, f in Config.model_fields.items():
         if not f.json_schema_extra['arrives']: continue
-        choices = [c for c in getattr(f.annotation, '__args__', ()) if isinstance(c, str) and c != f.default]
+        choices = [c for c in getattr(f.annotation, '__args__', ()) if isinstance(c, str) and c not in (f.default, 'off')]      # off is what happens
         v = choices[0] if choices else 50. if k == 'overlap_pct' else other[type(f.default)](f.default)
         with pytest.raises(ConfigError, match='arrives with'): resolve(preset='none', **{k: v})
         n += 1
@@ -95,21 +95,62 @@ def test_damaged_run_checkpoint(tiny):
     with pytest.raises(CheckpointError, match='Remove it to repeat'): run_experiment(**tiny, exp_id='a')
 
 # --- the run ------------------------------------------------------------------------------------------------------
-def test_nan_stops_and_keeps_the_last_checkpoint(tiny):
-    seen = []
-    def poison(row):
-        seen.append(row['phase'])
-        if row['phase'] == 'B1': next(m for m in alive if True).weight.data.fill_(float('nan'))
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)); alive = []
-    class Student(torch.nn.Module):
-        def __init__(self): super().__init__(); self.body, self.head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8)), torch.nn.Linear(8, 10); alive.append(self.head)
-        def forward(self, x): return self.head(self.body(x))
-    st = Student()
+class Fragile(torch.nn.Module):
+    "A small network of the user's own that can be made to answer NaN"
+    broken = False
+    def __init__(self): super().__init__(); self.body, self.head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8)), torch.nn.Linear(8, 10)
+    def forward(self, x): return self.head(self.body(x))*(float('nan') if Fragile.broken else 1.)
+
+def test_nan_stops_and_keeps_the_last_checkpoint(tiny, monkeypatch):
+    monkeypatch.setattr(Fragile, 'broken', False)
+    def poison(row): Fragile.broken = row['phase'] == 'B1'
     with pytest.raises(RunError, match=r'phase B1, epoch 2, step 1') as e:
-        run_experiment(**tiny | dict(method='ce', student_epochs_per_stage='3'), student=st, callbacks=[poison])
+        run_experiment(**tiny | dict(method='ce', student_epochs_per_stage='3'), student=Fragile(), callbacks=[poison])
     run = next(Path(tiny['results_dir']).glob('ce-*'))
     kept = torch.load(run/'checkpoint'/'B1.part.pt', weights_only=True)
     assert kept['epoch'] == 1 and not (run/'summary.json').exists() and str(run) in str(e.value)
+
+def test_own_modules_stay_as_they_were(tiny):
+    "The same call with the same objects finds the same run again, interrupted or finished; other images are another run"
+    st, te = Fragile(), Fragile()
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (st, te)]
+    args = dict(**tiny, student=st, teachers=[te, 'resnet8'])
+    class Stop(Exception): pass
+    def stop(row):
+        if row['phase'] == 'B1': raise Stop()
+    with pytest.raises(Stop): run_experiment(**args, callbacks=[stop])
+    a = run_experiment(**args); assert run_experiment(**args) == a and len(list(Path(tiny['results_dir']).glob('asmb-*'))) == 1
+    assert all(torch.equal(v, m.state_dict()[k]) for m, old in zip((st, te), before) for k, v in old.items())
+    data = lambda shift: [(torch.full((3, 8, 8), (20*i + shift) % 256, dtype=torch.uint8), i % 4) for i in range(40)]
+    x, y = (run_experiment(**tiny | dict(method='ce', batch_size=8), train=data(s), test=data(0))['run'] for s in (0, 5))
+    assert x != y
+
+@pytest.mark.parametrize('bad, says', [(dict(student_type='resnt8'), "Did you mean"), (dict(teacher2_type='resnt8'), 'Did you mean'), (dict(method='fitnet', hint_layer=9), 'hint_layer=9'), (dict(mbm_r=1000), 'mbm_r'),
+    (dict(teacher1_freeze_scope='nowhere'), 'matches nothing'), (dict(synergy_base='none', teacher_adapt_epochs=0), 'untrained head')])
+def test_refused_before_anything_is_trained(tiny, bad, says):
+    rows = []
+    with pytest.raises(ConfigError, match=says): run_experiment(**tiny | dict(compare=1) | bad, callbacks=[rows.append])
+    assert not rows
+
+def test_teachers_of_a_wrong_shape(tiny):
+    with pytest.raises(ConfigError, match='at least one teacher'): run_experiment(**tiny, teachers=[])
+    s = run_experiment(**tiny, teachers=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10)))      # one module is one teacher
+    assert [r['key'] for r in s['rows'] if r['role'] == 'teacher'] == ['teacher1']
+
+def test_one_teacher_methods_hear_the_same_one(tiny):
+    "With compare=1 every single-teacher row has the same teacher; teacher_type names it"
+    s = run_experiment(**tiny | dict(compare=1, method='fitnet', teacher_type='resnet8'))
+    by = {r['key']: r['taught_by'] for r in s['rows']}
+    assert by['fitnet'] == by['vanilla_kd'] == 'teacher1' and next(r for r in s['rows'] if r['key'] == 'teacher1')['model'] == 'resnet8'
+    by = {r['key']: r['taught_by'] for r in run_experiment(**tiny | dict(compare=1, method='fitnet'))['rows']}; assert by['fitnet'] == by['vanilla_kd']
+
+def test_commands_after_a_fine_tuning(asibkd):
+    "A folder with nothing but a fine-tuned teacher has no table, and says so"
+    assert asibkd('finetune', 'train_per_class=12', 'finetune_epochs=1', 'device=cpu').returncode == 0
+    for cmd in ('compare', 'show', 'export'):
+        r = asibkd(cmd); assert r.returncode == 2 and 'No finished run' in r.stderr and 'Traceback' not in r.stderr, r.stderr
+    r = asibkd('run', 'mbm_r=1000'); assert r.returncode == 2 and 'Traceback' not in r.stderr
+    r = asibkd('run', 'exp_id=..'); assert r.returncode == 2 and 'exp_id' in r.stderr
 
 def test_results_folder_that_cannot_be_written(tiny, tmp_path):
     (tmp_path/'file').write_text('')
