@@ -73,7 +73,8 @@ SMALL = dict(preset='quickstart', compare=0, device='cpu', num_stages=1, teacher
 @pytest.mark.parametrize('method', METHODS)
 def test_learns_on_digits(method, teachers, tmp_path):
     "Total loss falls, and the accuracy is 20 points above chance"
-    s = run_experiment(**SMALL | teachers | dict(finetune_epochs=0, student_epochs_per_stage=6), method=method, results_dir=str(tmp_path))
+    epochs = 12 if method == 'at' else 6        # on maps of 8×8 its published weight of 1000 holds the labels back at first
+    s = run_experiment(**SMALL | teachers | dict(finetune_epochs=0, student_epochs_per_stage=epochs), method=method, results_dir=str(tmp_path))
     loss = [json.loads(o)['train_loss'] for o in (Path(s['run'])/'metrics.jsonl').read_text().splitlines() if json.loads(o)['kind'] == 'B']
     if method != 'dkd': assert loss[-1] < loss[0]
     else: assert loss[-1] < loss[1]                                                # its weights grow during the warm-up of two epochs
