@@ -6,8 +6,8 @@
 __all__ = ['log', 'GROUPS', 'PRESETS', 'ALIASES', 'HYDRA', 'own_params', 'AsibError', 'ConfigError', 'DataError',
            'CheckpointError', 'RunError', 'unknown', 'P', 'Params', 'Experiment', 'Data_', 'Models', 'Freezing',
            'Bridge', 'Distillation', 'Guidance', 'Precision', 'Finetuning', 'MethodKeys', 'Continual', 'Evaluation',
-           'Config', 'list_presets', 'read_yaml', 'flatten_log', 'preset_values', 'refuse_key', 'check_keys', 'explain',
-           'not_yet', 'resolve', 'parameter_table']
+           'Config', 'list_presets', 'read_yaml', 'flatten_log', 'preset_values', 'with_cl_mode', 'refuse_key',
+           'check_keys', 'explain', 'not_yet', 'resolve', 'parameter_table']
 
 # %% ../nbs/00_core.ipynb #f5cf8676
 import difflib, logging, os
@@ -55,7 +55,7 @@ class Params(BaseModel):
     model_config = ConfigDict(extra='forbid', validate_assignment=True, protected_namespaces=())
 
 # %% ../nbs/00_core.ipynb #b91cbb37
-_CL, _SPEED = 'continual learning', 'the speed work'
+_SPEED = 'the speed work'
 
 class Experiment(Params):
     "Experiment"
@@ -273,27 +273,35 @@ class MethodKeys(Params):
 # %% ../nbs/00_core.ipynb #3d3f2d71
 class Continual(Params):
     "Continual learning"
-    cl_mode:bool = P(False, "Learn the classes as a sequence of tasks.", arrives=_CL)
-    num_tasks:int = P(5, "Number of tasks.", arrives=_CL, ge=1)
-    replay_ratio:float = P(0.5, "Replayed images for each new one.", arrives=_CL, ge=0)
-    replay_capacity:int = P(2000, "Images in the memory.", arrives=_CL, ge=0)
-    replay_policy:Literal['class_balanced', 'reservoir', 'herding'] = P('class_balanced',
-        "Which images stay in the memory.", arrives=_CL)
-    lambda_ewc:float = P(0.4, "Weight of elastic weight consolidation.", arrives=_CL, ge=0)
-    cl_method:str = P('asib', "Continual method.", arrives=_CL)
-    cl_teachers:str = P('expert+snapshot', "Who teaches in a task.", arrives=_CL)
-    cl_mask:Literal['full', 'seen', 'ace', 'separated'] = P('seen',
-        "Which classes a new image's cross-entropy sees.", arrives=_CL)
-    cl_der_alpha:float = P(1.0, "Weight of the stored logits.", arrives=_CL, ge=0)
-    cl_der_loss:Literal['kl', 'mse'] = P('kl', "Distance to the stored logits.", arrives=_CL)
-    cl_old_kd:float = P(1.0, "Weight of the snapshot's old columns in the bridge.", arrives=_CL, ge=0)
-    store:Literal['synergy', 'student', 'both'] = P('synergy', "Whose logits the memory keeps.", arrives=_CL)
-    fisher:Literal['exact', 'sample', 'empirical'] = P('exact', "How the Fisher information is computed.", arrives=_CL)
-    fisher_n:int = P(500, "Images it is computed on.", arrives=_CL, ge=1)
-    ewc_mode:Literal['online', 'separate'] = P('online', "One running Fisher, or one a task.", arrives=_CL)
-    ewc_gamma:float = P(0.9, "Decay of the running Fisher.", arrives=_CL, ge=0, le=1)
-    allow_leak:bool = P(False, "Allow a teacher that saw future classes.", arrives=_CL)
-    class_order_seed:int = P(0, "Seed of the class order.", arrives=_CL, ge=0)
+    cl_mode:bool = P(False, "Learn the classes as a sequence of tasks.")
+    num_tasks:int = P(5, "Number of tasks; classes that do not divide evenly go to the first ones.", ge=1)
+    task_sizes:list[int] | None = P(None, "Classes of each task, in order (e.g. 50,10,10,10,10,10); replaces num_tasks.")
+    class_order_seed:int | None = P(None, "Seed of the class order; empty = seed.", ge=0)
+    cl_method:str = P('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, or one you registered.")
+    cl_teachers:str | None = P(None,
+        "Who teaches in a task: expert, generic, snapshot and ema, joined by +; empty = the method's own.")
+    cl_ema_decay:float = P(0.99, "Decay of the averaged student that `ema` asks, per step.", ge=0, lt=1)
+    cl_mask:Literal['full', 'seen', 'ace', 'separated'] | None = P(None,
+        "Classes a new image's cross-entropy sees: all from the start, those seen, the task's own, or the task's own "
+        "with replay kept to the old ones; empty = the method's own.")
+    cl_replay_ce:float | None = P(None, "Weight of the replayed images' cross-entropy (times ce_alpha); empty = the method's own.", ge=0)
+    cl_der_alpha:float | None = P(None, "Weight of the stored logits; empty = the method's own.", ge=0)
+    cl_der_loss:Literal['kl', 'mse'] | None = P(None, "Distance to the stored logits; empty = the method's own.")
+    cl_old_kd:float | None = P(None, "Weight of the snapshot's old columns (bridge of asib; student of lwf, icarl); empty = the method's own.", ge=0)
+    replay_ratio:float = P(0.5, "Replayed images for each new one; above 0 at least one a step.", ge=0)
+    replay_capacity:int = P(2000, "Images in the memory.", ge=0)
+    replay_policy:Literal['class_balanced', 'reservoir', 'herding'] | None = P(None,
+        "Which images stay in the memory; empty = herding for icarl, else class_balanced.")
+    store:Literal['synergy', 'student', 'both'] | None = P(None,
+        "Whose logits the memory keeps; empty = synergy where there is one, else student.")
+    lambda_ewc:float | None = P(None, "Weight of elastic weight consolidation; empty = the method's own.", ge=0)
+    fisher:Literal['exact', 'sample', 'empirical'] = P('exact', "How the Fisher information is computed.")
+    fisher_n:int = P(500, "Images it is computed on.", ge=1)
+    ewc_mode:Literal['online', 'separate'] = P('online', "One running Fisher, or one a task.")
+    ewc_gamma:float = P(0.9, "Decay of the running Fisher.", ge=0, le=1)
+    si_c:float = P(0.5, "Weight c of synaptic intelligence (si).", ge=0)
+    si_xi:float = P(0.1, "Damping ξ of synaptic intelligence.", gt=0)
+    allow_leak:bool = P(False, "Allow a teacher that saw future classes; the result row says so.")
 
 class Evaluation(Params):
     "Evaluation"
@@ -319,7 +327,7 @@ class Config(*GROUPS[::-1]):   # reversed: pydantic collects fields from the las
     @classmethod
     def _level(cls, v): return int(v) if isinstance(v, str) and v.lstrip('-').isdigit() else v
 
-    @field_validator('teachers', 'teacher_ckpts', 'milestones', mode='before')
+    @field_validator('teachers', 'teacher_ckpts', 'milestones', 'task_sizes', mode='before')
     @classmethod
     def _listed(cls, v): return [o.strip() for o in v.strip('[]').split(',') if o.strip()] if isinstance(v, str) else v
 
@@ -360,7 +368,14 @@ def preset_values(
     on = d.pop(True, d.pop('on', []))   # YAML 1.1 reads a bare `on` as true
     base = {}
     for o in [on] if isinstance(on, str) else on: base |= preset_values(o, (*seen, name))
-    return base | d
+    both = {k: v for o in (base, d) for k, v in (o.get('with_cl_mode') or {}).items()}
+    return base | d | ({'with_cl_mode': both} if both else {})
+
+def with_cl_mode(layers)->list: # The same, without the blocks
+    "Let the presets' `with_cl_mode` blocks count where the last word on cl_mode is yes"
+    on = next((d['cl_mode'] for d in reversed(layers) if 'cl_mode' in d), False)
+    on = str(on).lower() in ('1', 'true', 'yes', 'on')
+    return [{k: v for k, v in d.items() if k != 'with_cl_mode'} | (d.get('with_cl_mode', {}) if on else {}) for d in layers]
 
 # %% ../nbs/00_core.ipynb #d1f27652
 ALIASES = {'cutmix_alpha': 'finetune_cutmix_alpha'}
@@ -433,7 +448,7 @@ def resolve(
         None, '',
         'none') else preset.strip('[]').replace(' ', '').split(',') if isinstance(preset, str) else list(preset)
     layers = [{'lr_schedule': os.environ['LR_SCHEDULE']} if os.environ.get('LR_SCHEDULE') else {}]
-    layers += [preset_values(n) for n in names] + [filed, given]
+    layers = with_cl_mode(layers + [preset_values(n) for n in names] + [filed, given])
     method = next((d['method'] for d in reversed(layers) if 'method' in d), Config.model_fields['method'].default)
     own = own_params.get(method)
     known = [*Config.model_fields, *ALIASES, *(own.model_fields if own else ())]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VGG_DEPTHS', 'zoo', 'conv3x3', 'ResBlock', 'CifarResNet', 'WideBlock', 'WideGroup', 'WideResNet', 'vgg_block',
-           'CifarVGG', 'create_zoo', 'shrink_kernel', 'cifar_stem']
+           'CifarVGG', 'MLP', 'create_zoo', 'shrink_kernel', 'cifar_stem']
 
 # %% ../nbs/01c_zoo.ipynb #a54845de
 import torch
@@ -141,11 +141,26 @@ class CifarVGG(nn.Module):
             if k < last: x = self.pool(x)
         return self.classifier(self.avgpool(x).flatten(1))
 
+# %% ../nbs/01c_zoo.ipynb #dad4383e
+class MLP(nn.Module):
+    "Two hidden layers on the image, averaged down to 8×8"
+    def __init__(self,
+        width:int,   # Of both hidden layers
+        n_class:int,
+        in_chans=3,
+    ):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(8)
+        self.fc1, self.fc2, self.fc = nn.Linear(64*in_chans, width), nn.Linear(width, width), nn.Linear(width, n_class)
+
+    def forward(self, x): return self.fc(F.relu(self.fc2(F.relu(self.fc1(self.pool(x).flatten(1))))))
+
 # %% ../nbs/01c_zoo.ipynb #74770674
 zoo = {f'resnet{d}': (CifarResNet, d, (16, 16, 32, 64)) for d in (8, 14, 20, 32, 44, 56, 110)}
 zoo |= {f'resnet{d}x4': (CifarResNet, d, (32, 64, 128, 256)) for d in (8, 32)}
 zoo |= {f'wrn_{d}_{w}': (WideResNet, d, w) for d in (16, 40) for w in (1, 2)}
 zoo |= {n: (CifarVGG, d) for n, d in VGG_DEPTHS.items()}
+zoo |= dict(mlp=(MLP, 100), mlp400=(MLP, 400))
 
 def create_zoo(
     name:str,      # A key of `zoo`

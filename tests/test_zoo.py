@@ -13,7 +13,7 @@ theirs = json.loads((Path(__file__).parent/'fixtures'/'zoo_shapes.json').read_te
 
 
 def test_same_names():
-    assert set(zoo) == set(theirs)
+    assert {n for n in zoo if not n.startswith("mlp")} == set(theirs)
     assert {'resnet8', 'resnet14', 'resnet20', 'resnet32', 'resnet56', 'resnet110', 'resnet8x4', 'resnet32x4', 'wrn_16_2', 'wrn_40_2', 'vgg8', 'vgg13'} <= set(zoo)
 
 
