@@ -24,11 +24,12 @@ def score_squares(
     x:Tensor,       # (n, C, H, W)
     c:Tensor,       # (n,) a class for each image
     w:Tensor,       # (n,) a weight for each
+    seen=None,      # Softmax over the first `seen` classes; None = all
     room=2e7,       # Numbers held at a time: decides how many images go together
 )->dict: # name → Σ w (∂ log p_c(x))²
     "Weighted sum of squared per-sample scores"
     rest = {k: v.detach() for k, v in (*net.named_parameters(), *net.named_buffers()) if k not in params}
-    def log_p(p, x, c): return logits_of(functional_call(net, {**rest, **p}, (x[None],))).float().log_softmax(1)[0].gather(0, c[None])[0]
+    def log_p(p, x, c): return logits_of(functional_call(net, {**rest, **p}, (x[None],)))[:, :seen].float().log_softmax(1)[0].gather(0, c[None])[0]
     scores, out = vmap(grad(log_p), (None, 0, 0)), {k: torch.zeros_like(v) for k, v in params.items()}
     p = {k: v.detach() for k, v in params.items()}
     for i in torch.arange(len(x), device=x.device).split(max(1, min(512, int(room/max(sum(v.numel() for v in p.values()), 1))))):
@@ -41,17 +42,18 @@ def fisher_diag(
     mode='exact',          # exact, sample or empirical
     y:Tensor=None,         # (n,) labels, for empirical
     gen=None,              # Generator, for sample
+    seen=None,             # Softmax over the first `seen` classes; None = all
 )->dict: # name of each open parameter → its Fisher information, averaged over the images
     "Diagonal Fisher information of a classifier, image by image"
     if mode not in FISHERS: raise unknown('fisher', mode, FISHERS)
     params = {k: v for k, v in net.named_parameters() if v.requires_grad}
     with evaluating(net):
-        with torch.no_grad(): p = torch.cat([logits_of(net(o)) for o in x.split(256)]).float().softmax(1)
+        with torch.no_grad(): p = torch.cat([logits_of(net(o))[:, :seen] for o in x.split(256)]).float().softmax(1)
         n, k = p.shape
         if mode == 'exact': x, c, w = x.repeat_interleave(k, 0), torch.arange(k, device=x.device).repeat(n), p.flatten()
         elif mode == 'sample': c, w = torch.multinomial(p.cpu(), 1, generator=gen).flatten().to(x.device), p.new_ones(n)
         else: c, w = y.to(x.device), p.new_ones(n)
-        return {k: v/n for k, v in score_squares(net, params, x, c, w).items()}
+        return {k: v/n for k, v in score_squares(net, params, x, c, w, seen).items()}
 
 # %% ../nbs/07b_fisher.ipynb #8ff1fd87
 class EWC:

@@ -12,6 +12,7 @@ import torch
 from torch import nn, Tensor
 
 from .core import Config, ConfigError
+from .kdmodel import FOREIGN
 
 # %% ../nbs/04_ib_mbm.ipynb #76d1050a
 class Tokens(nn.Module):
@@ -115,7 +116,8 @@ def mean_logits(
     all_ = logits.new_ones(logits.shape[-1])
     knows = torch.stack([all_ if c is None else torch.zeros_like(all_).index_fill(0, c, 1.) for c in columns])[:, None]
     w = knows if weight is None else knows*weight[..., None]
-    return (w*torch.where(knows > 0, logits, 0.)).sum(0)/w.sum(0).clamp_min(1e-12)
+    mean = (w*torch.where(knows > 0, logits, 0.)).sum(0)/w.sum(0).clamp_min(1e-12)
+    return mean.masked_fill(knows.sum(0) == 0, FOREIGN)               # nobody knows it
 
 # %% ../nbs/04_ib_mbm.ipynb #417ab3c1
 class SynergyHead(nn.Module):

@@ -101,17 +101,17 @@ class Memory:
 
 # %% ../nbs/07a_memory.ipynb #23aabd2f
 def _add(self:Memory,
-    x:Tensor, y:Tensor,      # Un-augmented images (n, C, H, W) uint8 and their labels
+    ds:ImageSet,             # The task's images; only the survivors are read
     task:int, known:int,     # The task, and K_s: classes seen now
     logits:Tensor,           # (n, S, K_s): S sets of logits, e.g. synergy and student
     certainty=None,          # (n,)
     feature=None,            # (n, D), for herding
 )->'Memory':
     "Offer the images of a task; the policy decides who stays"
-    n, kept, key = len(y), len(self), (self.seed, 'memory', task)
+    n, kept, key = len(ds), len(self), (self.seed, 'memory', task)
     come = torch.randperm(n, generator=generator(*key, 'order'))                        # no policy sees the order of a folder
-    x, y, logits = x[come], y[come], logits[come].half()
-    new = dict(x=x, y=y, task=torch.full((n,), task), known=torch.full((n,), known), logits=logits,
+    y = ds.y[come]
+    new = dict(y=y, task=torch.full((n,), task), known=torch.full((n,), known), logits=logits[come].half(),
                certainty=(torch.ones(n) if certainty is None else certainty[come]).half(),
                rank=torch.rand(n, generator=generator(*key, 'rank'), dtype=torch.float64))
     if self.policy == 'herding':
@@ -120,8 +120,10 @@ def _add(self:Memory,
             new['rank'][g] = float(len(g)); new['rank'][g[order]] = torch.arange(len(order), dtype=torch.float64)
     stay = (reservoir(kept, n, self.count, self.capacity, generator(*key, 'reservoir')) if self.policy == 'reservoir' else
             keep_shares(torch.cat([self.y, y]) if kept else y, self.capacity, torch.cat([self.rank, new['rank']]) if kept else new['rank']))
-    if kept: self.items['logits'] = F.pad(self.logits, (0, known - self.logits.shape[2]))
-    self.items = {k: (torch.cat([self.items[k], v]) if kept else v)[stay] for k, v in new.items()}
+    x, old = torch.empty(len(stay), *ds.shape, dtype=torch.uint8), stay < kept
+    x[~old] = ds.images(come[stay[~old] - kept])
+    if kept: x[old], self.items['logits'] = self.x[stay[old]], F.pad(self.logits, (0, known - self.logits.shape[2]))
+    self.items = {'x': x} | {k: (torch.cat([self.items[k], v]) if kept else v)[stay] for k, v in new.items()}
     self.count += n
     return self
 

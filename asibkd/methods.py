@@ -117,10 +117,11 @@ def check_method(name:str)->type:
 
 def tuned(
     cfg:Config,
-    name:str,  # A method
+    method,  # A name, or the class
 )->Config:
     "`cfg` with the method's own weights where the user gave none"
-    return cfg.model_copy(update={k: v for k, v in check_method(name).defaults.items() if getattr(cfg, k) is None})
+    cls = check_method(method) if isinstance(method, str) else method
+    return cfg.model_copy(update={k: v for k, v in cls.defaults.items() if getattr(cfg, k) is None})
 
 def create_method(
     name:str, cfg:Config,
@@ -276,11 +277,15 @@ def _adapt_loss(self:ASMB, batch, s_out, t_outs, when,
     if c.reg_lambda > 0 and len(open_params): terms['reg'] = (c.reg_lambda, sum(p.pow(2).sum() for p in open_params))
     if c.mbm_reg_lambda > 0:
         terms['mbm_reg'] = (c.mbm_reg_lambda, sum(p.pow(2).sum() for p in self.synergy.parameters()))
-    return weighted(**terms)
+    return weighted(**terms, **self.adapt_terms(syn, t_outs, when))
+
+def _adapt_terms(self:ASMB, syn:dict, t_outs, when)->dict: # name → (weight, term)
+    "What a method built on this one adds to L_A"
+    return {}
 
 def _pull(self:ASMB, s_out, syn):
     "Phase A's feature term: here the *bridge* moves toward the (fixed) student"
     f = self.project(s_out[self.cfg.feat_kd_key].detach())
     return feature_loss(syn[self.cfg.feat_kd_target] - self.center.mean, f, self.cfg.feat_kd_norm)
 
-ASMB.adapt_loss, ASMB._pull = _adapt_loss, _pull
+ASMB.adapt_loss, ASMB.adapt_terms, ASMB._pull = _adapt_loss, _adapt_terms, _pull

@@ -112,11 +112,12 @@ def finetune(
     model,             # A wrapped teacher, open
     data:Data, cfg:Config, acc,
     run=None, name='teacher1', callbacks=(),
+    loader=None,       # Another one than the shuffled training images
 )->Fitted: # The model holds its validation-selected weights
     "Cross-entropy (or CutMix) for `finetune_epochs`; the selected epoch's weights are put back"
     place(cfg, acc, model)
     alpha = cfg.finetune_cutmix_alpha or (1. if cfg.finetune_use_cutmix else 0.)
-    loader = make_loader(cfg, data, 'train', f'finetune-{name}', mix=(0., alpha), device=acc.device)
+    loader = loader or make_loader(cfg, data, 'train', f'finetune-{name}', mix=(0., alpha), device=acc.device)
     phase = Phase(f'finetune-{name}', Tune(model, cfg.label_smoothing),
                   [dict(params=model.parameters(), lr=cfg.finetune_lr, weight_decay=cfg.finetune_weight_decay)],
                   loader, cfg.finetune_epochs,
@@ -157,11 +158,14 @@ def open_for_adaptation(teachers, method:Method)->bool: # Do the teachers themse
     for t in teachers: t.model.requires_grad_(False)
     return False
 
-def adapt_phase(student, teachers, method:Method, data:Data, cfg:Config, acc, stage:int)->Phase:
+def adapt_phase(
+    student, teachers, method:Method, data:Data, cfg:Config, acc, stage:int,
+    name=None, loader=None,   # Default A<stage>, and the shuffled training images
+)->Phase:
     "Phase A of one stage as data"
     method.prepare('A'); moves = open_for_adaptation(teachers, method)
     obj = Adapt(student, teachers, method)
-    name, distil = f'A{stage + 1}', cfg.bridge_objective == 'distil'
+    name, distil = name or f'A{stage + 1}', cfg.bridge_objective == 'distil'
     own = [p for t in teachers for p in t.model.parameters()]
     new = [*method.parameters(), *(p for t in teachers if t.adapter is not None for p in t.adapter.parameters())]
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill)
@@ -170,7 +174,7 @@ def adapt_phase(student, teachers, method:Method, data:Data, cfg:Config, acc, st
     return Phase(name, obj,
                  [dict(params=own, lr=cfg.teacher_lr, weight_decay=cfg.teacher_weight_decay),
                   dict(params=new, lr=cfg.teacher_lr*cfg.mbm_lr_factor, weight_decay=0.)],
-                 make_loader(cfg, data, 'train', name, mix=mix, device=acc.device), cfg.teacher_adapt_epochs,
+                 loader or make_loader(cfg, data, 'train', name, mix=mix, device=acc.device), cfg.teacher_adapt_epochs,
                  synergy_validator(obj, make_loader(cfg, data, 'val', 'val', device=acc.device), acc, cfg.tau_start),
                  keep, select='val_recon' if distil else 'val_nll', best='min', optimizer='adam',
                  kind='A', stage=stage,
@@ -179,9 +183,10 @@ def adapt_phase(student, teachers, method:Method, data:Data, cfg:Config, acc, st
 # %% ../nbs/06a_phases.ipynb #381992e9
 def adapt(
     student, teachers, method:Method, data:Data, cfg:Config, acc, run=None, stage=0, callbacks=(),
+    name=None, loader=None,   # As in `adapt_phase`
 )->dict: # What the gate saw and decided
     "Phase A of one stage, with its gate"
-    phase = adapt_phase(student, teachers, method, data, cfg, acc, stage)
+    phase = adapt_phase(student, teachers, method, data, cfg, acc, stage, name, loader)
     before, came = snapshot(phase.keep), phase.validate()
     f = fit(phase, cfg, acc, run, callbacks)
     restore(phase.keep, f.state)
@@ -190,7 +195,7 @@ def adapt(
     if not opens and cfg.bridge_objective != 'distil': restore(phase.keep, before)
     method.synergy.gate.fill_(float(opens))
     say = 'open' if opens else 'closed: the student hears the plain average'
-    log.info(f"stage {stage + 1}: gate {say} (validation NLL: synergy {now['val_nll']:.4f}, "
+    log.info(f"{name or f'stage {stage + 1}'}: gate {say} (validation NLL: synergy {now['val_nll']:.4f}, "
              f"average {came['val_avg_nll']:.4f}; accuracy {now['val_acc']:.4f}, {came['val_avg_acc']:.4f})")
     return dict(stage=stage + 1, gate=bool(opens), epoch=now['epoch'], synergy_nll=now['val_nll'],
                 average_nll=came['val_avg_nll'], synergy_acc=now['val_acc'], average_acc=came['val_avg_acc'],
@@ -204,6 +209,9 @@ def distil(
     epochs=None,         # Of this phase; default student_epochs_per_stage
     name=None,           # Default B<stage>
     callbacks=(),
+    loader=None,         # Another one than the shuffled training images
+    stepped=None,        # Called after every step
+    keep=None,           # {name: module} that also changes
 )->Fitted:
     "One phase of teaching the student"
     name, epochs = name or f'B{stage + 1}', epochs or cfg.student_epochs_per_stage
@@ -214,8 +222,8 @@ def distil(
     phase = Phase(name, Distil(student, teachers, method, cfg.debug_verbose),
                   [dict(params=[*student.parameters(), *method.parameters()], lr=cfg.student_lr,
                         weight_decay=cfg.student_weight_decay)],
-                  make_loader(cfg, data, 'train', f'B{stage + 1}', mix=mix, device=acc.device), epochs,
+                  loader or make_loader(cfg, data, 'train', f'B{stage + 1}', mix=mix, device=acc.device), epochs,
                   validator(student, make_loader(cfg, data, 'val', 'val', device=acc.device), acc, test),
-                  dict(student=student, method=method), kind='B', stage=stage,
-                  offset=stage*epochs, total=stages*epochs, span=not cfg.lr_restart)
+                  dict(student=student, method=method) | (keep or {}), kind='B', stage=stage,
+                  offset=stage*epochs, total=stages*epochs, span=not cfg.lr_restart, stepped=stepped)
     return fit(phase, cfg, acc, run, callbacks)

@@ -70,6 +70,7 @@ class Phase:
     offset:int = 0          # Epochs of this kind before this phase
     total:int = 0           # Epochs of this kind in the whole run (0 = this phase's)
     span:bool = False       # One schedule over `total` epochs, entered at `offset`
+    stepped:Callable|None = None # Called after every step of the optimiser
 
     def when(self, epoch)->When: return When(self.kind, self.stage, self.offset + epoch, self.total or self.epochs)
 
@@ -139,6 +140,7 @@ def train_epoch(
             if cfg.grad_clip_norm > 0:
                 acc.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], cfg.grad_clip_norm)
             opt.step()
+            if phase.stepped: phase.stepped()
             names = names or ['loss', *out['parts']]
             losses[k] = out['loss'].detach()
             now = torch.stack([losses[k], *(out['parts'][p].float() for p in names[1:])])
