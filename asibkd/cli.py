@@ -11,7 +11,8 @@ import argparse, re, sys
 from pathlib import Path
 
 from .core import ALIASES, AsibError, Config, ConfigError, list_presets, parameter_table, refuse_key, unknown
-from .analysis import collect, compare_runs, load_summary, result_table, save_compare, show_table
+from .analysis import collect, compare_runs, load_summary, result_table, save_compare, show_table, win_table
+from .cl_analysis import explain_cl, r_table
 from .deploy import export_student
 from .methods import list_methods
 from .run import run_experiment
@@ -24,9 +25,9 @@ ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, b
              compare='table, figure and LaTeX of finished runs',
              export="write a run's student as a program and check it", show='print the result table of a run')
 
-LOOP = dict(methods="names, as 'asmb, ce, avgz' [the environment's METHOD_LIST, else asmb]",
+LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [the environment's METHOD_LIST, else asmb or asib]",
             seeds="numbers, as '0, 1, 2' [0 1 2]",
-            baseline='what the others are compared with [avgz when it is there, else the first method]')
+            baseline='what the others are compared with [avgz or derpp when it is there, else the first method]')
 
 def _parser(command:str)->argparse.ArgumentParser:
     "Options of a command that takes the parameters of `Config`"
@@ -75,7 +76,12 @@ def _report(s:dict):
     "The table, the verdict and where everything is"
     print(show_table(result_table(s)))
     if 'verdict' in s: print(f"\n{s['verdict']}")
-    for g in s.get('gates', ()): print(f"stage {g['stage']}: synergy gate {'open' if g['gate'] else 'closed'} "
+    if s.get('kind') == 'cl':
+        print('\n' + explain_cl(s))
+        for k, name in dict(class_il='class-IL', task_il='task-IL').items():
+            print(f"\nR, {name}, {s['method']} (per cent):\n" + show_table(r_table(s, which=k).reset_index(names='')))
+    else:
+        for g in s.get('gates', ()): print(f"stage {g['stage']}: synergy gate {'open' if g['gate'] else 'closed'} "
               f"(validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})")
     if 'run' in s: print(f"\nEverything is in {s['run']}")
 
@@ -100,11 +106,12 @@ def cmd_loop(argv):
     own = {k: p.pop(k) for k in LOOP if k in p}; base = own.pop('baseline', '')
     done = [s['run'] for s in run_loop(_file=f, **own, **p)]
     runs = collect(*done)
-    _compare(runs, base or ('avgz' if 'avgz' in set(runs.label) else runs.label[0]), Path(done[0]).parent/'compare')
+    _compare(runs, base or next((k for k in ('avgz', 'derpp') if k in set(runs.label)), runs.label[0]), Path(done[0]).parent/'compare')
 
 def _compare(runs, baseline, out):
     "Print the table, write the files"
     print(show_table(compare_runs(runs, baseline)))
+    if 'ACC' in runs: print('\nseeds on which the row beats the column:\n' + show_table(win_table(runs)))
     print('\nmean ± half-width of the 95 % t-interval over seeds; paired differences. Written: '
           + ', '.join(map(str, save_compare(runs, out, baseline))))
 
@@ -112,8 +119,9 @@ def cmd_compare(argv):
     p = argparse.ArgumentParser('asibkd compare', description=ABOUT['compare'])
     p.add_argument('runs', nargs='*', default=['results'], help='run folders, or folders of run folders [results]')
     p.add_argument('--baseline', default='avgz', help='label that the others are compared with [avgz]')
+    p.add_argument('--cl', choices=('0', '1'), help='1: continual runs, 0: one-shot runs, where the folder holds both')
     p.add_argument('--out', default='', help='folder for the files [<first folder>/compare]')
-    a = p.parse_args(argv); _compare(collect(*a.runs), a.baseline, a.out or Path(a.runs[0])/'compare')
+    a = p.parse_args(argv); _compare(collect(*a.runs, cl=None if a.cl is None else a.cl == '1'), a.baseline, a.out or Path(a.runs[0])/'compare')
 
 # %% ../nbs/12b_cli.ipynb #f3c4ec14
 def newest(results='results')->str:

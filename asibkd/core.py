@@ -6,8 +6,8 @@
 __all__ = ['log', 'GROUPS', 'PRESETS', 'ALIASES', 'HYDRA', 'own_params', 'AsibError', 'ConfigError', 'DataError',
            'CheckpointError', 'RunError', 'unknown', 'P', 'Params', 'Experiment', 'Data_', 'Models', 'Freezing',
            'Bridge', 'Distillation', 'Guidance', 'Precision', 'Finetuning', 'MethodKeys', 'Continual', 'Evaluation',
-           'Config', 'list_presets', 'read_yaml', 'flatten_log', 'preset_values', 'with_cl_mode', 'refuse_key',
-           'check_keys', 'explain', 'not_yet', 'resolve', 'parameter_table']
+           'Config', 'list_presets', 'read_yaml', 'flatten_log', 'preset_values', 'last_word', 'is_on', 'with_cl_mode',
+           'refuse_key', 'check_keys', 'explain', 'not_yet', 'layers_of', 'resolve', 'parameter_table']
 
 # %% ../nbs/00_core.ipynb #f5cf8676
 import difflib, logging, os
@@ -371,10 +371,15 @@ def preset_values(
     both = {k: v for o in (base, d) for k, v in (o.get('with_cl_mode') or {}).items()}
     return base | d | ({'with_cl_mode': both} if both else {})
 
+def last_word(layers, key:str): # default, preset, file, given
+    "What the last layer that speaks of `key` says"
+    return next((d[key] for d in reversed(layers) if key in d), Config.model_fields[key].default)
+
+def is_on(v)->bool: return str(v).lower() in ('1', 'true', 'yes', 'on')
+
 def with_cl_mode(layers)->list: # The same, without the blocks
     "Let the presets' `with_cl_mode` blocks count where the last word on cl_mode is yes"
-    on = next((d['cl_mode'] for d in reversed(layers) if 'cl_mode' in d), False)
-    on = str(on).lower() in ('1', 'true', 'yes', 'on')
+    on = is_on(last_word(layers, 'cl_mode'))
     return [{k: v for k, v in d.items() if k != 'with_cl_mode'} | (d.get('with_cl_mode', {}) if on else {}) for d in layers]
 
 # %% ../nbs/00_core.ipynb #d1f27652
@@ -399,7 +404,8 @@ def refuse_key(key:str, known):
         raise ConfigError(f"Unknown parameter '{key}': here keys are flat, without dots. " +
                           (f"Did you mean '{near[0]}'?" if near else "See `asibkd run --help`."))
     if whose := [m for m, p in own_params.items() if plain in p.model_fields]:
-        raise ConfigError(f"Parameter '{key}' belongs to method {', '.join(whose)}: give it with method={whose[0]}.")
+        say = f"cl_method={whose[0][3:]}" if whose[0].startswith('cl:') else f"method={whose[0]}"
+        raise ConfigError(f"Parameter '{key}' belongs to method {', '.join(o.removeprefix('cl:') for o in whose)}: give it with {say}.")
     near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     raise ConfigError(f"Unknown parameter '{key}'." + (f" Did you mean '{near[0]}'?" if near else '') +
                       " `asibkd run --help` lists every parameter.")
@@ -436,11 +442,11 @@ def not_yet(cfg:Config):
             )
 
 # %% ../nbs/00_core.ipynb #33428240
-def resolve(
-    _file='',     # A YAML file of values (`-f file.yaml`), between preset and given
-    **given,      # What the user typed: flat keys
-)->tuple:         # (Config, dict of the parameters a registered method brings)
-    "default < preset < file < given; unknown keys, bad values and unreleased machinery are refused"
+def layers_of(
+    _file='',     # As `resolve` takes it
+    **given,
+)->list: # Dicts, the later ones win
+    "Environment, presets, file, given"
     given = flatten_log(dict(given))
     filed = read_yaml(_file) if _file else {}
     preset = given.get('preset', filed.get('preset', Config.model_fields['preset'].default))
@@ -448,9 +454,16 @@ def resolve(
         None, '',
         'none') else preset.strip('[]').replace(' ', '').split(',') if isinstance(preset, str) else list(preset)
     layers = [{'lr_schedule': os.environ['LR_SCHEDULE']} if os.environ.get('LR_SCHEDULE') else {}]
-    layers = with_cl_mode(layers + [preset_values(n) for n in names] + [filed, given])
-    method = next((d['method'] for d in reversed(layers) if 'method' in d), Config.model_fields['method'].default)
-    own = own_params.get(method)
+    return with_cl_mode(layers + [preset_values(n) for n in names] + [filed, given])
+
+def resolve(
+    _file='',     # A YAML file of values (`-f file.yaml`), between preset and given
+    **given,      # What the user typed: flat keys
+)->tuple:         # (Config, dict of the parameters a registered method brings)
+    "default < preset < file < given; unknown keys, bad values and unreleased machinery are refused"
+    layers = layers_of(_file, **given)
+    cl = is_on(last_word(layers, 'cl_mode'))
+    own = own_params.get(f"cl:{last_word(layers, 'cl_method')}" if cl else last_word(layers, 'method'))
     known = [*Config.model_fields, *ALIASES, *(own.model_fields if own else ())]
     merged = {}
     for d in layers: merged |= check_keys(d, known)

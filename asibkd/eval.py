@@ -71,11 +71,12 @@ def teacher_report(
     return out
 
 def paired_difference(
-    a:Tensor, b:Tensor,  # (N, K) logits of two models
+    a:Tensor, b:Tensor,  # (N, K) logits of two models, or (N,) their answers
     y:Tensor,            # (N,)
 )->dict: # diff, se, low, high: accuracy of a − accuracy of b, with its 95 % interval on these images
     "How much better is `a` than `b` on the same images?"
-    d = (a.argmax(1) == y).float() - (b.argmax(1) == y).float()
+    p, q = (o if o.ndim == 1 else o.argmax(1) for o in (a, b))
+    d = (p == y).float() - (q == y).float()
     m, se = d.mean().item(), d.std().item()/math.sqrt(len(d)) if len(d) > 1 else float('nan')
     return dict(diff=m, se=se, low=m - 1.96*se, high=m + 1.96*se)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Taught', 'teach', 'teach_all', 'target_of', 'copies', 'some_train', 'judge', 'table_rows', 'strongest', 'summarise',
-           'save_results', 'tracker', 'effective', 'run_experiment', 'parameters_set']
+           'save_results', 'tracker', 'effective', 'run_experiment', 'close', 'parameters_set']
 
 # %% ../nbs/12_run.ipynb #a0a84341
 import copy, json
@@ -20,6 +20,8 @@ from .runtime import Run, atomic_write, create_accelerator, environment, forked_
 from .batches import Loader, make_loader
 from .build import (build_student, build_teacher, check_plan, fingerprint, freeze_teachers, save_teacher, settle,
                           teacher_specs, train_teacher)
+from .cl import check_cl
+from .cl_run import run_cl
 from .data import Data
 from .datasets import create_data
 from .deploy import save_state, save_student, student_card
@@ -276,12 +278,13 @@ def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks)
     acc = create_accelerator(cfg)
     data = create_data(cfg, train, val, test)
     cfg = settle(cfg, data)
-    effective(run, cfg, acc)
+    effective(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
     log.info(f"{run.path}: {data.name}, "
              f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
              f"{data.n_class} classes, {data.shape}; "
              f"{acc.device}, {dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)}")
     callbacks = [*callbacks, *tracker(cfg, run)]
+    if cfg.cl_mode: return close(run, *run_cl(run, cfg, data, acc, teachers, student, extra, callbacks))
     specs = teacher_specs(cfg, teachers, data.n_class)
     built = [build_teacher(s, data, cfg) for s in specs]
     ts, st = [t for t, _ in built], build_student(cfg, data, student)
@@ -298,8 +301,12 @@ def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks)
     save_results(run, st, taught, method, ts, specs, moves, z, y, data, cfg, student)
     keys = 'method dataset seed val_acc test_acc_val_selected test_acc_last train_acc params macs baseline'.split()
     row = {k: summary.get(k) for k in keys} | dict(student=st.name, teachers='+'.join(t.name for t in ts))
+    close(run, summary, row)
+
+def close(run, summary:dict, row:dict):
+    "The run is over: summary.json, a row of summary.csv, and nothing left to resume"
     run.finish(summary, row | dict(difference=(summary.get('difference') or {}).get('diff')))
-    for f in (run/'checkpoint').glob('*.pt'): f.unlink()      # done: nothing is left to resume
+    for f in (run/'checkpoint').glob('*.pt'): f.unlink()
     if 'verdict' in summary: log.info(summary['verdict'])
 
 # %% ../nbs/12_run.ipynb #dbfc31ef

@@ -169,7 +169,7 @@ def exp_name(cfg, extra=(), salt='')->str: # e.g. 'asmb-digits-s42-1f2e3d4c'
     skip = {'exp_id', 'results_dir', 'resume', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose', 'preset'}
     body = {k: v for k, v in cfg.model_dump().items() if k not in skip} | dict(extra)
     tag = hashlib.blake2b((json.dumps(body, sort_keys=True, default=str) + salt).encode(), digest_size=4).hexdigest()
-    return f'{cfg.method}-{cfg.dataset}-s{cfg.seed}-{tag}'
+    return f"{f'cl-{cfg.cl_method}' if cfg.cl_mode else cfg.method}-{cfg.dataset}-s{cfg.seed}-{tag}"
 
 # %% ../nbs/00a_runtime.ipynb #e6a31a59
 class Run:

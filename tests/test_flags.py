@@ -18,7 +18,12 @@ BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size
             mbm_lr_factor=1., teacher1_freeze_level=1, ib_beta=.01, log_level='ERROR')
 FEAT, WEIGH, STEP, CRD, DKD = dict(feat_kd_alpha=1.), dict(use_disagree_weight=1, disagree_lambda_high=5.), dict(lr_schedule='step'), dict(method='crd', crd_nce_k=16), dict(method='dkd', dkd_warmup=1)
 OPEN = dict(teacher1_freeze_level=-1, teacher2_freeze_level=-1)
+CL = dict(cl_mode=1, num_stages=1, num_tasks=2, epochs=1, replay_capacity=20, replay_ratio=1, student_type='mlp', teacher1_type='mlp', bridge_objective='ce', data_aug=0)
+EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50.), dict(CL, cl_method='si', num_tasks=3, si_c=50.)
 CHANGES = dict(
+    cl_mode=(1, dict(num_stages=1)), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
+    cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(.1, CL), cl_der_loss=('mse', CL), cl_old_kd=(9., CL), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
+    store=('student', CL), lambda_ewc=(99., CL), fisher=('empirical', EWC3), fisher_n=(5, EWC3), ewc_mode=('separate', EWC3), ewc_gamma=(.1, EWC3), si_c=(5., SI3), si_xi=(9., SI3),
     preset=('method/asmb_original', {}), method=('avgz', {}), compare=(1, {}), report_oracle=(1, {}), seed=(1, {}), batch_size=(12, {}), data_aug=('0', {}), image_size=(12, {}),
     small_input=('0', dict(student_type='resnet10t', image_size=16, method='ce')), mixup_alpha=(1., {}), cutmix_alpha_distill=(1., {}), label_smoothing=(.2, {}), overlap_pct=(0, {}), val_frac=(.5, {}),
     train_per_class=(9, {}), teacher1_type=('resnet14', {}), teacher2_type=('resnet8', {}), teachers=('resnet8,resnet14,resnet8', {}), teacher_type=('resnet14', dict(method='vanilla_kd')),
@@ -39,6 +44,7 @@ CHANGES = dict(
     logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
     crd_momentum=(.9, CRD), dkd_alpha=(3., DKD), dkd_beta=(1., DKD), dkd_warmup=(9, DKD))
 ELSEWHERE = dict(
+    allow_leak='test_cl.py::test_a_teacher_that_saw_the_future',
     deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
     checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00a_runtime.ipynb', track='test_track',
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01b_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',

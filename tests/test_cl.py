@@ -1,0 +1,128 @@
+"Continual learning through the public door: every registered method, the guards, own data, killed and resumed."
+import json, os, random, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from asibkd.cl_methods import list_cl_methods
+from asibkd.core import CheckpointError, ConfigError, RunError
+from asibkd.run import run_experiment
+from asibkd.tasks import run_finetune
+
+root = Path(__file__).parents[1]
+SMALL = dict(cl_mode=1, compare=0, device='cpu', train_per_class=30, num_tasks=3, epochs=3, finetune_epochs=2, teacher_adapt_epochs=1, replay_capacity=30, log_level='ERROR')
+
+def numbers(s, drop=('time', 'run')): return {k: v for k, v in s.items() if k not in drop}
+
+@pytest.mark.parametrize('method', list_cl_methods())
+def test_every_method(method, tmp_path):
+    "Learns through the door, answers both examinations, resumes to the same bits from the middle of a task"
+    s = run_experiment(**SMALL, cl_method=method, results_dir=str(tmp_path/'a'), exp_id='x')
+    R, told = (s['R'][method][k] for k in ('class_il', 'task_il'))
+    assert [len(r) for r in R] == [1, 2, 3] and all(b >= a for x, y in zip(R, told) for a, b in zip(x, y))
+    assert max(R[-1]) > .4 and sum(told[-1])/3 > .5
+    from asibkd import trainers
+    class Stop(Exception): pass
+    n, real = [0], trainers.after_epoch
+    def after(phase, *a):
+        row = real(phase, *a)
+        if phase.name == 't2-B': n[0] += 1
+        if n[0] == 2: raise Stop
+        return row
+    trainers.after_epoch = after
+    try:
+        with pytest.raises(Stop): run_experiment(**SMALL, cl_method=method, results_dir=str(tmp_path/'b'), exp_id='x', checkpoint_steps=2)
+    finally: trainers.after_epoch = real
+    again = run_experiment(**SMALL, cl_method=method, results_dir=str(tmp_path/'b'), exp_id='x', checkpoint_steps=2)
+    assert numbers(again) == numbers(s)
+    for f in Path(s['run']).glob('*.safetensors'):
+        assert all(v.equal(load_file(Path(again['run'])/f.name)[k]) for k, v in load_file(f).items()), f.name
+
+def test_kill_9_in_task_3(tmp_path):
+    "R, what the memory holds, and every weight equal the uninterrupted run's"
+    args = dict(preset='quickstart', device='cpu', cl_mode=1, compare=0, lambda_ewc=.4, checkpoint_steps=5, exp_id='a', train_per_class=60, epochs=10, store='both')
+    def start(d): return subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *(f'{k}={v}' for k, v in args.items()), f'results_dir={tmp_path/d}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = start('whole'); out = p.communicate(timeout=300)[0]; assert p.returncode == 0, out[-2000:]
+    log = tmp_path/'cut'/'a'/'metrics.jsonl'
+    for phase, epoch in (('t3-A', 2), ('t3-B', random.Random(0).randint(2, 8))):                    # in the bridge, and in the student, of task 3
+        p = start('cut')
+        while p.poll() is None and not (log.exists() and f'"phase": "{phase}"' in (t := log.read_text()) and t.count(f'"phase": "{phase}"') >= epoch): time.sleep(.01)
+        assert p.poll() is None, 'it was to be killed before its end'
+        os.kill(p.pid, signal.SIGKILL); p.communicate()
+    p = start('cut'); out = p.communicate(timeout=300)[0]; assert p.returncode == 0 and 'after task 2' not in out, out[-2000:]
+    a, b = (tmp_path/d/'a' for d in ('whole', 'cut'))
+    s, t = (json.loads((d/'summary.json').read_text()) for d in (a, b)); assert numbers(s) == numbers(t)
+    files = {f.name for f in a.glob('*.safetensors')}; assert files == {'student.safetensors', 'memory.safetensors'}
+    for f in files: assert all(v.equal(load_file(b/f)[k]) for k, v in load_file(a/f).items()), f
+    rows = [[{k: v for k, v in json.loads(o).items() if k != 'seconds'} for o in (d/'metrics.jsonl').read_text().splitlines()] for d in (a, b)]; assert rows[0] == rows[1]
+
+def test_papermill(tmp_path):
+    out = tmp_path/'out.ipynb'
+    args = [x for k, v in SMALL.items() if k not in ('cl_mode', 'compare') for x in ('-p', k, str(v))]
+    r = subprocess.run([sys.executable, '-m', 'papermill', str(root/'nbs'/'run_experiment.ipynb'), str(out), '-p', 'cl_mode', '1', *args, '-p', 'results_dir', str(tmp_path/'r')], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-2000:]
+    text = out.read_text(encoding='utf-8')
+    for word in ('joint', 'naive', 'task-IL ACC %', 'AIA %', 'BWT', 'after 3', 'near 33 %'): assert word in text, word
+    assert text.count('image/png') >= 3
+
+def test_command_line(asibkd, tmp_path):
+    "R, all metrics and the explanation; the loop and the comparison; a folder with both kinds of runs asks which"
+    small = [f'{k}={v}' for k, v in SMALL.items() if k != 'log_level']
+    r = asibkd('run', *small, 'cl_method=ewc'); assert r.returncode == 0, r.stderr
+    for word in ('R, class-IL, ewc', 'R, task-IL, ewc', 'near 33 %', 'That is no bug'): assert word in r.stdout, word
+    r = asibkd('loop', '--methods', 'er asib', '--seeds', '0 1', *small); assert r.returncode == 0, r.stderr
+    for word in ('ACC vs er', 'AIA vs er', 'BWT vs er', 'seeds on which the row beats the column'): assert word in r.stdout, word
+    assert (tmp_path/'results'/'compare'/'compare.tex').exists()
+    assert asibkd('run', 'preset=quickstart', 'device=cpu', 'method=ce', 'compare=0', 'train_per_class=12', 'student_epochs_per_stage=1', 'num_stages=1').returncode == 0
+    r = asibkd('compare', 'results', '--baseline', 'er'); assert r.returncode == 2 and '--cl 1' in r.stderr
+    assert 'ACC vs er' in asibkd('compare', 'results', '--baseline', 'er', '--cl', '1').stdout
+
+def test_image_folder_and_uneven_tasks(asibkd, folder):
+    "Own classes from a folder, five in two tasks, and a streamed size"
+    d = folder('animals', classes=('ant', 'bee', 'cat', 'dog', 'eel'), size=20, train=8, test=3)
+    args = ['preset=quickstart', 'cl_mode=1', 'compare=0', 'device=cpu', 'dataset=imagefolder', f'data_root={d}', 'num_tasks=2', 'epochs=1', 'finetune_epochs=1', 'teacher_adapt_epochs=1', 'replay_capacity=7', 'num_workers=0', 'val_frac=.2']
+    r = asibkd('run', *args, 'exp_id=small'); assert r.returncode == 0, r.stderr
+    s = json.loads((d.parent/'results'/'small'/'summary.json').read_text()); assert [len(t) for t in s['tasks']] == [3, 2] and sorted(sum(s['tasks'], [])) == ['ant', 'bee', 'cat', 'dog', 'eel']
+    r = asibkd('run', *args, 'exp_id=big', 'image_size=72', 'teacher1_type=resnet10t', 'batch_size=4', 'task_sizes=1,4', 'data_aug=standard'); assert r.returncode == 0, r.stderr
+    s = json.loads((d.parent/'results'/'big'/'summary.json').read_text()); assert [len(t) for t in s['tasks']] == [1, 4]
+    assert sum(s['composition'][-1]) == 7 and load_file(d.parent/'results'/'big'/'memory.safetensors')['x'].shape == (7, 3, 72, 72)
+
+def test_own_modules_and_arrays(tmp_path):
+    from torch import nn
+    x, y = torch.randint(256, (120, 1, 8, 8), dtype=torch.uint8), torch.arange(120) % 6
+    x += (y*20).to(torch.uint8)[:, None, None, None]//2
+    ds = [(a, int(b)) for a, b in zip(x, y)]
+    net = lambda k: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, k))
+    mine = net(6); before = {k: v.clone() for k, v in mine.state_dict().items()}
+    s = run_experiment(**SMALL, teachers=[net(6)], student=mine, train=ds, test=ds[:60], results_dir=str(tmp_path))
+    assert [len(t) for t in s['tasks']] == [2, 2, 2] and len(s['R']['asib']['class_il'][-1]) == 3
+    assert all(v.equal(before[k]) for k, v in mine.state_dict().items())                              # your module stays as it is
+    row = s['rows'][-1]; assert row['leak'] == 'unknown'                                               # nobody knows what it was trained on
+
+def test_a_teacher_that_saw_the_future(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_finetune(preset='quickstart', device='cpu', teacher_type='mlp', finetune_epochs=1, train_per_class=12, use_amp=0, log_level='ERROR')
+    f = 'checkpoints/mlp_ft.pth'
+    s = run_experiment(**SMALL, teacher1_type='mlp', exp_id='unused')                                  # a file lying in checkpoints/ is not picked up
+    assert s['rows'][-1]['leak'] == ''
+    with pytest.raises(CheckpointError, match='would teach the future.*allow_leak=1'): run_experiment(**SMALL, teacher1_type='mlp', teacher1_ckpt=f)
+    s = run_experiment(**SMALL, teacher1_type='mlp', teacher1_ckpt=f, allow_leak=1, cl_teachers='generic', teacher2_type='mlp')
+    assert s['rows'][-1]['leak'] == 'yes'
+
+def test_a_penalty_that_must_diverge(tmp_path):
+    "Refused when the Fisher information is known, with the largest safe λ, which then runs"
+    kw = dict(SMALL, cl_method='ewc', optimizer='sgd', momentum=0, student_lr=.05, results_dir=str(tmp_path))
+    with pytest.raises(RunError, match='must diverge.*largest safe λ here is') as e: run_experiment(**kw, lambda_ewc=1e6)
+    safe = float(re.search(r'safe λ here is ([\d.e+-]+);', str(e.value)).group(1))
+    s = run_experiment(**kw, lambda_ewc=.5*safe); assert s['rows'][-1]['task_ACC'] > .5
+
+@pytest.mark.parametrize('kw', [dict(cl_teachers='generic+snapshot'), dict(cl_teachers='expert+snapshot+ema'), dict(cl_teachers='snapshot'), dict(cl_teachers='expert'), dict(use_ib=0), dict(cl_der_alpha=0), dict(lambda_ewc=0),
+                                dict(cl_mask='full'), dict(cl_mask='separated'), dict(replay_ratio=0, replay_capacity=0), dict(use_distillation_adapter=1, distill_out_dim=16), dict(mbm_learnable_q=1), dict(feat_kd_alpha=1), dict(use_certainty_weight=1)],
+                         ids=lambda kw: '-'.join(f'{k}={v}' for k, v in kw.items()))
+def test_ablations(kw, tmp_path):
+    s = run_experiment(**SMALL | dict(num_tasks=2) | kw, results_dir=str(tmp_path)); row = s['rows'][-1]
+    assert row['ACC'] > .35
+    assert (row['task_FWT'] is None) == (kw.get('cl_mask') != 'full')                                 # a head that grows has no rows for the coming task
+    if 'cl_teachers' in kw: assert row['taught_by'] == 'labels+' + kw['cl_teachers']
