@@ -23,7 +23,7 @@ from .fisher import EWC, SI, check_ewc, fisher_diag
 from .freeze import apply_freeze, freeze_all
 from .kdmodel import KDModel, spread_classes
 from .losses import certainty_weights
-from .memory import Balanced, Memory, Mixed, Replay, join
+from .memory import Balanced, Buffer, Mixed, Replay, join
 from .methods import average, tuned
 from .metrics import accuracy, predict
 from .phases import adapt, distil, evaluating, finetune, place
@@ -52,6 +52,7 @@ def check_cl(
         raise ConfigError(f"cl_teachers='{c.cl_teachers}': unknown {', '.join(wrong)}. Join {', '.join(ROLES)} with +, e.g. expert+snapshot.")
     if 'expert' in roles and not c.finetune_epochs:
         raise ConfigError("finetune_epochs=0: the expert would learn nothing of its task. Raise it, or choose other cl_teachers.")
+    if cls.by_means and not c.replay_capacity: raise ConfigError(f"replay_capacity=0: {key} classifies by the means of kept images. Give it a memory.")
     if c.store != 'student' and not synergises(cls): raise ConfigError(f"store={c.store}: {key} has no synergy; use store=student.")
     if not (roles or cls.teachers_used == 'none'): raise ConfigError(f"cl_teachers='': {key} needs teachers, e.g. expert+snapshot.")
     if roles and cls.teachers_used == 'none' and cfg.cl_teachers: raise ConfigError(f"cl_teachers={cfg.cl_teachers}: {key} asks no teacher. Use asib or avgz.")
@@ -130,7 +131,7 @@ class Learner:
         self.cfg, self.specs, self.run, self.own, self.callbacks = check_cl(cfg, key), list(specs), run, own, callbacks
         self.name = '' if main else f'{key}-'
         self.roles, self.out = roles_of(self.cfg), Learned(key)
-        self.memory = Memory(self.cfg.replay_capacity if self.cls.rehearses else 0, self.cfg.replay_policy, cfg.seed)
+        self.memory = Buffer(self.cfg.replay_capacity if self.cls.rehearses else 0, self.cfg.replay_policy, cfg.seed)
         self.ewc, self.si, self.teachers = EWC(cfg.ewc_mode, cfg.ewc_gamma), None, {}
         d = stream.data
         self.student = build_student(self.cfg, d, student)
@@ -277,7 +278,7 @@ def _ask(self:Learner, ds:ImageSet, data:Data, method, teachers=())->tuple: # ({
 def _examine(self:Learner, t:int, method, teachers):
     "Both rows of R, and what teachers and synergy know"
     data, o = self.stream.until(t), self.out
-    if self.memory.capacity and len(self.memory): method.examine(self._features())
+    if method.by_means: method.examine(self._features())
     z, y = self.ask(data.test, data, method, teachers)
     a, b = task_accuracies(z['student'], y, self.stream, t); o.class_il.append(a); o.task_il.append(b)
     o.others.append({k: accuracy(v[:, :self.stream.seen(t)], y) for k, v in z.items()})

@@ -63,6 +63,7 @@ class CLMethod(Method):
     rehearses = True        # Has a memory
     cumulative = False      # A new student for every task, on everything so far (joint)
     plain = None            # The class that stands in while there is no teacher (first task, snapshot only)
+    by_means = False        # Is examined by its memory's features: `examine` gets them
     defaults = Method.defaults | dict(ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
                                       cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='class_balanced', store='student')
 
@@ -166,6 +167,7 @@ class LwF(CLMethod):
 @register_cl_method('icarl')
 class ICaRL(CLMethod):
     "Incremental classifier and representation learning: exemplars by herding, nearest mean of exemplars"
+    by_means = True
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., replay_policy='herding')
 
     def __init__(self, cfg, student, teachers, own=None, now=None):
