@@ -323,8 +323,7 @@ def _load(self:Learner)->int: # The task to begin with
         grow_head(m, self.stream.seen(t)).load_state_dict(o['state']); self.teachers[k] = (m, o['has'])
     self.memory.load(s['memory']); self.ewc.load(s['ewc']); self.out = Learned(**s['out'])
     if s['si'] is not None: self.si = SI(self.student.model, self.cfg.si_c, self.cfg.si_xi); self.si.load_state_dict(s['si'])
-    self.run.n_rows = s['rows']
-    if not self.run.finished: self.run.keep_rows(self.run.n_rows)
+    self.run.n_rows = s['rows']      # rows of the phases begun since are kept or cut by `fit`, which knows how far they came
     return t + 1
 
 def _learn(self:Learner)->Learned:

@@ -19,7 +19,7 @@ BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size
 FEAT, WEIGH, STEP, CRD, DKD = dict(feat_kd_alpha=1.), dict(use_disagree_weight=1, disagree_lambda_high=5.), dict(lr_schedule='step'), dict(method='crd', crd_nce_k=16), dict(method='dkd', dkd_warmup=1)
 OPEN = dict(teacher1_freeze_level=-1, teacher2_freeze_level=-1)
 CL = dict(cl_mode=1, num_stages=1, num_tasks=2, epochs=1, replay_capacity=20, replay_ratio=1, student_type='mlp', teacher1_type='mlp', bridge_objective='ce', data_aug=0)
-EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50.), dict(CL, cl_method='si', num_tasks=3, si_c=50.)
+EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50., epochs=4), dict(CL, cl_method='si', num_tasks=3, si_c=50., epochs=4)
 CHANGES = dict(
     cl_mode=(1, dict(num_stages=1)), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
     cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(.1, CL), cl_der_loss=('mse', CL), cl_old_kd=(9., CL), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
