@@ -200,7 +200,8 @@ def _teach(self:Learner, t:int, teachers, roles):
         self.out.cost['bridge_images'] += (n := len(ld)*ld.batch_size*c.teacher_adapt_epochs)
         self.out.cost['teacher_forwards'] += n*len(teachers)
         freeze_all(*teachers)
-    ld = Replay(self.data(t), self.memory, c.batch_size, c.replay_ratio, seed=c.seed, phase=f't{t + 1}-B', device=self.acc.device,
+    own = len(self.stream.classes(t))/self.stream.seen(t) if cls.fills_early else 0.
+    ld = Replay(self.data(t), self.memory, c.batch_size, c.replay_ratio, own, seed=c.seed, phase=f't{t + 1}-B', device=self.acc.device,
                 data_aug=c.data_aug, num_workers=c.num_workers)
     emas = [m for m, r in zip(teachers, roles) if r == 'ema']
     distil(self.student, teachers, method, self.data(t), c, self.acc, self.run, epochs=c.epochs, name=self.task_name(t, 'B'),
@@ -249,7 +250,7 @@ def _remember(self:Learner, t:int, method, teachers):
         o, _ = predict(ask, Loader(data.train, data, 4*c.batch_size, device=self.acc.device, num_workers=c.num_workers).epoch(0))
     if makes: self.out.cost['teacher_forwards'] += len(data.train)*len(teachers)
     names = dict(synergy=['synergy'], student=['student'], both=['synergy', 'student'])[c.store]
-    k = self.stream.seen(t)
+    k = self.width(t) if c.store == 'student' else self.stream.seen(t)       # a head that is whole has an opinion on classes to come
     sets = torch.stack([o.get(n, o['student'])[:, :k] for n in names], 1)
     self.memory.add(data.train, t, k, sets, certainty_weights(o['logvar']) if 'logvar' in o else None, o['feature'])
 

@@ -61,6 +61,7 @@ def mean_over(
 class CLMethod(Method):
     "Base of every continual method: the shared terms, weighted by `defaults`"
     rehearses = True        # Has a memory
+    fills_early = False     # The memory already holds images of the task while it is learnt
     cumulative = False      # A new student for every task, on everything so far (joint)
     plain = None            # The class that stands in while there is no teacher (first task, snapshot only)
     by_means = False        # Is examined by its memory's features: `examine` gets them
@@ -123,16 +124,16 @@ class Plain(CLMethod):
 CLMethod.plain = Plain
 
 # %% ../nbs/07d_cl_methods.ipynb #d923734d
-def recipe(name:str, about:str, rehearses=True, cumulative=False, **weights):
+def recipe(name:str, about:str, rehearses=True, cumulative=False, fills_early=False, **weights):
     "Register a method that is a choice of weights"
-    cls = type(name, (Plain,), dict(__doc__=about, rehearses=rehearses, cumulative=cumulative, defaults=Plain.defaults | weights))
+    cls = type(name, (Plain,), dict(__doc__=about, rehearses=rehearses, cumulative=cumulative, fills_early=fills_early, defaults=Plain.defaults | weights))
     return register_cl_method(name)(cls)
 
 recipe('naive', "Each task as if there were no other", rehearses=False)
 recipe('joint', "A new student on everything so far: the upper bound", rehearses=False, cumulative=True)
 recipe('er', "Experience replay: new and kept images")
-recipe('er_ace', "Replay; new images leave old classes alone (Caccia et al. 2022)", cl_mask='ace')
-recipe('der', "Replay of logits (Buzzega et al. 2020)", cl_replay_ce=0., cl_der_alpha=.5)
+recipe('er_ace', "Replay; new images leave old classes alone (Caccia et al. 2022)", cl_mask='ace', fills_early=True)
+recipe('der', "Replay of logits (Buzzega et al. 2020)", cl_replay_ce=0., cl_der_alpha=.5, cl_mask='full')
 recipe('derpp', "Replay of logits and labels (Buzzega et al. 2020)", cl_replay_ce=1., cl_der_alpha=.5)
 recipe('ewc', "Elastic weight consolidation, online (Schwarz et al. 2018)", rehearses=False, lambda_ewc=.4)
 

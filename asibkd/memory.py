@@ -163,31 +163,35 @@ class Replay(Loader):
     "Batches of a task with replayed items behind the new images"
     def __init__(self, data:Data, mem:Buffer, batch_size:int,
         ratio:float,   # Replayed images for each new one
+        own=0.,        # Share of the replayed that are the task's own images, as in a memory that is filled on the way
         **kw,          # As `Loader` takes them
     ):
         ds = data.train
         super().__init__(join(ds, mem), data, batch_size, True, **kw)
         self.n_new, self.mem, self.batch_size = len(ds), mem, min(batch_size, len(ds))
         self.n_old = max(1, round(ratio*self.batch_size)) if ratio > 0 and len(mem) else 0
+        self.n_own = round(own*self.n_old)
+        self.own = torch.randperm(len(ds), generator=generator(*self.key, 'own'))[:max(1, round(own*mem.capacity))]
 
     def __len__(self): return self.n_new//self.batch_size
 
     def _steps(self, e, start):
         order = torch.randperm(self.n_new, generator=generator(*self.key, e, 'order')).split(self.batch_size)
-        return [(k, torch.cat([order[k], self.n_new + self.draw(e, k)])) for k in range(start, len(self))]
+        return [(k, torch.cat([order[k], self.draw(e, k)]) if self.n_old else order[k]) for k in range(start, len(self))]
 
-    def draw(self, e, k)->Tensor:
-        "Items that step `k` replays: without repetition while there are enough"
-        m, g = len(self.mem), generator(*self.key, e, k, 'replay')
-        if self.n_old <= m: return torch.randperm(m, generator=g)[:self.n_old]
-        return torch.randint(m, (self.n_old,), generator=g)
+    def draw(self, e, k)->Tensor: # Positions in the joined set
+        "What step `k` replays: without repetition while there is enough"
+        g = generator(*self.key, e, k, 'replay')
+        def some(m, n): return torch.randperm(m, generator=g)[:n] if n <= m else torch.randint(m, (n,), generator=g)
+        return torch.cat([self.own[some(len(self.own), self.n_own)], self.n_new + some(len(self.mem), self.n_old - self.n_own)])
 
     def _batch(self, x, p, key):
         b, n = super()._batch(x, p, key), self.batch_size
         fresh = torch.arange(len(p), device=self.device) < n
         kw = dict(x=b.x, y=b.y, idx=b.idx, view=b.view, fresh=fresh)
         if not self.n_old: return Mixed(**kw)
-        def of(v): # rows of the memory, zeros for the new images
+        n += self.n_own
+        def of(v): # rows of the memory, zeros for images of the task
             v = v[p[n:] - self.n_new].to(self.device, torch.float32 if v.is_floating_point() else v.dtype, non_blocking=True)
             return torch.cat([v.new_zeros(n, *v.shape[1:]), v])
         return Mixed(**kw, stored=of(self.mem.logits), known=of(self.mem.known), certainty=of(self.mem.certainty))
