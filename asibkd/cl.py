@@ -52,7 +52,7 @@ def check_cl(
         raise ConfigError(f"cl_teachers='{c.cl_teachers}': unknown {', '.join(wrong)}. Join {', '.join(ROLES)} with +, e.g. expert+snapshot.")
     if 'expert' in roles and not c.finetune_epochs:
         raise ConfigError("finetune_epochs=0: the expert would learn nothing of its task. Raise it, or choose other cl_teachers.")
-    if cls.by_means and not c.replay_capacity: raise ConfigError(f"replay_capacity=0: {key} classifies by the means of kept images. Give it a memory.")
+
     if c.store != 'student' and not synergises(cls): raise ConfigError(f"store={c.store}: {key} has no synergy; use store=student.")
     if not (roles or cls.teachers_used == 'none'): raise ConfigError(f"cl_teachers='': {key} needs teachers, e.g. expert+snapshot.")
     if roles and cls.teachers_used == 'none' and cfg.cl_teachers: raise ConfigError(f"cl_teachers={cfg.cl_teachers}: {key} asks no teacher. Use asib or avgz.")
@@ -134,6 +134,8 @@ class Learner:
         self.memory = Buffer(self.cfg.replay_capacity if self.cls.rehearses else 0, self.cfg.replay_policy, cfg.seed)
         self.ewc, self.si, self.teachers = EWC(cfg.ewc_mode, cfg.ewc_gamma), None, {}
         d = stream.data
+        if self.cls.by_means and self.memory.capacity < d.n_class:
+            raise ConfigError(f"replay_capacity={cfg.replay_capacity}: {key} classifies by the means of kept images and needs at least one of each of {d.n_class} classes.")
         self.student = build_student(self.cfg, d, student)
         grow_head(self.student, self.width(0), cfg.seed, 'student', keep=False)
         self.untrained = copy.deepcopy(self.student)
@@ -320,9 +322,9 @@ def _load(self:Learner)->int: # The task to begin with
         if k == 'student': grow_head(m, self.width(t))
         m.load_state_dict(s[k])
     for k, o in s['teachers'].items():
-        m = first_teacher(self.specs[int(k[-1]) - 1], self.stream, self.cfg)[0]
+        m = first_teacher(self.specs[int(k.removeprefix('expert').removeprefix('generic')) - 1], self.stream, self.cfg)[0]
         grow_head(m, self.stream.seen(t)).load_state_dict(o['state']); self.teachers[k] = (m, o['has'])
-    self.memory.load(s['memory']); self.ewc.load(s['ewc']); self.out = Learned(**s['out'])
+    self.memory.load(s['memory']); self.ewc.load(s['ewc'], self.acc.device); self.out = Learned(**s['out'])
     if s['si'] is not None: self.si = SI(self.student.model, self.cfg.si_c, self.cfg.si_xi); self.si.load_state_dict(s['si'])
     self.run.n_rows = s['rows']      # rows of the phases begun since are kept or cut by `fit`, which knows how far they came
     return t + 1

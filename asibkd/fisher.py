@@ -60,7 +60,9 @@ class EWC:
     "Anchors of past tasks and their pull"
     def __init__(self, mode='online', gamma=.9): self.mode, self.gamma, self.anchors = mode, gamma, []
     def state(self)->list: return self.anchors
-    def load(self, anchors): self.anchors = list(anchors); return self
+    def load(self, anchors, device='cpu'):
+        self.anchors = [{n: {k: v.to(device) for k, v in o.items()} for n, o in a.items()} for a in anchors]
+        return self
 
     def consolidate(self, net:nn.Module, fisher:dict):
         "Take the weights as they are now as an anchor"
@@ -76,7 +78,7 @@ class EWC:
     def penalty(self, net:nn.Module)->Tensor:
         "½ Σ F (θ − θ*)² over all anchors"
         now = dict(net.named_parameters())
-        return sum(.5*(F.to(p.device)*(p[tuple(map(slice, F.shape))] - a['theta'][k].to(p.device))**2).sum()
+        return sum(.5*(F*(p[tuple(map(slice, F.shape))] - a['theta'][k])**2).sum()
                    for a in self.anchors for k, F in a['fisher'].items() if (p := now[k]).requires_grad)
 
     @property
