@@ -190,7 +190,7 @@ def _teach(self:Learner, t:int, teachers, roles):
     "Fit the bridge, then teach the student; returns the method"
     c, cls = self.cfg, self.cls
     if not teachers and cls.teachers_used != 'none': cls = cls.plain
-    now = Now(t, self.stream.classes(t).start, roles, self.ewc, self.si)
+    now = Now(t, self.stream.classes(t).start, self.stream.seen(t) if c.cl_mask == 'full' else None, roles, self.ewc, self.si)
     with forked_rng(c.seed, 'init', self.key, t): method = cls(c, self.student, teachers, self.own, now)
     place(c, self.acc, method)
     if cls.adapts and c.teacher_adapt_epochs:

@@ -25,6 +25,7 @@ class Now:
     "What a method knows about the task it is in"
     task:int = 0                            # Counted from 0
     lo:int = 0                              # First label of the task
+    seen:int|None = None                    # Classes seen, where the head is whole from the start; None = all its rows
     roles:tuple = ()                        # Of the teachers, in their order: 'expert', 'generic', 'snapshot', 'ema'
     ewc:EWC = field(default_factory=EWC)    # Anchors of past tasks
     si:SI|None = None                       # Importance gathered so far
@@ -82,6 +83,11 @@ class CLMethod(Method):
         closed = fresh[:, None] & old
         if mask == 'separated': closed = closed | (~fresh[:, None] & ~old)
         return z.masked_fill(closed, FOREIGN)
+
+    def soften(self, z_s, z_t, when, weight=None, columns=None, reduction='mean')->Tensor:
+        "The KD term, on the classes seen: nobody is to say anything about those to come"
+        if columns is None and self.now.seen: columns = slice(self.now.seen)
+        return super().soften(z_s, z_t, when, weight, columns, reduction)
 
     def stored_distance(self, z:Tensor, batch)->Tensor: # (B,); 0 for new images
         "D(student's first K_s columns, stored logits), averaged over the stored sets"

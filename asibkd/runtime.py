@@ -146,7 +146,9 @@ def atomic_save(obj, path):
     "`torch.save` in one step; a full disk is an `OSError` before the old file is touched"
     with atomic_path(path) as tmp, open(tmp, 'wb') as f:
         try: torch.save(obj, f)
-        except RuntimeError as e: raise OSError(str(e).splitlines()[0]) from e
+        except RuntimeError as e:
+            if isinstance(e.__context__, KeyboardInterrupt): raise KeyboardInterrupt from None   # Ctrl-C met torch's writer
+            raise OSError(str(e).splitlines()[0]) from e
 
 # %% ../nbs/00a_runtime.ipynb #b082acb1
 def environment(device=None)->dict:
