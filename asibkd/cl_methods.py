@@ -25,7 +25,6 @@ class Now:
     "What a method knows about the task it is in"
     task:int = 0                            # Counted from 0
     lo:int = 0                              # First label of the task
-    seen:int|None = None                    # Classes seen, where the head is whole from the start; None = all its rows
     roles:tuple = ()                        # Of the teachers, in their order: 'expert', 'generic', 'snapshot', 'ema'
     ewc:EWC = field(default_factory=EWC)    # Anchors of past tasks
     si:SI|None = None                       # Importance gathered so far
@@ -66,12 +65,15 @@ class CLMethod(Method):
     cumulative = False      # A new student for every task, on everything so far (joint)
     plain = None            # The class that stands in while there is no teacher (first task, snapshot only)
     by_means = False        # Is examined by its memory's features: `examine` gets them
+    synergises = False      # Makes logits of its own from its teachers', which a memory may keep
     defaults = Method.defaults | dict(ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
                                       cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='class_balanced', store='student')
 
     def __init__(self, cfg:Config, student, teachers, own=None, now:Now=None):
         super().__init__(cfg, student, teachers, own)
         self.now, self.net = now or Now(), [student.model]      # in a list: not this method's parameters
+        cols = [t.columns for t in teachers]
+        self.known = None if not cols or any(c is None for c in cols) else torch.cat(cols).unique()      # columns some teacher knows
         if cfg.cl_mask in ('ace', 'separated') and cfg.label_smoothing:
             raise ConfigError(f"cl_mask={cfg.cl_mask} closes classes, label_smoothing gives every class a share: set label_smoothing=0.")
 
@@ -85,8 +87,8 @@ class CLMethod(Method):
         return z.masked_fill(closed, FOREIGN)
 
     def soften(self, z_s, z_t, when, weight=None, columns=None, reduction='mean')->Tensor:
-        "The KD term, on the classes seen: nobody is to say anything about those to come"
-        if columns is None and self.now.seen: columns = slice(self.now.seen)
+        "The KD term, on the classes some teacher knows: a snapshot is not to say that an image is of no new class"
+        if columns is None: columns = self.known
         return super().soften(z_s, z_t, when, weight, columns, reduction)
 
     def stored_distance(self, z:Tensor, batch)->Tensor: # (B,); 0 for new images
@@ -140,7 +142,7 @@ recipe('joint', "A new student on everything so far: the upper bound", rehearses
 recipe('er', "Experience replay: new and kept images")
 recipe('er_ace', "Replay; new images leave old classes alone (Caccia et al. 2022)", cl_mask='ace', fills_early=True)
 recipe('der', "Replay of logits (Buzzega et al. 2020)", cl_replay_ce=0., cl_der_alpha=.5, cl_mask='full')
-recipe('derpp', "Replay of logits and labels (Buzzega et al. 2020)", cl_replay_ce=1., cl_der_alpha=.5)
+recipe('derpp', "Replay of logits and labels (Buzzega et al. 2020)", cl_replay_ce=1., cl_der_alpha=.05, cl_mask='full')
 recipe('ewc', "Elastic weight consolidation, online (Schwarz et al. 2018)", rehearses=False, lambda_ewc=.4)
 
 # %% ../nbs/07d_cl_methods.ipynb #de496e97
@@ -200,11 +202,13 @@ ICaRL.plain = FirstICaRL
 @register_cl_method('avgz')
 class AverageCL(CLMethod, AvgZ):
     "Replay, and the plain average of the teachers' logits: what the bridge has to beat"
-    defaults = CLMethod.defaults | dict(kd_alpha=1., cl_teachers='expert+snapshot', cl_der_alpha=1., cl_der_loss='kl', store='synergy')
+    synergises = True
+    defaults = CLMethod.defaults | dict(kd_alpha=1., cl_teachers='snapshot', cl_mask='full', cl_der_alpha=.1)
 
 @register_cl_method('asib')
 class ASIBCL(CLMethod, ASMB):
     "Replay, and the synergy of the task's teachers through the bottleneck"
+    synergises = True
     defaults = AverageCL.defaults | dict(cl_old_kd=1.)
 
     def adapt_terms(self, syn, t_outs, when):
