@@ -8,7 +8,7 @@ __all__ = ['RIVALS', 'OWN', 'rival', 'cl_row', 'run_cl', 'judge_cl']
 # %% ../nbs/08b_cl_run.ipynb #962e0e0e
 import torch
 
-from .core import Config, log
+from .core import Config, ConfigError, log
 from .build import teacher_specs
 from .cl import Learned, Learner, check_cl, roles_of
 from .cl_methods import check_cl_method
@@ -48,6 +48,10 @@ def run_cl(
 )->tuple: # (summary, row of summary.csv)
     "Teach the method, and with `compare` its rivals, task by task"
     stream = create_stream(data, cfg.num_tasks, cfg.seed if cfg.class_order_seed is None else cfg.class_order_seed, cfg.task_sizes)
+    roles = roles_of(check_cl(cfg, cfg.cl_method))
+    if (teachers is not None or cfg.teachers or cfg.teacher1_ckpt or cfg.teacher2_ckpt) and not {'expert', 'generic'} & {*roles}:
+        raise ConfigError(f"Teachers were given, but {cfg.cl_method} asks {', '.join(roles) or 'nobody'}: add cl_teachers=generic (they stay as they are, "
+                          "but for their heads) or cl_teachers=expert+snapshot (the first is fine-tuned task by task), with cl_method=asib or avgz.")
     keys = [k for k in RIVALS if k != cfg.cl_method and cfg.compare] + [cfg.cl_method]
     specs = teacher_specs(cfg, teachers, data.n_class)
     make = lambda k: Learner(k, stream, cfg if k == cfg.cl_method else rival(cfg), acc, specs, student, run,

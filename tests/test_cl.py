@@ -42,7 +42,7 @@ def test_every_method(method, tmp_path):
 
 def test_kill_9_in_task_3(tmp_path):
     "R, what the memory holds, and every weight equal the uninterrupted run's"
-    args = dict(preset='quickstart', device='cpu', cl_mode=1, compare=0, lambda_ewc=.4, checkpoint_steps=5, exp_id='a', train_per_class=60, epochs=10, store='both')
+    args = dict(preset='quickstart', device='cpu', cl_mode=1, compare=0, lambda_ewc=.4, checkpoint_steps=5, exp_id='a', train_per_class=60, epochs=10, store='both', cl_teachers='expert+snapshot')
     def start(d): return subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *(f'{k}={v}' for k, v in args.items()), f'results_dir={tmp_path/d}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     p = start('whole'); out = p.communicate(timeout=300)[0]; assert p.returncode == 0, out[-2000:]
     log = tmp_path/'cut'/'a'/'metrics.jsonl'
@@ -82,7 +82,7 @@ def test_command_line(asibkd, tmp_path):
 def test_image_folder_and_uneven_tasks(asibkd, folder):
     "Own classes from a folder, five in two tasks, and a streamed size"
     d = folder('animals', classes=('ant', 'bee', 'cat', 'dog', 'eel'), size=20, train=8, test=3)
-    args = ['preset=quickstart', 'cl_mode=1', 'compare=0', 'device=cpu', 'dataset=imagefolder', f'data_root={d}', 'num_tasks=2', 'epochs=1', 'finetune_epochs=1', 'teacher_adapt_epochs=1', 'replay_capacity=7', 'num_workers=0', 'val_frac=.2']
+    args = ['preset=quickstart', 'cl_mode=1', 'compare=0', 'device=cpu', 'dataset=imagefolder', f'data_root={d}', 'num_tasks=2', 'epochs=1', 'finetune_epochs=1', 'teacher_adapt_epochs=1', 'replay_capacity=7', 'num_workers=0', 'val_frac=.2', 'cl_teachers=expert+snapshot']
     r = asibkd('run', *args, 'exp_id=small'); assert r.returncode == 0, r.stderr
     s = json.loads((d.parent/'results'/'small'/'summary.json').read_text()); assert [len(t) for t in s['tasks']] == [3, 2] and sorted(sum(s['tasks'], [])) == ['ant', 'bee', 'cat', 'dog', 'eel']
     r = asibkd('run', *args, 'exp_id=big', 'image_size=72', 'teacher1_type=resnet10t', 'batch_size=4', 'task_sizes=1,4', 'data_aug=standard'); assert r.returncode == 0, r.stderr
@@ -96,7 +96,8 @@ def test_own_modules_and_arrays(tmp_path):
     ds = [(a, int(b)) for a, b in zip(x, y)]
     net = lambda k: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, k))
     mine = net(6); before = {k: v.clone() for k, v in mine.state_dict().items()}
-    s = run_experiment(**SMALL, teachers=[net(6)], student=mine, train=ds, test=ds[:60], results_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match='asks snapshot'): run_experiment(**SMALL, teachers=[net(6)], train=ds, test=ds[:60], results_dir=str(tmp_path))
+    s = run_experiment(**SMALL, cl_teachers='expert+snapshot', teachers=[net(6)], student=mine, train=ds, test=ds[:60], results_dir=str(tmp_path))
     assert [len(t) for t in s['tasks']] == [2, 2, 2] and len(s['R']['asib']['class_il'][-1]) == 3
     assert all(v.equal(before[k]) for k, v in mine.state_dict().items())                              # your module stays as it is
     row = s['rows'][-1]; assert row['leak'] == 'unknown'                                               # nobody knows what it was trained on
@@ -105,9 +106,9 @@ def test_a_teacher_that_saw_the_future(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_finetune(preset='quickstart', device='cpu', teacher_type='mlp', finetune_epochs=1, train_per_class=12, use_amp=0, log_level='ERROR')
     f = 'checkpoints/mlp_ft.pth'
-    s = run_experiment(**SMALL, teacher1_type='mlp', exp_id='unused')                                  # a file lying in checkpoints/ is not picked up
+    s = run_experiment(**SMALL, cl_teachers='expert', teacher1_type='mlp', exp_id='unused')                                  # a file lying in checkpoints/ is not picked up
     assert s['rows'][-1]['leak'] == ''
-    with pytest.raises(CheckpointError, match='would teach the future.*allow_leak=1'): run_experiment(**SMALL, teacher1_type='mlp', teacher1_ckpt=f)
+    with pytest.raises(CheckpointError, match='would teach the future.*allow_leak=1'): run_experiment(**SMALL, cl_teachers='expert', teacher1_type='mlp', teacher1_ckpt=f)
     s = run_experiment(**SMALL, teacher1_type='mlp', teacher1_ckpt=f, allow_leak=1, cl_teachers='generic', teacher2_type='mlp')
     assert s['rows'][-1]['leak'] == 'yes'
 
@@ -119,10 +120,10 @@ def test_a_penalty_that_must_diverge(tmp_path):
     s = run_experiment(**kw, lambda_ewc=.5*safe); assert s['rows'][-1]['task_ACC'] > .5
 
 @pytest.mark.parametrize('kw', [dict(cl_teachers='generic+snapshot'), dict(cl_teachers='expert+snapshot+ema'), dict(cl_teachers='snapshot'), dict(cl_teachers='expert'), dict(use_ib=0), dict(cl_der_alpha=0), dict(lambda_ewc=0),
-                                dict(cl_mask='full'), dict(cl_mask='separated'), dict(replay_ratio=0, replay_capacity=0), dict(use_distillation_adapter=1, distill_out_dim=16), dict(mbm_learnable_q=1), dict(feat_kd_alpha=1), dict(use_certainty_weight=1)],
+                                dict(cl_mask='seen'), dict(cl_mask='separated'), dict(replay_ratio=0, replay_capacity=0), dict(use_distillation_adapter=1, distill_out_dim=16), dict(mbm_learnable_q=1), dict(feat_kd_alpha=1), dict(use_certainty_weight=1)],
                          ids=lambda kw: '-'.join(f'{k}={v}' for k, v in kw.items()))
 def test_ablations(kw, tmp_path):
     s = run_experiment(**SMALL | dict(num_tasks=2) | kw, results_dir=str(tmp_path)); row = s['rows'][-1]
     assert row['ACC'] > .35
-    assert (row['task_FWT'] is None) == (kw.get('cl_mask') != 'full')                                 # a head that grows has no rows for the coming task
+    assert (row['task_FWT'] is None) == ('cl_mask' in kw)                                 # a head that grows has no rows for the coming task
     if 'cl_teachers' in kw: assert row['taught_by'] == 'labels+' + kw['cl_teachers']
