@@ -146,10 +146,11 @@ class Learner:
     def balanced(self, t, what)->Balanced:
         c, data = self.cfg, self.data(t)
         return Balanced(data, self.memory, c.batch_size, seed=c.seed, phase=f't{t + 1}-{what}', device=self.acc.device, data_aug=c.data_aug, num_workers=c.num_workers)
-    def with_memory(self, t)->Data:
-        "The task, with the memory's items among its validation images"
-        data = self.data(t)
-        return replace(data, val=join(data.val, self.memory))
+    def with_memory(self, t, known=None)->Data:
+        "The task, with the memory's items among its validation images; of the `known` classes only"
+        data = self.data(t); val = join(data.val, self.memory)
+        if known is not None: val = val.subset(torch.isin(val.y, known.cpu()).nonzero().flatten())
+        return replace(data, val=val)
     def task_name(self, t, what): return f'{self.name}t{t + 1}-{what}'
 
 # %% ../nbs/07e_cl.ipynb #e496187b
@@ -193,11 +194,12 @@ def _teach(self:Learner, t:int, teachers, roles):
     now = Now(t, self.stream.classes(t).start, roles, self.ewc, self.si)
     with forked_rng(c.seed, 'init', self.key, t): method = cls(c, self.student, teachers, self.own, now)
     place(c, self.acc, method)
-    if cls.adapts and c.teacher_adapt_epochs:
+    seen = self.with_memory(t, None if c.bridge_objective == 'distil' else method.known)     # labels judge a bridge on classes its teachers know
+    if cls.adapts and c.teacher_adapt_epochs and len(seen.val):
         for m in teachers:
             if m.adapter is not None: m.adapter.requires_grad_(True)
         ld = self.balanced(t, 'A')
-        self.out.gates.append(dict(adapt(self.student, teachers, method, self.with_memory(t), c, self.acc, self.run, 0, self.callbacks,
+        self.out.gates.append(dict(adapt(self.student, teachers, method, seen, c, self.acc, self.run, 0, self.callbacks,
                                          self.task_name(t, 'A'), ld), task=t + 1))
         self.out.cost['bridge_images'] += (n := len(ld)*ld.batch_size*c.teacher_adapt_epochs)
         self.out.cost['teacher_forwards'] += n*len(teachers)

@@ -211,6 +211,12 @@ class ASIBCL(CLMethod, ASMB):
     synergises = True
     defaults = AverageCL.defaults | dict(cl_old_kd=1.)
 
+    def synergy_ce(self, z, batch):
+        "On the images and in the columns of classes that some teacher knows"
+        if self.known is None: return super().synergy_ce(z, batch)
+        at = torch.searchsorted(self.known, batch.y).clamp_max(len(self.known) - 1)
+        return mean_over(ce_loss(z[:, self.known], at, self.cfg.label_smoothing, reduction='none'), self.known[at] == batch.y)
+
     def adapt_terms(self, syn, t_outs, when):
         "λ_old τ² KL(snapshot's old columns ‖ synergy's old columns)"
         if self.cfg.cl_old_kd == 0 or 'snapshot' not in self.now.roles: return {}

@@ -266,7 +266,7 @@ def _adapt_loss(self:ASMB, batch, s_out, t_outs, when,
                   for o in t_outs]
     syn, terms = self.listen(s_out, t_outs), {}
     if obj != 'distil':
-        terms['syn_ce'] = (c.synergy_ce_alpha, ce_loss(syn['open_logit'], batch.y, c.label_smoothing))
+        terms['syn_ce'] = (c.synergy_ce_alpha, self.synergy_ce(syn['open_logit'], batch))
         if when.stage >= c.teacher_adapt_kd_warmup:
             terms['syn_kd'] = (c.synergy_kd_alpha, self.soften(syn['open_logit'], s_out['logit'], when))
         # not before phase B has trained the projection; and the teachers' own features do not depend on the bridge
@@ -279,6 +279,8 @@ def _adapt_loss(self:ASMB, batch, s_out, t_outs, when,
         terms['mbm_reg'] = (c.mbm_reg_lambda, sum(p.pow(2).sum() for p in self.synergy.parameters()))
     return weighted(**terms, **self.adapt_terms(syn, t_outs, when))
 
+def _synergy_ce(self:ASMB, z, batch)->Tensor: "The labels' part of L_A"; return ce_loss(z, batch.y, self.cfg.label_smoothing)
+
 def _adapt_terms(self:ASMB, syn:dict, t_outs, when)->dict: # name → (weight, term)
     "What a method built on this one adds to L_A"
     return {}
@@ -288,4 +290,4 @@ def _pull(self:ASMB, s_out, syn):
     f = self.project(s_out[self.cfg.feat_kd_key].detach())
     return feature_loss(syn[self.cfg.feat_kd_target] - self.center.mean, f, self.cfg.feat_kd_norm)
 
-ASMB.adapt_loss, ASMB.adapt_terms, ASMB._pull = _adapt_loss, _adapt_terms, _pull
+ASMB.adapt_loss, ASMB.synergy_ce, ASMB.adapt_terms, ASMB._pull = _adapt_loss, _synergy_ce, _adapt_terms, _pull

@@ -120,7 +120,7 @@ def test_a_penalty_that_must_diverge(tmp_path):
     s = run_experiment(**kw, lambda_ewc=.5*safe); assert s['rows'][-1]['task_ACC'] > .5
 
 @pytest.mark.parametrize('kw', [dict(cl_teachers='generic+snapshot'), dict(cl_teachers='expert+snapshot+ema'), dict(cl_teachers='snapshot'), dict(cl_teachers='expert'), dict(use_ib=0), dict(cl_der_alpha=0), dict(lambda_ewc=0),
-                                dict(cl_mask='seen'), dict(cl_mask='separated'), dict(replay_ratio=0, replay_capacity=0), dict(use_distillation_adapter=1, distill_out_dim=16), dict(mbm_learnable_q=1), dict(feat_kd_alpha=1), dict(use_certainty_weight=1)],
+                                dict(cl_mask='seen'), dict(cl_mask='separated'), dict(replay_ratio=0, replay_capacity=0), dict(bridge_objective='distil'), dict(use_distillation_adapter=1, distill_out_dim=16), dict(mbm_learnable_q=1), dict(feat_kd_alpha=1), dict(use_certainty_weight=1)],
                          ids=lambda kw: '-'.join(f'{k}={v}' for k, v in kw.items()))
 def test_ablations(kw, tmp_path):
     s = run_experiment(**SMALL | dict(num_tasks=2) | kw, results_dir=str(tmp_path)); row = s['rows'][-1]
