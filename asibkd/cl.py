@@ -15,7 +15,7 @@ from torch import nn
 from .core import CheckpointError, Config, ConfigError, log
 from .runtime import atomic_save, forked_rng, generator
 from .batches import Loader, normalise
-from .build import build_student, build_teacher, read_card
+from .build import build_student, build_teacher, dropout_of, read_card
 from .cl_methods import Now, check_cl_method
 from .cl_metrics import cl_metrics, task_accuracies
 from .data import Data, ImageSet
@@ -28,7 +28,7 @@ from .methods import average, tuned
 from .metrics import accuracy, predict
 from .phases import adapt, distil, evaluating, finetune, place
 from .streams import Stream, create_stream, grow_head
-from .teachers import load_into, load_weights
+from .teachers import create_teacher, load_into, load_weights
 from .trainers import Ckpt, load_state
 
 # %% ../nbs/07e_cl.ipynb #e53c86a9
@@ -50,8 +50,16 @@ def check_cl(
     roles = roles_of(c)
     if wrong := [r for r in roles if r not in ROLES]:
         raise ConfigError(f"cl_teachers='{c.cl_teachers}': unknown {', '.join(wrong)}. Join {', '.join(ROLES)} with +, e.g. expert+snapshot.")
-    if 'expert' in roles and not c.finetune_epochs:
-        raise ConfigError("finetune_epochs=0: the expert would learn nothing of its task. Raise it, or choose other cl_teachers.")
+    if len({*roles}) < len(roles): raise ConfigError(f"cl_teachers='{c.cl_teachers}' names one twice.")
+    if {'expert', 'generic'} & {*roles} and not c.finetune_epochs:
+        raise ConfigError("finetune_epochs=0: expert and generic teachers get new rows for new classes, which would stay untrained. Raise it, or choose other cl_teachers.")
+    if c.cl_mask in ('ace', 'separated') and c.label_smoothing:
+        raise ConfigError(f"cl_mask={c.cl_mask} closes classes, label_smoothing gives every class a share: set label_smoothing=0.")
+    if c.cl_mask == 'separated' and cls.fills_early: raise ConfigError(f"cl_mask=separated: {key} replays the task's own images among the old ones, which it would close. Use ace.")
+    if c.cl_mask in ('ace', 'separated') and cls.by_means: raise ConfigError(f"cl_mask={c.cl_mask}: {key} has no softmax to close classes in. Use seen or full.")
+    if key == 'si' and c.grad_clip_norm: raise ConfigError("grad_clip_norm with cl_method=si: the path integral needs the gradient as it is. Set it to 0.")
+    if typed := [k for k in cls.deaf if getattr(cfg, k)]: raise ConfigError(f"{typed[0]}={getattr(cfg, typed[0])}: {key} has no such term. Leave it out, or use another cl_method.")
+    if cfg.finetune_ckpt1 or cfg.finetune_ckpt2: raise ConfigError("finetune_ckpt1/2 with cl_mode=1: teachers change from task to task. Start them from teacher1_ckpt=… instead.")
 
     if c.store != 'student' and not cls.synergises: raise ConfigError(f"store={c.store}: {key} has no synergy; use store=student.")
     if not (roles or cls.teachers_used == 'none'): raise ConfigError(f"cl_teachers='': {key} needs teachers, e.g. expert+snapshot.")
@@ -85,10 +93,15 @@ def first_teacher(
     n1, card = stream.seen(0), read_card(spec['ckpt']) if spec['ckpt'] else None
     names = card['classes'] if card else stream.data.classes[:n1]
     alone = spec | dict(ckpt='', keep='', usual=False, classes=None)               # checkpoints/{type}_ft.pth knows all classes
+    own, state = isinstance(spec['what'], nn.Module), load_weights(spec['ckpt']) if spec['ckpt'] else None
     with forked_rng(cfg.seed, 'cl', spec['name']):
-        if isinstance(spec['what'], nn.Module): t = copy.deepcopy(KDModel(spec['what'], stream.data.shape[-1], stream.data.shape[0]))
+        if own: t = create_teacher(copy.deepcopy(spec['what']), None, img_size=stream.data.shape[-1], in_chans=stream.data.shape[0], dropout=dropout_of(spec['what'], cfg),
+                                   use_adapter=cfg.use_distillation_adapter, adapter_hidden=cfg.distill_hidden_dim, adapter_out=cfg.distill_out_dim)
         else: t = build_teacher(alone, replace(stream.data, classes=names), cfg.model_copy(update=dict(finetune_epochs=1)))[0]
-    if spec['ckpt']: load_into(t, load_weights(spec['ckpt']), spec['ckpt'])
+    if state is not None:
+        rows = {k.removeprefix('model.'): v for k, v in state.items()}.get(f'{t.anatomy.heads[0]}.weight')
+        if rows is not None and len(rows) != t.n_class: grow_head(t, len(rows), keep=False)        # it says nothing of its classes
+        load_into(t, state, spec['ckpt'])
     grow_head(t, n1, cfg.seed, spec['name'], 0, keep=bool(spec['ckpt']) and names[:n1] == stream.data.classes[:n1])
     return t, bool(spec['ckpt'] or spec['pretrained'] or isinstance(spec['what'], nn.Module))
 
@@ -134,18 +147,22 @@ class Learner:
         self.memory = Buffer(self.cfg.replay_capacity if self.cls.rehearses else 0, self.cfg.replay_policy, cfg.seed)
         self.ewc, self.si, self.teachers = EWC(cfg.ewc_mode, cfg.ewc_gamma), None, {}
         d = stream.data
+        for s in self.taught_by() + ([] if student is None and not (cfg.student_ckpt or cfg.student_pretrained) else
+                                     [dict(name='student', what=cfg.student_type if student is None else student, ckpt=cfg.student_ckpt, pretrained=cfg.student_pretrained)]):
+            self.out.leak = max(self.out.leak, leak_of(s, stream, cfg))                # refused here, before anything is trained
         if self.cls.by_means and self.memory.capacity < d.n_class:
             raise ConfigError(f"replay_capacity={cfg.replay_capacity}: {key} classifies by the means of kept images and needs at least one of each of {d.n_class} classes.")
-        self.student = build_student(self.cfg, d, student)
+        self.student = build_student(self.cfg, d, copy.deepcopy(student))
         grow_head(self.student, self.width(0), cfg.seed, 'student', keep=False)
         self.untrained = copy.deepcopy(self.student)
         place(cfg, acc, self.student, self.untrained)
 
     def width(self, t)->int: "Rows of the student's head in task `t`"; return len(self.stream.data.classes) if self.cfg.cl_mask == 'full' else self.stream.seen(t)
     def data(self, t)->Data: return self.stream.until(t) if self.cls.cumulative else self.stream.task(t)
-    def balanced(self, t, what)->Balanced:
+    def taught_by(self)->list: "Specs of the teachers that are asked"; return self.specs if 'generic' in self.roles else self.specs[:1] if 'expert' in self.roles else []
+    def balanced(self, t, what, mix=(0., 0.))->Balanced:
         c, data = self.cfg, self.data(t)
-        return Balanced(data, self.memory, c.batch_size, seed=c.seed, phase=f't{t + 1}-{what}', device=self.acc.device, data_aug=c.data_aug, num_workers=c.num_workers)
+        return Balanced(data, self.memory, c.batch_size, seed=c.seed, mix=mix, phase=f't{t + 1}-{what}', device=self.acc.device, data_aug=c.data_aug, num_workers=c.num_workers)
     def with_memory(self, t, known=None)->Data:
         "The task, with the memory's items among its validation images; of the `known` classes only"
         data = self.data(t); val = join(data.val, self.memory)
@@ -172,14 +189,13 @@ def _school(self:Learner, t:int, i:int, role:str)->KDModel:
     c, spec, name = self.cfg, self.specs[i], f'{role}{i + 1}'
     if name not in self.teachers:
         self.teachers[name] = first_teacher(spec, self.stream, c)
-        if leak := leak_of(spec, self.stream, c): self.out.leak = max(self.out.leak, leak)
     m, has_weights = self.teachers[name]
     m.columns = None
     grow_head(m, self.stream.seen(t), c.seed, name, t)
     if role == 'generic' and (t or has_weights): apply_freeze(m, level=0, freeze_bn=True)
     else: m.requires_grad_(True); m.fixed = set()
     if c.finetune_epochs:
-        ld = self.balanced(t, name)
+        ld = self.balanced(t, name, (0., c.finetune_cutmix_alpha or (1. if c.finetune_use_cutmix else 0.)))
         finetune(m, self.with_memory(t), c, self.acc, self.run, self.task_name(t, name), self.callbacks, ld)
         self.out.cost['teacher_images'] += len(ld)*ld.batch_size*c.finetune_epochs
     return answer_in(freeze_all(m), self.stream.seen(t), self.width(t))
@@ -255,6 +271,9 @@ def _remember(self:Learner, t:int, method, teachers):
     if makes: self.out.cost['teacher_forwards'] += len(data.train)*len(teachers)
     names = dict(synergy=['synergy'], student=['student'], both=['synergy', 'student'])[c.store]
     k = self.width(t) if c.store == 'student' else self.stream.seen(t)       # a head that is whole has an opinion on classes to come
+    if makes and method.known is not None:                                      # what no teacher knows, the student says
+        other = torch.ones(o['student'].shape[1], dtype=torch.bool); other[method.known.cpu()] = False
+        o['synergy'] = torch.where(other, o['student'], o['synergy'])
     sets = torch.stack([o.get(n, o['student'])[:, :k] for n in names], 1)
     self.memory.add(data.train, t, k, sets, certainty_weights(o['logvar']) if 'logvar' in o else None, o['feature'])
 

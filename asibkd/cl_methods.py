@@ -66,6 +66,7 @@ class CLMethod(Method):
     plain = None            # The class that stands in while there is no teacher (first task, snapshot only)
     by_means = False        # Is examined by its memory's features: `examine` gets them
     synergises = False      # Makes logits of its own from its teachers', which a memory may keep
+    deaf = ()               # Weights it has no term for: typing one is refused
     defaults = Method.defaults | dict(ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
                                       cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='class_balanced', store='student')
 
@@ -74,8 +75,6 @@ class CLMethod(Method):
         self.now, self.net = now or Now(), [student.model]      # in a list: not this method's parameters
         cols = [t.columns for t in teachers]
         self.known = None if not cols or any(c is None for c in cols) else torch.cat(cols).unique()      # columns some teacher knows
-        if cfg.cl_mask in ('ace', 'separated') and cfg.label_smoothing:
-            raise ConfigError(f"cl_mask={cfg.cl_mask} closes classes, label_smoothing gives every class a share: set label_smoothing=0.")
 
     def seen_by(self, z:Tensor, fresh:Tensor)->Tensor:
         "Logits as each image's cross-entropy sees them: classes that `cl_mask` closes to it are out"
@@ -127,6 +126,7 @@ CLMethod.basis = _basis
 class Plain(CLMethod):
     "The shared terms and nothing else"
     teachers_used = 'none'
+    deaf = ('kd_alpha', 'cl_old_kd')
     def loss(self, batch, s_out, t_outs, when): return weighted(**self.basis(batch, s_out))
 
 CLMethod.plain = Plain
@@ -134,7 +134,8 @@ CLMethod.plain = Plain
 # %% ../nbs/07d_cl_methods.ipynb #d923734d
 def recipe(name:str, about:str, rehearses=True, cumulative=False, fills_early=False, **weights):
     "Register a method that is a choice of weights"
-    cls = type(name, (Plain,), dict(__doc__=about, rehearses=rehearses, cumulative=cumulative, fills_early=fills_early, defaults=Plain.defaults | weights))
+    deaf = Plain.deaf + (() if rehearses else ('cl_der_alpha', 'cl_replay_ce')) + (('lambda_ewc',) if cumulative else ())
+    cls = type(name, (Plain,), dict(__doc__=about, deaf=deaf, rehearses=rehearses, cumulative=cumulative, fills_early=fills_early, defaults=Plain.defaults | weights))
     return register_cl_method(name)(cls)
 
 recipe('naive', "Each task as if there were no other", rehearses=False)
@@ -149,7 +150,7 @@ recipe('ewc', "Elastic weight consolidation, online (Schwarz et al. 2018)", rehe
 @register_cl_method('si')
 class SynapticIntelligence(Plain):
     "Synaptic intelligence (Zenke et al. 2017)"
-    rehearses = False
+    rehearses, deaf = False, Plain.deaf + ('cl_der_alpha', 'cl_replay_ce')
     def __init__(self, cfg, student, teachers, own=None, now=None):
         super().__init__(cfg, student, teachers, own, now)
         self.si = SI(student.model, cfg.si_c, cfg.si_xi, self.now.si)
@@ -166,7 +167,7 @@ class SynapticIntelligence(Plain):
 @register_cl_method('lwf')
 class LwF(CLMethod):
     "Learning without forgetting"
-    rehearses = False
+    rehearses, deaf = False, ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1.)
     def loss(self, batch, s_out, t_outs, when):
         terms = self.basis(batch, s_out)
@@ -176,7 +177,7 @@ class LwF(CLMethod):
 @register_cl_method('icarl')
 class ICaRL(CLMethod):
     "Incremental classifier and representation learning: exemplars by herding, nearest mean of exemplars"
-    by_means = True
+    by_means, deaf = True, ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., replay_policy='herding')
 
     def __init__(self, cfg, student, teachers, own=None, now=None):
@@ -188,12 +189,18 @@ class ICaRL(CLMethod):
         bce = F.binary_cross_entropy_with_logits
         terms = dict(bce=(self.cfg.ce_alpha, bce(z[:, lo:], F.one_hot(batch.y, z.shape[1])[:, lo:].to(z.dtype), reduction='none').sum(1).mean()))
         if t_outs: terms['old_kd'] = (self.cfg.cl_old_kd, bce(z[:, :lo], up(t_outs[0]['logit'])[:, :lo].sigmoid(), reduction='none').sum(1).mean())
+        if self.cfg.lambda_ewc > 0 and self.now.ewc.anchors: terms['ewc'] = (self.cfg.lambda_ewc, self.now.ewc.penalty(self.net[0]))
         return weighted(**terms)
 
     def examine(self, features):
-        self.means = F.normalize(torch.stack([F.normalize(features[c], dim=1).mean(0) for c in sorted(features)]), dim=1)
+        self.means = {c: F.normalize(F.normalize(f, dim=1).mean(0), dim=0) for c, f in features.items()}
 
-    def predict(self, s_out): return -torch.cdist(F.normalize(up(s_out['feat_2d']), dim=1), self.means.to(s_out['feat_2d'].device))
+    def predict(self, s_out):
+        "Minus the distance to each class mean; a class the memory holds nothing of cannot be answered"
+        f = F.normalize(up(s_out['feat_2d']), dim=1)
+        z = f.new_full((len(f), s_out['logit'].shape[1]), float('-inf'))
+        for c, m in self.means.items(): z[:, c] = -(f - m.to(f.device)).norm(dim=1)
+        return z
 
 class FirstICaRL(ICaRL): "The first task, without a snapshot"; teachers_used = 'none'
 ICaRL.plain = FirstICaRL
@@ -202,7 +209,7 @@ ICaRL.plain = FirstICaRL
 @register_cl_method('avgz')
 class AverageCL(CLMethod, AvgZ):
     "Replay, and the plain average of the teachers' logits: what the bridge has to beat"
-    synergises = True
+    synergises, deaf = True, ('cl_old_kd',)
     defaults = CLMethod.defaults | dict(kd_alpha=1., cl_teachers='snapshot', cl_mask='full', cl_der_alpha=.1)
 
 @register_cl_method('asib')

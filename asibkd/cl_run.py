@@ -35,6 +35,7 @@ def cl_row(
     m = cl_metrics(o.class_il, n)
     told = cl_metrics(o.task_il, n, o.ahead or None, o.base or None)
     mb = l.memory.megabytes
+    if not l.cfg.cl_der_alpha: mb['logits'] = 0.                               # kept, but nobody asks for them
     return dict(key=o.key, model=l.student.name, role=f'student: {o.key}', taught_by='+'.join(['labels', *roles_of(l.cfg)]),
                 val_acc=cl_metrics(o.val_class_il)['ACC'], **{k: v for k, v in m.items() if k != 'FWT'}, task_ACC=told['ACC'], task_BWT=told['BWT'],
                 task_FWT=told['FWT'], learned_with='all data so far' if l.cls.cumulative else f'{len(l.memory)} kept images',
@@ -49,7 +50,7 @@ def run_cl(
     "Teach the method, and with `compare` its rivals, task by task"
     stream = create_stream(data, cfg.num_tasks, cfg.seed if cfg.class_order_seed is None else cfg.class_order_seed, cfg.task_sizes)
     roles = roles_of(check_cl(cfg, cfg.cl_method))
-    if (teachers is not None or cfg.teachers or cfg.teacher1_ckpt or cfg.teacher2_ckpt) and not {'expert', 'generic'} & {*roles}:
+    if (teachers is not None or cfg.teachers or cfg.teacher1_ckpt or cfg.teacher2_ckpt or cfg.teacher_ckpts) and not {'expert', 'generic'} & {*roles}:
         raise ConfigError(f"Teachers were given, but {cfg.cl_method} asks {', '.join(roles) or 'nobody'}: add cl_teachers=generic (they stay as they are, "
                           "but for their heads) or cl_teachers=expert+snapshot (the first is fine-tuned task by task), with cl_method=asib or avgz.")
     keys = [k for k in RIVALS if k != cfg.cl_method and cfg.compare] + [cfg.cl_method]

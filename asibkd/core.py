@@ -299,7 +299,7 @@ class Continual(Params):
     fisher_n:int = P(500, "Images it is computed on.", ge=1)
     ewc_mode:Literal['online', 'separate'] = P('online', "One running Fisher, or one a task.")
     ewc_gamma:float = P(0.9, "Decay of the running Fisher.", ge=0, le=1)
-    si_c:float = P(0.5, "Weight c of synaptic intelligence (si).", ge=0)
+    si_c:float = P(5.0, "Weight c of synaptic intelligence (si).", ge=0)
     si_xi:float = P(0.1, "Damping ξ of synaptic intelligence.", gt=0)
     allow_leak:bool = P(False, "Allow a teacher that saw future classes; the result row says so.")
 

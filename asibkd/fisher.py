@@ -22,8 +22,9 @@ def score_squares(
     net:nn.Module,  # Images → logits, in evaluation mode
     params:dict,    # name → the parameters asked about
     x:Tensor,       # (n, C, H, W)
-    c:Tensor,       # (n,) a class for each image
-    w:Tensor,       # (n,) a weight for each
+    i:Tensor,       # (m,) which image
+    c:Tensor,       # (m,) a class for it
+    w:Tensor,       # (m,) a weight
     seen=None,      # Softmax over the first `seen` classes; None = all
     room=2e7,       # Numbers held at a time: decides how many images go together
 )->dict: # name → Σ w (∂ log p_c(x))²
@@ -32,8 +33,9 @@ def score_squares(
     def log_p(p, x, c): return logits_of(functional_call(net, {**rest, **p}, (x[None],)))[:, :seen].float().log_softmax(1)[0].gather(0, c[None])[0]
     scores, out = vmap(grad(log_p), (None, 0, 0)), {k: torch.zeros_like(v) for k, v in params.items()}
     p = {k: v.detach() for k, v in params.items()}
-    for i in torch.arange(len(x), device=x.device).split(max(1, min(512, int(room/max(sum(v.numel() for v in p.values()), 1))))):
-        for k, g in scores(p, x[i], c[i]).items(): out[k] += torch.einsum('n,n...->...', w[i], g*g)
+    each = max(1, sum(v.numel() for v in p.values()), 200*x[0].numel())            # gradients, and about what passes through the layers
+    for j in torch.arange(len(i), device=x.device).split(max(1, min(512, int(room/each)))):
+        for k, g in scores(p, x[i[j]], c[j]).items(): out[k] += torch.einsum('n,n...->...', w[j], g*g)
     return out
 
 def fisher_diag(
@@ -50,10 +52,11 @@ def fisher_diag(
     with evaluating(net):
         with torch.no_grad(): p = torch.cat([logits_of(net(o))[:, :seen] for o in x.split(256)]).float().softmax(1)
         n, k = p.shape
-        if mode == 'exact': x, c, w = x.repeat_interleave(k, 0), torch.arange(k, device=x.device).repeat(n), p.flatten()
+        i = torch.arange(n, device=x.device)
+        if mode == 'exact': i, c, w = i.repeat_interleave(k), torch.arange(k, device=x.device).repeat(n), p.flatten()
         elif mode == 'sample': c, w = torch.multinomial(p.cpu(), 1, generator=gen).flatten().to(x.device), p.new_ones(n)
         else: c, w = y.to(x.device), p.new_ones(n)
-        return {k: v/n for k, v in score_squares(net, params, x, c, w, seen).items()}
+        return {k: v/n for k, v in score_squares(net, params, x, i, c, w, seen).items()}
 
 # %% ../nbs/07b_fisher.ipynb #8ff1fd87
 class EWC:
@@ -137,7 +140,8 @@ class SI(nn.Module):
             last = getattr(self, f'last{i}')
             if p.grad is not None:
                 g = p.grad - 2*self.c*self.big(i)*(last - getattr(self, f'star{i}'))
-                getattr(self, f'omega{i}').sub_(g*(p - last))
+                d = p - last
+                getattr(self, f'omega{i}').sub_(torch.where(d == 0, 0., g*d))             # a step the loss scaler left out has no gradient worth the name
             last.copy_(p)
 
     @torch.no_grad()

@@ -141,13 +141,14 @@ def synergy_answers(
 
 def synergy_validator(obj:Adapt, loader, acc, tau)->Callable:
     "Validation of the bridge: NLL against the plain average, and how well it rebuilds that average"
-    syn = obj.method.synergy
+    syn, known = obj.method.synergy, getattr(obj.method, 'known', None)
+    cols = slice(None) if known is None else known.cpu()                                   # as the method itself compares
     def run():
         with evaluating(obj):
             o, y = predict(synergy_answers(syn, obj.student, obj.teachers), loader.epoch(0), acc.autocast)
         return dict(val_acc=accuracy(o['open_logit'], y), val_nll=nll(o['open_logit'], y),
                     val_avg_acc=accuracy(o['average'], y), val_avg_nll=nll(o['average'], y),
-                    val_recon=kd_loss(o['recon'], o['average'], tau).item())
+                    val_recon=kd_loss(o['recon'][:, cols], o['average'][:, cols], tau).item())
     return run
 
 # %% ../nbs/06a_phases.ipynb #f121c2c8

@@ -79,6 +79,8 @@ def create_stream(
             raise ConfigError(f"Classes without {k} images cannot make a task: {', '.join(gone[:5])}.")
     bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     s = Stream(replace(data, classes=names, **sets), bounds, order)
+    if bare := [t + 1 for t in range(len(s)) if len(s.data.val) and not ((s.data.val.y >= bounds[t]) & (s.data.val.y < bounds[t + 1])).any()]:
+        raise ConfigError(f"Task {bare[0]} ({', '.join(names[c] for c in s.classes(bare[0] - 1))}) has no validation image. Give some, or raise val_frac.")
     mean, std = channel_stats(s.task(0).train)
     return replace(s, data=replace(s.data, mean=mean, std=std))
 

@@ -138,7 +138,8 @@ def train_epoch(
             out = model(shard(batch, acc), when)
             opt.zero_grad(); acc.backward(out['loss'])
             if cfg.grad_clip_norm > 0:
-                acc.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], cfg.grad_clip_norm)
+                acc.unscale_gradients(opt)
+                nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], cfg.grad_clip_norm)
             opt.step()
             if phase.stepped: phase.stepped()
             names = names or ['loss', *out['parts']]
@@ -224,6 +225,7 @@ def fit(
         for cb in callbacks: cb(row)
         save(epoch + 1, done=epoch + 1 == phase.epochs)
     unprepare(phase.objective)
+    acc._models.clear(); acc._optimizers.clear()               # accelerate would keep every phase's networks and moments
     return fitted
 
 def unprepare(model):

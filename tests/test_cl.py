@@ -97,9 +97,10 @@ def test_own_modules_and_arrays(tmp_path):
     net = lambda k: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, k))
     mine = net(6); before = {k: v.clone() for k, v in mine.state_dict().items()}
     with pytest.raises(ConfigError, match='asks snapshot'): run_experiment(**SMALL, teachers=[net(6)], train=ds, test=ds[:60], results_dir=str(tmp_path))
-    s = run_experiment(**SMALL, cl_teachers='expert+snapshot', teachers=[net(6)], student=mine, train=ds, test=ds[:60], results_dir=str(tmp_path))
+    s = run_experiment(**SMALL | dict(compare=1, epochs=1), cl_teachers='expert+snapshot', teachers=[net(6)], student=mine, train=ds, test=ds[:60], results_dir=str(tmp_path))
     assert [len(t) for t in s['tasks']] == [2, 2, 2] and len(s['R']['asib']['class_il'][-1]) == 3
     assert all(v.equal(before[k]) for k, v in mine.state_dict().items())                              # your module stays as it is
+    assert [r['key'] for r in s['rows']] == ['naive', 'er', 'joint', 'asib']                          # each with a copy of the student
     row = s['rows'][-1]; assert row['leak'] == 'unknown'                                               # nobody knows what it was trained on
 
 def test_a_teacher_that_saw_the_future(tmp_path, monkeypatch):
@@ -111,6 +112,7 @@ def test_a_teacher_that_saw_the_future(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match='would teach the future.*allow_leak=1'): run_experiment(**SMALL, cl_teachers='expert', teacher1_type='mlp', teacher1_ckpt=f)
     s = run_experiment(**SMALL, teacher1_type='mlp', teacher1_ckpt=f, allow_leak=1, cl_teachers='generic', teacher2_type='mlp')
     assert s['rows'][-1]['leak'] == 'yes'
+    with pytest.raises(CheckpointError, match='student: .*would teach the future'): run_experiment(**SMALL, cl_method='er', student_type='mlp', student_ckpt=f)
 
 def test_a_penalty_that_must_diverge(tmp_path):
     "Refused when the Fisher information is known, with the largest safe λ, which then runs"
@@ -120,10 +122,17 @@ def test_a_penalty_that_must_diverge(tmp_path):
     s = run_experiment(**kw, lambda_ewc=.5*safe); assert s['rows'][-1]['task_ACC'] > .5
 
 @pytest.mark.parametrize('kw', [dict(cl_teachers='generic+snapshot'), dict(cl_teachers='expert+snapshot+ema'), dict(cl_teachers='snapshot'), dict(cl_teachers='expert'), dict(use_ib=0), dict(cl_der_alpha=0), dict(lambda_ewc=0),
-                                dict(cl_mask='seen'), dict(cl_mask='separated'), dict(replay_ratio=0, replay_capacity=0), dict(bridge_objective='distil'), dict(use_distillation_adapter=1, distill_out_dim=16), dict(mbm_learnable_q=1), dict(feat_kd_alpha=1), dict(use_certainty_weight=1)],
+                                dict(cl_mask='seen'), dict(cl_mask='separated'), dict(replay_ratio=0, replay_capacity=0), dict(bridge_objective='distil'), dict(store='synergy'), dict(store='both', cl_der_loss='kl'), dict(cl_method='icarl', replay_policy='reservoir', replay_capacity=12, lambda_ewc=.4), dict(cl_teachers='expert', finetune_use_cutmix=1), dict(use_distillation_adapter=1, distill_out_dim=16), dict(mbm_learnable_q=1), dict(feat_kd_alpha=1), dict(use_certainty_weight=1)],
                          ids=lambda kw: '-'.join(f'{k}={v}' for k, v in kw.items()))
 def test_ablations(kw, tmp_path):
     s = run_experiment(**SMALL | dict(num_tasks=2) | kw, results_dir=str(tmp_path)); row = s['rows'][-1]
     assert row['ACC'] > .35
-    assert (row['task_FWT'] is None) == ('cl_mask' in kw)                                 # a head that grows has no rows for the coming task
+    assert (row['task_FWT'] is None) == ('cl_mask' in kw or 'cl_method' in kw)                                 # a head that grows has no rows for the coming task
+    if kw.get('store') or kw.get('cl_method'): assert all(v > .2 for v in s['R'][s['method']]['task_il'][-1])
     if 'cl_teachers' in kw: assert row['taught_by'] == 'labels+' + kw['cl_teachers']
+
+@pytest.mark.parametrize('kw,say', [(dict(cl_method='er', kd_alpha=2), 'er has no such term'), (dict(cl_method='joint', lambda_ewc=1), 'joint has no such term'), (dict(cl_method='icarl', cl_mask='ace'), 'no softmax'),
+                                    (dict(cl_method='er_ace', cl_mask='separated'), 'Use ace'), (dict(cl_method='si', grad_clip_norm=1), 'path integral'), (dict(cl_teachers='generic', finetune_epochs=0), 'finetune_epochs=0'),
+                                    (dict(cl_mask='ace', label_smoothing=.1), 'label_smoothing=0'), (dict(cl_teachers='expert+expert'), 'twice'), (dict(finetune_ckpt1='a.pth'), 'teacher1_ckpt'), (dict(overlap_pct=50), 'dealt by task')], ids=lambda o: o if isinstance(o, str) else '')
+def test_refused_at_once(kw, say, tmp_path):
+    with pytest.raises(ConfigError, match=say): run_experiment(**SMALL | kw, results_dir=str(tmp_path))
