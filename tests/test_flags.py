@@ -22,7 +22,7 @@ CL = dict(cl_mode=1, num_stages=1, num_tasks=2, epochs=1, replay_capacity=20, re
 EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50., epochs=4), dict(CL, cl_method='si', num_tasks=3, si_c=50., epochs=4)
 CHANGES = dict(
     cl_mode=(1, dict(num_stages=1)), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
-    cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(.1, CL), cl_der_loss=('kl', CL), cl_old_kd=(9., CL), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
+    cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(5., CL), cl_der_loss=('kl', CL), cl_old_kd=(9., dict(CL, teacher_adapt_epochs=4)), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
     store=('synergy', CL), lambda_ewc=(99., CL), fisher=('empirical', EWC3), fisher_n=(5, EWC3), ewc_mode=('separate', EWC3), ewc_gamma=(.1, EWC3), si_c=(5., SI3), si_xi=(9., SI3),
     preset=('method/asmb_original', {}), method=('avgz', {}), compare=(1, {}), report_oracle=(1, {}), seed=(1, {}), batch_size=(12, {}), data_aug=('0', {}), image_size=(12, {}),
     small_input=('0', dict(student_type='resnet10t', image_size=16, method='ce')), mixup_alpha=(1., {}), cutmix_alpha_distill=(1., {}), label_smoothing=(.2, {}), overlap_pct=(0, {}), val_frac=(.5, {}),
