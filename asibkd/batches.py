@@ -28,6 +28,7 @@ class Batch:
     y: torch.Tensor             # int64 (B,), or float (B, K) after mixing
     idx: torch.Tensor           # int64 (B,), positions in the `ImageSet`
     view: torch.Tensor|None     # int64 (B,), or None when the augmentation cannot be numbered
+    row: torch.Tensor|None=None # int64 (B,) on the CPU: number of (image of the source, view) among all pairs
 
     def __len__(self): return len(self.x)
     @property
@@ -84,12 +85,12 @@ def augment(
     flip:bool,       # May images be mirrored?
     *key,            # Names the draw: seed, phase, epoch, step
     group=16,        # Images that share a draw of RandAugment
-)->tuple: # uint8 (B, C, H, W), and the views (B,) or None
+)->tuple: # uint8 (B, C, H, W), and the views: (B,) on the CPU, or None
     "Augment a batch of small images"
-    if data_aug == '0': return x, torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    if data_aug == '0': return x, torch.zeros(len(x), dtype=torch.int64)
     pad = padding(x.shape[1:])
-    view = draw_views(len(x), pad, flip, generator(*key, 'crop')).to(x.device)
-    x = apply_views(x, view, pad)
+    view = draw_views(len(x), pad, flip, generator(*key, 'crop'))
+    x = apply_views(x, view.to(x.device, non_blocking=True), pad)
     if data_aug == 'standard': return x, view
     rand = v2.RandAugment()
     with forked_rng(*key, 'randaugment'): return torch.cat([rand(o) for o in x.split(group)]), None
@@ -176,12 +177,14 @@ class Loader:
         mix=(0., 0.),         # (MixUp α, CutMix α)
         num_workers=2,        # For streamed sets; never changes a result
         drop_last=None,       # None = when training
+        recycle=0,            # Training batches: epoch e draws what epoch e mod `recycle` drew; 0 = always anew
     ):
         self.ds, self.data, self.train, self.key = ds, data, train, (seed, phase)
         self.device, self.num_workers = torch.device(device), num_workers
         self.aug, self.mix = (str(data_aug), mix) if train else ('0', (0., 0.))
         self.stats = [torch.tensor(o, device=self.device) for o in (data.mean, data.std)]
-        self.n_views = None if any(self.mix) else n_views(self.aug, ds.shape)
+        self.recycle = recycle if train else 0
+        self.n_views = self.recycle or (None if any(self.mix) else n_views(self.aug, ds.shape))
         if not len(ds): raise DataError(f"There are no images to load for phase '{phase}'.")
         if self.aug == '1' and ds.shape[0] != 3:
             raise DataError(f"RandAugment needs 3 channels; the images have {ds.shape[0]}. Use data_aug=standard or 0.")
@@ -190,22 +193,33 @@ class Loader:
 
     def __len__(self): return len(self.ds)//self.batch_size if self.drop_last else -(-len(self.ds)//self.batch_size)
 
+    def drawn(self, e)->tuple: # Key of the draws of epoch `e`
+        return (self.key[0], 'recycled', e % self.recycle) if self.recycle else (*self.key, e)
+
     def order(self, e)->torch.Tensor: # (N,) positions
         "The order of epoch `e`"
         n = len(self.ds)
-        return torch.randperm(n, generator=generator(*self.key, e, 'order')) if self.train else torch.arange(n)
+        return torch.randperm(n, generator=generator(*self.drawn(e), 'order')) if self.train else torch.arange(n)
+
+    @property
+    def recipe(self)->tuple|None: # None where views have no number
+        "What view number v looks like: two loaders of one recipe make the same pictures of the same images"
+        if self.n_views is None: return None
+        if self.recycle: return ('recycled', self.recycle, self.key[0], self.batch_size, self.aug, *self.mix, self.data.flip, seed_of(*self.ds.ids.tolist()))
+        return ('plain',) if self.aug == '0' else ('crop', padding(self.ds.shape))
 
 # %% ../nbs/01b_batches.ipynb #9cffeab0
 def _steps(self:Loader, e, start):
     "(step, positions) of epoch `e` from `start` on"
-    order = self.order(e).split(self.batch_size)
-    return [(k, order[k]) for k in range(start, len(self))]
+    order, n = self.order(e).split(self.batch_size), len(self)
+    ks = torch.randperm(n, generator=generator(*self.key, e, 'steps')).tolist() if self.recycle else range(n)
+    return [(k, order[k]) for k in ks[start:]]
 
 def _raw(self:Loader, e, steps):
     "uint8 batches; those of large images are augmented already"
     ds, each = self.ds, self.aug != '0' and not is_small(self.ds.shape)
     if not ds.streamed: return (ds.images(p, self.device) for _, p in steps)
-    seed = lambda k, j: seed_of(*self.key, e, k, j) if each else None
+    seed = lambda k, j: seed_of(*self.drawn(e), k, j) if each else None
     jobs = ([(i, seed(k, j)) for j, i in enumerate(ds.ids[p].tolist())] for k, p in steps)
     tfm = big_transform(self.aug, ds.shape, self.data.flip) if each else None
     return stream(ds.source, ds.shape, jobs, tfm, self.num_workers, self.device)
@@ -215,7 +229,7 @@ def _epoch(self:Loader, e=0, start=0):
     steps = self._steps(e, start)
     images = self._raw(e, steps)
     try:
-        for (k, p), x in zip(steps, images): yield self._batch(x, p, (*self.key, e, k))
+        for (k, p), x in zip(steps, images): yield self._batch(x, p, (*self.drawn(e), k))
     finally: images.close()
 
 def _batch(self:Loader, x, p, key):
@@ -224,7 +238,9 @@ def _batch(self:Loader, x, p, key):
     with one_thread():
         x, view = augment(x, aug, self.data.flip, *key)
         x, y = mix(normalise(x, *self.stats), y, self.data.n_class, *self.mix, *key)
-    return Batch(x, y, p.to(self.device, non_blocking=True), view if self.n_views else None)
+    if self.recycle: view = torch.full_like(p, key[-2])                     # the number of the epoch that is repeated
+    idx, row = p.to(self.device, non_blocking=True), None if self.n_views is None else self.ds.ids[p]*self.n_views + view
+    return Batch(x, y, idx, None if row is None else view.to(self.device, non_blocking=True), row)
 
 Loader._steps, Loader._raw, Loader.epoch, Loader._batch = _steps, _raw, _epoch, _batch
 
@@ -237,10 +253,11 @@ def make_loader(
     mix=None,       # (MixUp α, CutMix α); None = as cfg says
     device='cpu',
     train=None,     # None = split is 'train'; False evaluates on training images
+    recycle=0,      # As `Loader` takes it
 )->Loader:
     "The loader of one phase"
     if split not in ('train', 'val', 'test'): raise unknown('split', split, ('train', 'val', 'test'))
     train = split == 'train' if train is None else train
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill) if mix is None else mix
     return Loader(getattr(data, split), data, cfg.batch_size, train, cfg.seed, phase, device, cfg.data_aug, mix,
-                  cfg.num_workers)
+                  cfg.num_workers, recycle=recycle)

@@ -16,6 +16,7 @@ from torch import nn
 from . import crd, multi, single    # they register their methods
 from .core import CheckpointError, Config, ConfigError, log
 from .runtime import atomic_save, forked_rng, pick_device, precision_of
+from .cache import weights_hash
 from .data import Data, ImageSet, as_image, overlap_classes, restrict
 from .freeze import apply_freeze, freeze_all
 from .kdmodel import spread_classes
@@ -49,7 +50,7 @@ def settle(
                use_partial_freeze=cfg.use_partial_freeze and cfg.method == 'asmb' and not cfg.cl_mode,
                student_freeze_level=(cfg.student_freeze_level if cfg.student_freeze_level is not None else
                                      0 if cfg.student_pretrained else -1),
-               mbm_type='ib_mbm', teacher_cache='off', epochs=student_epochs(cfg))
+               mbm_type='ib_mbm', epochs=student_epochs(cfg))
     if cfg.channels_last == 'auto': now['channels_last'] = '1' if device.type == 'cuda' or p == 'no' else '0'
     out = cfg.model_copy(update=now)
     if p == 'no': out = out.model_copy(update=dict(use_amp=False))
@@ -186,6 +187,7 @@ def freeze_teachers(teachers, specs, cfg:Config, say=log.info):
         if not cfg.use_partial_freeze: freeze_all(t)
         else: apply_freeze(t, level=s['level'], scope=s['scope'] or None, bn_head_only=s['bn_head_only'],
                            freeze_bn=s['freeze_bn'])
+        if cfg.bridge_objective == 'distil': t.model.requires_grad_(False)       # only adapters learn then
         n = sum(p.numel() for p in t.parameters() if p.requires_grad)
         say(f"{s['name']}: {t.name}, {n:,} of {sum(p.numel() for p in t.parameters()):,} parameters "
                  "open in phase A")
@@ -212,9 +214,4 @@ def _some_items(o, n=32)->str:
 def fingerprint(o)->str:
     "A short name for the user's own module (its weights) or dataset (its length and some of its images and labels)"
     if isinstance(o, str): return o
-    if not isinstance(o, nn.Module): return f'{type(o).__name__}:{len(o)}:{_some_items(o)}'
-    h = hashlib.blake2b(digest_size=4)
-    for k, v in o.state_dict().items():
-        h.update(k.encode())
-        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if v.numel() else b'')
-    return f'{type(o).__name__}:{h.hexdigest()}'
+    return f'{type(o).__name__}:' + (weights_hash(o)[:8] if isinstance(o, nn.Module) else f'{len(o)}:{_some_items(o)}')

@@ -41,10 +41,11 @@ def check_cl(
     "Refuse what continual learning cannot do, and contradictions"
     cls = check_cl_method(key); c = tuned(cfg, cls)
     bad = dict(method=cfg.method != 'asmb', num_stages=cfg.num_stages != 1, overlap_pct=cfg.overlap_pct is not None,
-               mixup_alpha=cfg.mixup_alpha > 0, cutmix_alpha_distill=cfg.cutmix_alpha_distill > 0, report_oracle=cfg.report_oracle)
+               mixup_alpha=cfg.mixup_alpha > 0, cutmix_alpha_distill=cfg.cutmix_alpha_distill > 0, report_oracle=cfg.report_oracle, cache_views=cfg.cache_views > 0)
     why = dict(method='methods of continual learning have the key cl_method', num_stages='there is one stage a task: set num_stages=1',
                overlap_pct='the classes are dealt by task', mixup_alpha='new and replayed images are not mixed',
-               cutmix_alpha_distill='new and replayed images are not mixed', report_oracle='the test set is looked at once a task')
+               cutmix_alpha_distill='new and replayed images are not mixed', report_oracle='the test set is looked at once a task',
+               cache_views='what is replayed is drawn anew in every step')
     for k, is_bad in bad.items():
         if is_bad: raise ConfigError(f"{k}={getattr(cfg, k)} with cl_mode=1: {why[k]}.")
     roles = roles_of(c)
@@ -179,7 +180,8 @@ def _cast(self:Learner, t:int)->tuple: # (teachers, their roles)
     who = []
     for r in self.roles:
         if r == 'snapshot' and snapshot is not None: who.append((answer_in(snapshot, self.stream.seen(t - 1), self.width(t)), r))
-        if r == 'ema' and t: who.append((freeze_all(copy.deepcopy(self.student)), r))
+        if r == 'ema' and t:
+            who.append((freeze_all(copy.deepcopy(self.student)), r)); who[-1][0].moves = True      # after every step
         if r in ('expert', 'generic'): who += [(self.school(t, i, r), r) for i in range(1 if r == 'expert' else len(self.specs))]
     place(self.cfg, self.acc, self.student, *(m for m, _ in who))
     return [m for m, _ in who], tuple(r for _, r in who)

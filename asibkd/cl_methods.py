@@ -68,7 +68,7 @@ class CLMethod(Method):
     synergises = False      # Makes logits of its own from its teachers', which a memory may keep
     deaf = ()               # Weights it has no term for: typing one is refused
     defaults = Method.defaults | dict(ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
-                                      cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='class_balanced', store='student')
+                                      cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='herding', store='student')
 
     def __init__(self, cfg:Config, student, teachers, own=None, now:Now=None):
         super().__init__(cfg, student, teachers, own)

@@ -10,6 +10,7 @@ import torch
 
 from .core import Config, ConfigError, log
 from .build import teacher_specs
+from .cache import tally
 from .cl import Learned, Learner, check_cl, roles_of
 from .cl_methods import check_cl_method
 from .cl_metrics import cl_metrics
@@ -68,7 +69,7 @@ def run_cl(
                R={k: dict(class_il=o.class_il, task_il=o.task_il, val_class_il=o.val_class_il) for k, o in done.items()},
                others=mine.others, composition=mine.composition, n_class=data.n_class, notes=dict(data.notes),
                images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')},
-               time=dict(seconds={k: o.seconds for k, o in done.items()}, latency_ms={k: latency for k in done}))
+               time=dict(seconds={k: o.seconds for k, o in done.items()}, latency_ms={k: latency for k in done}, teacher_images=dict(tally)))
     out |= judge_cl(done, cfg.cl_method, stream)
     save_student(run.path, l.student.model.state_dict(), student_card('' if student is not None else cfg.student_type, stream.data, cfg.small_input == '1'))
     if len(l.memory): save_state(l.memory.items, run/'memory.safetensors')

@@ -242,9 +242,9 @@ class Precision(Params):
     channels_last:Literal['auto', '0', '1'] = P('auto', "Memory format; auto = on for float32 and on cuda.")
     compile:bool = P(False, "torch.compile the networks.", arrives=_SPEED)
     teacher_cache:Literal['auto', 'off', 'memory', 'disk'] = P('auto',
-        "Look a frozen teacher's answers up; auto is off until it is released.", arrives=_SPEED)
-    cache_gb:float = P(4.0, "Bound of that table.", arrives=_SPEED, gt=0)
-    cache_views:int = P(0, "Recycled views for augmentations that cannot be enumerated.", arrives=_SPEED, ge=0)
+        "Look a frozen teacher's answers up; auto = on disk, where it is exact and pays (in memory with cl_mode).")
+    cache_gb:float = P(16.0, "Bound on all tables of a results folder, GB.", gt=0)
+    cache_views:int = P(0, "Train on N recycled versions of every image, so that RandAugment and mixing can be looked up too; 0 = always new ones.", ge=0)
 
 class Finetuning(Params):
     "Fine-tuning"
@@ -291,7 +291,7 @@ class Continual(Params):
     replay_ratio:float = P(0.5, "Replayed images for each new one; above 0 at least one a step.", ge=0)
     replay_capacity:int = P(2000, "Images in the memory.", ge=0)
     replay_policy:Literal['class_balanced', 'reservoir', 'herding'] | None = P(None,
-        "Which images stay in the memory; empty = herding for icarl, else class_balanced.")
+        "Which images stay in the memory; empty = the method's own (herding for those of the package).")
     store:Literal['synergy', 'student', 'both'] | None = P(None,
         "Whose logits the memory keeps; empty = synergy where there is one, else student.")
     lambda_ewc:float | None = P(None, "Weight of elastic weight consolidation; empty = the method's own.", ge=0)

@@ -223,6 +223,7 @@ def create_data(
         if k != 'val': _all_there(sets[k], classes, k)
     if bad: log.warning(f"skip_corrupt=1: left out {len(bad)} images that cannot be read, first: {bad[0]}")
     notes = dict(skipped=len(bad), skipped_files=bad[:20], val='own' if 'val' in sets else f'{cfg.val_frac:g} of train')
+    mean, std = channel_stats(sets['train'])
     if 'val' not in sets:
         pool = sets['train']
         rest, held = stratified_split(pool.y, max(1, round(cfg.val_frac*len(pool))), cfg.seed, 'val')
@@ -231,5 +232,4 @@ def create_data(
                             "validation: give at least two of a class, or a validation set of your own.")
         sets |= dict(train=pool.subset(rest), val=pool.subset(held))
     for ds in sets.values(): ds.classes = classes
-    mean, std = channel_stats(sets['train'])
     return Data(name, **sets, classes=classes, mean=mean, std=std, shape=shape, flip=flip, notes=notes)

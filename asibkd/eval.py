@@ -28,10 +28,11 @@ def answers(
     loader,        # Evaluation batches
     synergy=None,  # `Synergy`, with `teachers` (names) and `student` (name)
     teachers=(), student=None,
+    asks=None,     # name → what answers batches in that model's place (`asker`)
 )->tuple: # {name: (N, K) logits, 'average', 'synergy', 'nats' (N,), 'share' (N, M)} · labels (N,)
     "Logits of every model on the same images: each image is loaded once, each model asked once"
     def ask(b):
-        o = {n: m(b.x) for n, m in models.items()}
+        o = {n: asks[n](b) if asks and n in asks else m(b.x) for n, m in models.items()}
         out = {n: v['logit'] for n, v in o.items()}
         if teachers: out['average'] = average([o[t] for t in teachers])
         if synergy is not None:

@@ -293,6 +293,7 @@ class KDModel(nn.Module):
     ):
         super().__init__()
         self.model, self.adapter, self.name, self.fixed = model, None, name or type(model).__name__, set()
+        self.moves = False                                           # do its weights change without an optimiser (an average)?
         self.anatomy = a = anatomy(model, img_size, in_chans, self.name)
         self.shape = (in_chans, img_size, img_size)
         self.register_buffer('columns', None, persistent=False)      # see `spread_classes`
@@ -310,7 +311,7 @@ class KDModel(nn.Module):
         a = self.anatomy
         spots = [*a.stages, a.last] if a.last else a.stages
         with tapped(self.model, [s.name for s in spots], a.heads, self.drop) as seen:
-            logit = self._spread(logits_of(self.model(x), self.name))
+            logit = self.spread(logits_of(self.model(x), self.name))
         maps = [s.read(seen[s.name], x) for s in spots]
         feat = [head_input(h, seen[n, 'in']) for n, h in zip(a.heads, self.heads)]
         feat = feat[0] if len(feat) == 1 else torch.cat(feat, 1)
@@ -318,7 +319,8 @@ class KDModel(nn.Module):
                    distill_feat=None if self.adapter is None else self.adapter(feat))
         return out if self.columns is None else out | dict(columns=self.columns)
 
-    def _spread(self, z): # (B, its own classes) → (B, n_class)
+    def spread(self, z): # (B, its own classes) → (B, n_class)
+        "Logits in the columns of all classes"
         if self.columns is None: return z
         return z.new_full((len(z), self.n_class), FOREIGN).index_copy(1, self.columns, z)
 
@@ -327,7 +329,7 @@ def _classify(self:KDModel, feat):
     "Logits of the model's own classifier for a feature (B, feat_dim)"
     zs = [h(f[..., None, None]).flatten(1) if isinstance(h, nn.Conv2d) else h(f)
           for h, f in zip(self.heads, feat.split(self.anatomy.feat_dims, 1))]
-    return self._spread(zs[0] if len(zs) == 1 else torch.stack(zs).mean(0))
+    return self.spread(zs[0] if len(zs) == 1 else torch.stack(zs).mean(0))
 
 def _dry_run(self:KDModel)->dict: # As `forward`; shapes count
     "One image of the size it was built for, without arithmetic where the model allows it"

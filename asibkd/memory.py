@@ -188,7 +188,7 @@ class Replay(Loader):
     def _batch(self, x, p, key):
         b, n = super()._batch(x, p, key), self.batch_size
         fresh = torch.arange(len(p), device=self.device) < n
-        kw = dict(x=b.x, y=b.y, idx=b.idx, view=b.view, fresh=fresh)
+        kw = dict(x=b.x, y=b.y, idx=b.idx, view=b.view, row=b.row, fresh=fresh)
         if not self.n_old: return Mixed(**kw)
         n += self.n_own
         def of(v): # rows of the memory, zeros for images of the task

@@ -44,6 +44,7 @@ class Method(nn.Module):
     teachers_used = 'all'   # 'all', 'one' or 'none'
     adapts = False          # Has a phase A (`adapt_loss`)
     subsets = True          # Can listen to teachers that know only some of the classes
+    needs_maps = False      # Compares intermediate maps (`stages`, `feat_4d` of a teacher): those are never looked up
     defaults = dict(ce_alpha=.1, kd_alpha=.9, rkd_loss_weight=0.)   # Where the user gave no weight
 
     def __init__(self, cfg:Config,
@@ -188,6 +189,7 @@ class ASMB(Method):
     def __init__(self, cfg, student, teachers, own=None, labels=None):
         super().__init__(cfg, student, teachers, own)
         self.synergy, self.phase = build_from_teachers(teachers, student, cfg), 'B'
+        self.needs_maps = self.synergy.key == 'feat_4d'
         self.project = self.center = None
         width = student.distill_dim if cfg.feat_kd_key == 'distill_feat' else student.feat_dim
         if width is None and (cfg.feat_kd_alpha > 0 or cfg.rkd_loss_weight > 0):

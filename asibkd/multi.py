@@ -119,6 +119,7 @@ class CAMKD(Weighing):
     def __init__(self, cfg, student, teachers, own=None, labels=None):
         super().__init__(cfg, student, teachers, own)
         if not own.camkd_beta: return
+        self.needs_maps = True
         odd = [m.name for m in (student, *teachers) if m.feat4_dim is None] + [t.name for t in teachers if t.feat4_dim != t.feat_dim]
         if odd: raise ConfigError(f"camkd's feature term needs a last map that is pooled into the classifier; '{odd[0]}' has none. Set camkd_beta=0.")
         s, *ts = [m.last_shape() for m in (student, *teachers)]
@@ -142,6 +143,7 @@ class CAMKD(Weighing):
 @register_method('fitnet_mkd')
 class FitNetMKD(Weighing):
     "AVER + hint_beta · mean over teachers of the hint"
+    needs_maps = True
     def __init__(self, cfg, student, teachers, own=None, labels=None):
         super().__init__(cfg, student, teachers, own)
         shapes = student.stage_shapes()

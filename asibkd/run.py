@@ -18,6 +18,7 @@ from torch import nn
 from .core import Config, ConfigError, RunError, log, resolve
 from .runtime import Run, atomic_write, create_accelerator, environment, forked_rng, set_deterministic, setup_log
 from .batches import Loader, make_loader
+from .cache import asker, fixed, tally
 from .build import (build_student, build_teacher, check_plan, fingerprint, freeze_teachers, save_teacher, settle,
                           teacher_specs, train_teacher)
 from .cl import check_cl
@@ -80,7 +81,8 @@ def teach_all(
     if cfg.compare:
         val = make_loader(cfg, data, 'val', 'val', device=acc.device)
         place(cfg, acc, *teachers)
-        z, y = answers({s['name']: t for s, t in zip(specs, teachers)}, val)
+        named = {s['name']: t for s, t in zip(specs, teachers)}
+        z, y = answers(named, val, asks={n: asker(t, val, cfg) for n, t in named.items()})
         # one teacher: the one that was named, else the one with the best validation accuracy; for every method that hears one
         strong = 0 if cfg.teacher_type else max(range(len(teachers)), key=lambda i: accuracy(z[specs[i]['name']], y))
         if check_method(cfg.method).teachers_used == 'one': mine = [teachers[strong]]
@@ -139,7 +141,8 @@ def judge(
         else:
             loader = Loader(some_train(data, cfg), data, cfg.batch_size, device=acc.device, num_workers=cfg.num_workers)
         ask = {k: m for k, m in models.items() if split != 'train' or not k.endswith('~last')}
-        z[split], y[split] = answers(ask, loader, syn, list(adapted) or names, cfg.method)
+        asks = {n: asker(t, loader, cfg, maps=method.needs_maps) for n, t in zip(names, came)}
+        z[split], y[split] = answers(ask, loader, syn, list(adapted) or names, cfg.method, asks)
         if adapted:                                                         # the average is of the teachers as they came
             z[split]['average'] = average([dict(logit=z[split][n], columns=None if m.columns is None else m.columns.cpu())
                                            for n, m in zip(names, came)])
@@ -162,7 +165,8 @@ def table_rows(z:dict, y:dict, taught:dict, specs, teachers, student, costs:dict
         rows.append(dict(key='average', model='teachers\' average', role='ensemble', taught_by=''))
     if 'synergy' in acc['test']:
         rows.append(dict(key='synergy', model='bridge + head', role='ensemble', taught_by=cfg.bridge_objective))
-    rows += [dict(key=k, model=student.name, role=f'student: {k}', taught_by=t.by, **costs['student'])
+    views = f', {cfg.cache_views} recycled views' if cfg.cache_views else ''
+    rows += [dict(key=k, model=student.name, role=f'student: {k}', taught_by=t.by + views, **costs['student'])
              for k, t in taught.items()]
     for r in rows:
         k = r['key']
@@ -198,7 +202,7 @@ def summarise(z, y, taught, gates, specs, came, student, known, data:Data, cfg:C
         out |= dict(baseline=base, difference=d, verdict=verdict(cfg.method, base, d))
     seconds = {k: t.seconds for k, t in taught.items()} | {s['name']: k.get('seconds') for s, k in zip(specs, known)}
     latency = {k: v[1] for k, v in measured.items() if k != 'student'} | {k: measured['student'][1] for k in taught}
-    out['time'] = dict(seconds=seconds, latency_ms=latency)
+    out['time'] = dict(seconds=seconds, latency_ms=latency, teacher_images=dict(tally))
     return out
 
 def save_results(run, student, taught, method, teachers, specs, moved:bool, z, y, data, cfg:Config, given_student):
@@ -274,7 +278,7 @@ def run_experiment(
 
 def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks):
     "The work of `run_experiment`, inside the open run folder"
-    set_deterministic(cfg.deterministic)
+    set_deterministic(cfg.deterministic); tally.clear()
     acc = create_accelerator(cfg)
     data = create_data(cfg, train, val, test)
     cfg = settle(cfg, data)
@@ -293,14 +297,14 @@ def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks)
     freeze_teachers(ts, specs, cfg)
     named = {'student': st} | {s['name']: t for s, t in zip(specs, ts)}
     pd.concat([freeze_report(m).assign(model=n) for n, m in named.items()]).to_csv(run/'freeze_report.csv', index=False)
-    moves = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs and cfg.bridge_objective != 'distil'
+    moves = bool(check_method(cfg.method).adapts and cfg.teacher_adapt_epochs and cfg.bridge_objective != 'distil' and not all(map(fixed, ts)))
     came = copy.deepcopy(ts) if moves else ts
     taught, method, gates = teach_all(st, ts, specs, data, cfg, acc, run, callbacks, extra)
     z, y = judge(st, came, ts, specs, taught, method, data, cfg, acc)
     summary = summarise(z, y, taught, gates, specs, came, st, known, data, cfg, run, extra)
     save_results(run, st, taught, method, ts, specs, moves, z, y, data, cfg, student)
     keys = 'method dataset seed val_acc test_acc_val_selected test_acc_last train_acc params macs baseline'.split()
-    row = {k: summary.get(k) for k in keys} | dict(student=st.name, teachers='+'.join(t.name for t in ts))
+    row = {k: summary.get(k) for k in keys} | dict(student=st.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views)
     close(run, summary, row)
 
 def close(run, summary:dict, row:dict):

@@ -66,7 +66,7 @@ def hint_loss(
 @register_method('fitnet')
 class FitNet(Method):
     "CE + hint_beta · hint on one stage (Romero et al. 2015)"
-    teachers_used, defaults = 'one', {**Method.defaults, 'ce_alpha': 1., 'kd_alpha': 0.}
+    teachers_used, needs_maps, defaults = 'one', True, {**Method.defaults, 'ce_alpha': 1., 'kd_alpha': 0.}
 
     def __init__(self, cfg, student, teachers, own=None, labels=None):
         super().__init__(cfg, student, teachers, own)
@@ -83,7 +83,7 @@ class FitNet(Method):
 @register_method('at')
 class AT(Method):
     "CE + at_beta · Σ attention loss over the stages (Zagoruyko & Komodakis 2017)"
-    teachers_used, defaults = 'one', FitNet.defaults
+    teachers_used, needs_maps, defaults = 'one', True, FitNet.defaults
 
     def loss(self, batch, s_out, t_outs, when):
         terms = self.basis(batch, s_out, lambda: self.hear(s_out, t_outs[0], when))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['models', 'aliases', 'register_model', 'list_teachers', 'build_timm', 'new_head', 'widen', 'build_torchvision',
-           'load_weights', 'unwrap', 'load_into', 'misfit', 'build', 'create_teacher', 'model_costs']
+           'load_weights', 'unwrap', 'load_into', 'misfit', 'build', 'create_teacher', 'count_macs', 'model_costs']
 
 # %% ../nbs/02_teachers.ipynb #10fd7d66
 import inspect, pickle, statistics, time
@@ -268,6 +268,15 @@ def create_teacher(
     return load_into(m, load_weights(ckpt), ckpt) if ckpt else m
 
 # %% ../nbs/02_teachers.ipynb #32fef0e8
+def count_macs(net:nn.Module, x)->int: # Multiply-accumulates of one run on `x`
+    "Counted by torch while the network runs, in evaluation mode, without gradient"
+    modes = {m: m.training for m in net.modules()}
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: net.eval()(x)
+    finally:
+        for m, mode in modes.items(): m.training = mode
+    return count.get_total_flops() // 2
+
 def model_costs(
     model:nn.Module,
     shape,     # (C, H, W) of one image
@@ -278,13 +287,11 @@ def model_costs(
     p = next(net.parameters())
     x, modes, times = torch.zeros(1, *shape, device=p.device, dtype=p.dtype), {m: m.training for m in net.modules()}, []
     sync = torch.cuda.synchronize if p.is_cuda else (lambda: None)
-    net.eval()
+    macs = count_macs(net.eval(), x)
     try:
         with torch.no_grad():
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: net(x)
             while len(times) < 3 or (len(times) < repeats and sum(times) < 2):
                 sync(); t = time.perf_counter(); net(x); sync(); times.append(time.perf_counter() - t)
     finally:
         for m, mode in modes.items(): m.training = mode
-    return dict(params=sum(p.numel() for p in net.parameters()), macs=count.get_total_flops() // 2,
-                latency_ms=1000*statistics.median(times))
+    return dict(params=sum(p.numel() for p in net.parameters()), macs=macs, latency_ms=1000*statistics.median(times))
