@@ -7,7 +7,7 @@ __all__ = ['settle', 'student_epochs', 'teacher_specs', 'dropout_of', 'save_teac
            'build_teacher', 'train_teacher', 'check_plan', 'freeze_teachers', 'build_student', 'fingerprint']
 
 # %% ../nbs/06b_build.ipynb #731a8183
-import hashlib
+import hashlib, os, shutil
 from pathlib import Path
 
 import torch
@@ -36,6 +36,8 @@ def settle(
     if cfg.use_amp and p == 'no':
         log.info("use_amp: this CPU has no native bfloat16, the run is in float32 "
                  "(type amp_dtype=bfloat16 to force it)")
+    if cfg.compile and device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX') or 'g++', 'clang++', 'cl'))):
+        raise ConfigError("compile=1 needs a C++ compiler on a CPU, and none was found. Install g++ (or set CXX), or leave compile=0.")
     if cfg.mbm_type != 'ib_mbm': log.info(f"mbm_type='{cfg.mbm_type}' is ignored: the bridge is always ib_mbm")
     if cfg.overlap_pct is not None and not check_method(cfg.method).subsets:
         raise ConfigError(f"overlap_pct={cfg.overlap_pct:g}: {cfg.method} needs teachers that know every class. "

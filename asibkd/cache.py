@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tally', 'WORTH', 'Table', 'FileLockless', 'weights_hash', 'identity', 'kept_as', 'used', 'drop_table', 'make_room',
-           'open_table', 'Live', 'Answer', 'LookedUp', 'fixed', 'asker']
+           'open_table', 'quick', 'Live', 'Answer', 'LookedUp', 'fixed', 'asker']
 
 # %% ../nbs/02b_cache.ipynb #32c810c6
 import hashlib, json, os, shutil
@@ -170,12 +170,18 @@ def open_table(
 # %% ../nbs/02b_cache.ipynb #e876aa48
 tally = Counter()   # Images that teachers were asked about ('asked'), and those that went through a network ('computed')
 
+def quick(m:nn.Module, cfg:Config=None):
+    "A network as training steps run it: compiled for one shape where `compile=1`; weights and hooks are shared with `m`"
+    if cfg is None or not cfg.compile: return m
+    torch._dynamo.config.recompile_limit = 256          # a run has many networks of one class, each in two modes
+    return torch.compile(m, dynamic=False)
+
 class Live:
     "The teacher itself"
-    def __init__(self, teacher): self.teacher = teacher
+    def __init__(self, teacher, cfg:Config=None): self.run = quick(teacher, cfg)
     def __call__(self, batch):
         tally.update(asked=len(batch), computed=len(batch))
-        return self.teacher(batch.x)
+        return self.run(batch.x)
 
 # %% ../nbs/02b_cache.ipynb #48ef13f3
 class Answer(dict):
@@ -188,8 +194,9 @@ class LookedUp:
     "A frozen teacher behind its table"
     def __init__(self, teacher:KDModel, table:Table,
         chunk=32,  # Images that go through the network at once
+        cfg:Config=None,  # Is it compiled?
     ):
-        self.teacher, self.table, self.chunk = teacher, table, chunk
+        self.teacher, self.table, self.chunk, self.run = teacher, table, chunk, quick(teacher, cfg)
         self.widths = [teacher.anatomy.n_class, teacher.feat_dim]
 
     def __call__(self, batch):
@@ -211,7 +218,7 @@ class LookedUp:
         if n % self.chunk: x = torch.cat([x, x[-1:].expand(self.chunk - n % self.chunk, *x.shape[1:])])
         adapter, t.adapter = t.adapter, None
         try:
-            for o in map(t, x.split(self.chunk)):
+            for o in map(self.run, x.split(self.chunk)):
                 z = o['logit'] if t.columns is None else o['logit'][:, t.columns]
                 out.append(torch.cat([z.float(), o['feat_2d'].float()], 1).cpu())
         finally: t.adapter = adapter
@@ -232,26 +239,24 @@ def asker(
     maps=False,        # Does the method compare maps?
 ):
     "Who answers the batches of a loader: the teacher, or its table"
-    how = 'off' if cfg is None else cfg.teacher_cache
-    if how == 'off': return Live(teacher)
-    def live(why):
-        (log.debug if how == 'auto' else log.warning)(f"teacher_cache={how}: {teacher.name} answers live: {why}"); return Live(teacher)
+    how, step = 'off' if cfg is None else cfg.teacher_cache, cfg if loader.train else None
+    if how == 'off': return Live(teacher, step)
+    def live(why, say=None):
+        (say or log.debug if how == 'auto' else log.warning)(f"teacher_cache={how}: {teacher.name} answers live: {why}"); return Live(teacher, step)
     if maps: return live("the method compares maps")
     if not fixed(teacher): return live("a part of it is trained")
     if loader.recipe is None: return live("these views have no number (cache_views=N recycles N versions of every image)")
     if how == 'auto':
         p = next(teacher.model.parameters())
         if count_macs(teacher.model, torch.zeros(1, *loader.ds.shape, device=p.device, dtype=p.dtype)) < WORTH: return live("it is fast enough")
-        how = 'memory' if cfg.cl_mode else 'disk'
+    kind = how if how != 'auto' else 'memory' if cfg.cl_mode else 'disk'
     me = identity(teacher, loader, precision)
     if me is None: return live("its images are streamed from a dataset that has no fingerprint")
-    if how == 'memory':
+    if kind == 'memory':
         mine = _own.setdefault(teacher, {}); key = json.dumps(me)
         if key not in mine:
             taken = sum(t.raw.nbytes for m in _own.values() for t in m.values())
             mine[key], why = open_table(me, None, cfg.cache_gb - taken/1e9, teacher.name)
     else: mine, key = {}, ''; mine[key], why = open_table(me, Path(cfg.results_dir)/'teacher_cache', cfg.cache_gb, teacher.name)
-    if mine[key] is None:
-        mine.pop(key)
-        log.warning(f"teacher_cache: {teacher.name} answers live: {why}"); return Live(teacher)
-    return LookedUp(teacher, mine[key], 32 if next(teacher.model.parameters()).device.type == 'cpu' else loader.batch_size)
+    if mine[key] is None: mine.pop(key); return live(why, log.warning)
+    return LookedUp(teacher, mine[key], 32 if next(teacher.model.parameters()).device.type == 'cpu' else loader.batch_size, step)

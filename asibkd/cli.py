@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'LOOP', 'COMMANDS', 'parse', 'cmd_run', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'cmd_loop',
-           'cmd_compare', 'newest', 'cmd_show', 'cmd_export', 'usage', 'main']
+           'cmd_compare', 'newest', 'cmd_show', 'cmd_export', 'cmd_bench', 'usage', 'main']
 
 # %% ../nbs/12b_cli.ipynb #0ee13bbf
 import argparse, re, sys
@@ -12,10 +12,12 @@ from pathlib import Path
 
 from .core import ALIASES, AsibError, Config, ConfigError, list_presets, parameter_table, refuse_key, unknown
 from .analysis import collect, compare_runs, load_summary, result_table, save_compare, show_table, win_table
+from .bench import PARTS, run_bench
 from .cl_analysis import explain_cl, r_table
 from .deploy import export_student
 from .methods import list_methods
 from .run import run_experiment
+from .runtime import atomic_write
 from .tasks import run_evaluate, run_finetune, run_loop, unless
 
 # %% ../nbs/12b_cli.ipynb #d6587121
@@ -23,7 +25,8 @@ ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, b
              finetune='fine-tune one teacher', baseline='train the student alone, by labels',
              evaluate='train and test accuracy from checkpoints', loop='run several methods with several seeds, then compare',
              compare='table, figure and LaTeX of finished runs',
-             export="write a run's student as a program and check it", show='print the result table of a run')
+             export="write a run's student as a program and check it", show='print the result table of a run',
+             bench='measure speed on this machine, side by side with what people write today')
 
 LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [the environment's METHOD_LIST, else asmb or asib]",
             seeds="numbers, as '0, 1, 2' [0 1 2]",
@@ -146,8 +149,21 @@ def cmd_export(argv):
     a = p.parse_args(argv); e = export_student(a.run or newest(), a.to, a.path)
     print(f"{e['path']}: answers alike (largest difference {e['difference']:.1e} of the largest logit)")
 
+def cmd_bench(argv):
+    p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
+    p.add_argument('parts', nargs='*', help=f"{', '.join(PARTS)} [all]")
+    p.add_argument('--data_root', default='', help='folder of 32×32 images, train/<class>/… [noise]')
+    p.add_argument('--rounds', type=int, default=5, help='counted rounds [5]')
+    p.add_argument('--quick', action='store_true', help='small models and few images: does it run?')
+    p.add_argument('--compiled', action='store_true', help='also compiled steps (minutes to begin)')
+    p.add_argument('--out', default='bench.csv', help='where the rows go [bench.csv]')
+    a = p.parse_args(argv); t = run_bench(a.parts, a.data_root, a.rounds, a.quick, a.compiled)
+    atomic_write(a.out, t.to_csv(index=False))
+    print(show_table(t.drop(columns=['machine', 'torch', 'version', 'images', 'threads', 'precision']).round(3).astype(object).fillna('')))
+    print(f"\n{t.machine[0]}, {t.threads[0]} threads, torch {t.torch[0]}; ratios are to the first case of each group, medians over rounds. Written: {a.out}")
+
 COMMANDS = dict(run=cmd_run, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate, loop=cmd_loop,
-                compare=cmd_compare, export=cmd_export, show=cmd_show)
+                compare=cmd_compare, export=cmd_export, show=cmd_show, bench=cmd_bench)
 
 # %% ../nbs/12b_cli.ipynb #caabd909
 def usage()->str:

@@ -7,7 +7,7 @@ __all__ = ['log', 'GROUPS', 'PRESETS', 'ALIASES', 'HYDRA', 'own_params', 'AsibEr
            'CheckpointError', 'RunError', 'unknown', 'P', 'Params', 'Experiment', 'Data_', 'Models', 'Freezing',
            'Bridge', 'Distillation', 'Guidance', 'Precision', 'Finetuning', 'MethodKeys', 'Continual', 'Evaluation',
            'Config', 'list_presets', 'read_yaml', 'flatten_log', 'preset_values', 'last_word', 'is_on', 'with_cl_mode',
-           'refuse_key', 'check_keys', 'explain', 'not_yet', 'layers_of', 'resolve', 'parameter_table']
+           'refuse_key', 'check_keys', 'explain', 'layers_of', 'resolve', 'parameter_table']
 
 # %% ../nbs/00_core.ipynb #f5cf8676
 import difflib, logging, os
@@ -44,19 +44,16 @@ def unknown(
 def P(
     default,      # The value when nobody says otherwise
     about:str,    # One sentence
-    arrives='',   # What has to be released before the key does something
     **bounds,     # `ge`, `gt`, `le`, `lt` as pydantic has them
 ):
     "Declare one parameter of `Config`"
-    return Field(default, description=about, json_schema_extra=dict(arrives=arrives), **bounds)
+    return Field(default, description=about, **bounds)
 
 class Params(BaseModel):
     "Base of every group of parameters: unknown names are refused, assignments are checked"
     model_config = ConfigDict(extra='forbid', validate_assignment=True, protected_namespaces=())
 
 # %% ../nbs/00_core.ipynb #b91cbb37
-_SPEED = 'the speed work'
-
 class Experiment(Params):
     "Experiment"
     preset:str | list[str] = P('quickstart',
@@ -240,7 +237,7 @@ class Precision(Params):
         "Half type; typing it on a CPU asks for it even where it is slow.")
     grad_scaler_init_scale:float = P(1024.0, "First loss scale with float16.", gt=0)
     channels_last:Literal['auto', '0', '1'] = P('auto', "Memory format; auto = on for float32 and on cuda.")
-    compile:bool = P(False, "torch.compile the networks.", arrives=_SPEED)
+    compile:bool = P(False, "torch.compile the networks of training steps (validation stays eager); needs a compiler, and minutes at the start.")
     teacher_cache:Literal['auto', 'off', 'memory', 'disk'] = P('auto',
         "Look a frozen teacher's answers up; auto = on disk, where it is exact and pays (in memory with cl_mode).")
     cache_gb:float = P(16.0, "Bound on all tables of a results folder, GB.", gt=0)
@@ -432,14 +429,6 @@ def explain(e:ValidationError)->str: # One line a fault
         say.append(f"Parameter '{key}' = {o['input']!r}: {o['msg']}." + (f" ({field.description})" if field else ''))
     return '\n'.join(dict.fromkeys(say))
 
-def not_yet(cfg:Config):
-    "Refuse keys whose machinery is not released, unless they stand at their default"
-    for k, f in Config.model_fields.items():
-        arrives = (f.json_schema_extra or {}).get('arrives')
-        if arrives and getattr(cfg, k) not in (f.default, 'off'):
-            raise ConfigError(
-                f"Parameter '{k}' = {getattr(cfg, k)!r} arrives with {arrives}, in a later release; leave it at {f.default!r}."
-            )
 
 # %% ../nbs/00_core.ipynb #33428240
 def layers_of(
@@ -460,7 +449,7 @@ def resolve(
     _file='',     # A YAML file of values (`-f file.yaml`), between preset and given
     **given,      # What the user typed: flat keys
 )->tuple:         # (Config, dict of the parameters a registered method brings)
-    "default < preset < file < given; unknown keys, bad values and unreleased machinery are refused"
+    "default < preset < file < given; unknown keys and bad values are refused"
     layers = layers_of(_file, **given)
     cl = is_on(last_word(layers, 'cl_mode'))
     own = own_params.get(f"cl:{last_word(layers, 'cl_method')}" if cl else last_word(layers, 'method'))
@@ -472,7 +461,6 @@ def resolve(
         cfg, extra = Config(**{k: v
                                for k, v in merged.items() if k not in mine}), own(**mine).model_dump() if own else {}
     except ValidationError as e: raise ConfigError(explain(e)) from None
-    not_yet(cfg)
     return cfg, extra
 
 # %% ../nbs/00_core.ipynb #da7d7d95
@@ -486,8 +474,7 @@ def parameter_table()->pd.DataFrame: # Columns group, key, default, bounds, abou
 
     rows = [
         dict(
-            group=g.__doc__, key=k, default=f.default, bounds=bounds(f), about=f.description +
-            (f" [arrives with {f.json_schema_extra['arrives']}]" if f.json_schema_extra['arrives'] else ''))
+            group=g.__doc__, key=k, default=f.default, bounds=bounds(f), about=f.description)
         for g in GROUPS for k, f in g.model_fields.items()
     ]
     return pd.DataFrame(rows)

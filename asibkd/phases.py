@@ -16,7 +16,7 @@ from torch import nn
 from .core import Config, log
 from .runtime import precision_of
 from .batches import make_loader
-from .cache import Live, asker
+from .cache import Live, asker, quick
 from .data import Data
 from .losses import ce_loss, kd_loss
 from .methods import Method, weighted
@@ -36,6 +36,7 @@ class Distil(nn.Module):
         self.student, self.method, self.verbose = student, method, verbose
         self.teachers = nn.ModuleList(dict(all=teachers, one=teachers[:1], none=[])[method.teachers_used])
         self.asks = [ask(t) for t in self.teachers]
+        self.run = [quick(student, method.cfg)]     # in a list: the student's weights are here once already
 
     def train(self, mode=True):
         self.training = mode
@@ -44,7 +45,7 @@ class Distil(nn.Module):
 
     def forward(self, batch, when):
         with torch.no_grad(): t_outs = [ask(batch) for ask in self.asks]
-        s_out = self.student(batch.x)
+        s_out = self.run[0](batch.x)
         if self.verbose: log_shapes(s_out, t_outs)
         return self.method.loss(batch, s_out, t_outs, when)
 
@@ -60,6 +61,7 @@ class Adapt(nn.Module):
         super().__init__()
         self.student, self.method, self.teachers = student, method, nn.ModuleList(teachers)
         self.asks = [ask(t) for t in teachers]
+        self.run = [quick(student, method.cfg)]
 
     def train(self, mode=True):
         self.training = mode
@@ -70,14 +72,14 @@ class Adapt(nn.Module):
     def open_params(self): return [p for t in self.teachers for p in t.parameters() if p.requires_grad]
 
     def forward(self, batch, when):
-        with torch.no_grad(): s_out = self.student(batch.x)
+        with torch.no_grad(): s_out = self.run[0](batch.x)
         return self.method.adapt_loss(batch, s_out, [ask(batch) for ask in self.asks], when, self.open_params())
 
 class Tune(nn.Module):
     "Fine-tuning: one model, cross-entropy"
-    def __init__(self, model, smoothing=0.): super().__init__(); self.model, self.smoothing = model, smoothing
+    def __init__(self, model, cfg:Config): super().__init__(); self.model, self.smoothing, self.run = model, cfg.label_smoothing, [quick(model, cfg)]
     def forward(self, batch, when):
-        return weighted(ce=(1., ce_loss(self.model(batch.x)['logit'], batch.y, self.smoothing)))
+        return weighted(ce=(1., ce_loss(self.run[0](batch.x)['logit'], batch.y, self.smoothing)))
 
 # %% ../nbs/06a_phases.ipynb #eb81b196
 @contextlib.contextmanager
@@ -131,7 +133,7 @@ def finetune(
     place(cfg, acc, model)
     alpha = cfg.finetune_cutmix_alpha or (1. if cfg.finetune_use_cutmix else 0.)
     loader = loader or make_loader(cfg, data, 'train', f'finetune-{name}', mix=(0., alpha), device=acc.device)
-    phase = Phase(f'finetune-{name}', Tune(model, cfg.label_smoothing),
+    phase = Phase(f'finetune-{name}', Tune(model, cfg),
                   [dict(params=model.parameters(), lr=cfg.finetune_lr, weight_decay=cfg.finetune_weight_decay)],
                   loader, cfg.finetune_epochs,
                   validator(model, make_loader(cfg, data, 'val', 'val', device=acc.device), acc),

@@ -111,3 +111,13 @@ def test_continual(tmp_path):
     a, b = (run_experiment(**kw, exp_id=n) for n in 'ab')
     asked, computed = images(a); assert computed < .8*asked and images(b) == (asked, computed) and same(a, b)
     e = run_experiment(**kw, exp_id='ema', cl_teachers='ema', teacher_cache='memory'); assert images(e)[0] == images(e)[1] > 0
+
+def test_compile(tmp_path, monkeypatch):
+    "compile=1 compiles the networks of training steps, changes rounding only, and says what it misses where there is no compiler"
+    kw = BASE | dict(teacher_type='mlp', student_type='mlp', epochs=1, results_dir=str(tmp_path))
+    a = run_experiment(**kw, exp_id='eager'); torch._dynamo.utils.counters.clear()
+    b = run_experiment(**kw, exp_id='compiled', compile=1)
+    assert torch._dynamo.utils.counters['frames']['ok'] >= 3 and not torch._dynamo.utils.counters['graph_break']     # teacher tuned, teacher asked, student
+    assert all(torch.allclose(v, weights(b)[k], atol=1e-3) for k, v in weights(a).items())
+    monkeypatch.setenv('PATH', ''); monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(ConfigError, match='C\\+\\+ compiler'): run_experiment(**kw, exp_id='none', compile=1)
