@@ -259,5 +259,6 @@ def make_loader(
     if split not in ('train', 'val', 'test'): raise unknown('split', split, ('train', 'val', 'test'))
     train = split == 'train' if train is None else train
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill) if mix is None else mix
-    return Loader(getattr(data, split), data, cfg.batch_size, train, cfg.seed, phase, device, cfg.data_aug, mix,
+    batch = cfg.batch_size if train else 4*cfg.batch_size                   # without gradients there is room for more
+    return Loader(getattr(data, split), data, batch, train, cfg.seed, phase, device, cfg.data_aug, mix,
                   cfg.num_workers, recycle=recycle)

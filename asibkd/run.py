@@ -139,7 +139,7 @@ def judge(
     for split in ('val', 'test', 'train'):
         if split != 'train': loader = make_loader(cfg, data, split, 'eval', device=acc.device)
         else:
-            loader = Loader(some_train(data, cfg), data, cfg.batch_size, device=acc.device, num_workers=cfg.num_workers)
+            loader = Loader(some_train(data, cfg), data, 4*cfg.batch_size, device=acc.device, num_workers=cfg.num_workers)
         ask = {k: m for k, m in models.items() if split != 'train' or not k.endswith('~last')}
         asks = {n: asker(t, loader, cfg, maps=method.needs_maps) for n, t in zip(names, came)}
         z[split], y[split] = answers(ask, loader, syn, list(adapted) or names, cfg.method, asks)
