@@ -96,3 +96,11 @@ def test_presets_resolve():
     from asibkd.core import list_presets, resolve
     assert {'quickstart', 'base', 'res152_effi_l2'} <= set(list_presets())
     for p in list_presets(): resolve(preset=p)
+
+def test_sidebar():
+    "The documentation lists every notebook: chapters in reading order, then doors and studies"
+    import yaml
+    first, chapters, doors = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    assert chapters['contents'] == sorted(f.name for f in (root/'nbs').glob('[0-9]*.ipynb'))
+    here = {str(f.relative_to(root/'nbs')) for d in ('', 'bench') for f in (root/'nbs'/d).glob('*.ipynb')}
+    assert {first, *chapters['contents'], *doors['contents']} == here
