@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'QUICK', 'side_by_side', 'noise_folder', 'noise', 'Some', 'Steps', 'in_memory', 'bench_config', 'expert',
            'everyday', 'bench_pipeline', 'bench_precision', 'bench_loop', 'bench_cache', 'bench_peers', 'memory_mb',
-           'bench_growth', 'bench_parts', 'run_bench']
+           'staged', 'bench_growth', 'bench_parts', 'run_bench']
 
 # %% ../nbs/08c_bench.ipynb #f319b9d7
 import itertools, platform, tempfile, time
@@ -25,7 +25,7 @@ from .data import Data, ImageSet
 from .datasets import create_data
 from .freeze import freeze_all
 from .methods import create_method
-from .phases import Distil, place, train_loader
+from .phases import Distil, adapt, distil, place, train_loader
 from .students import create_student
 from .teachers import create_teacher
 from .trainers import Phase, create_optimizer, create_schedule, fit, train_epoch, unprepare
@@ -196,7 +196,17 @@ def bench_peers(data_root, rounds=5, teacher='resnet32x4', student='resnet8x4', 
 # %% ../nbs/08c_bench.ipynb #de4b5ae2
 def memory_mb()->float: "What this process holds, without files it has mapped"; import psutil; m = psutil.Process().memory_info(); return (m.rss - getattr(m, 'shared', 0))/1e6
 
-def bench_growth(rounds=5, images=(1000, 5000, 20_000, 50_000), classes=(10, 100, 1000), teachers=(1, 2, 4), batch=64, steps=10, student='resnet8')->list:
+def staged(n:int, data:Data, teachers, student:str, batch:int)->Callable:
+    "ASIB with `n` stages of one epoch A and one epoch B, as a function to be timed"
+    cfg = bench_config(batch_size=batch, num_stages=n, teacher_adapt_epochs=1, student_epochs_per_stage=1, teacher_cache='memory')
+    acc, st = create_accelerator(cfg), create_student(student, n_class=data.n_class)
+    m = create_method('asmb', cfg, st, teachers); place(cfg, acc, st, m, *teachers)
+    def run():
+        for s in range(n): adapt(st, teachers, m, data, cfg, acc, None, s); distil(st, teachers, m, data, cfg, acc, None, s, n)
+        return 2*n*(len(data.train)//batch)*batch
+    return run
+
+def bench_growth(rounds=5, images=(1000, 5000, 20_000, 50_000), classes=(10, 100, 1000), teachers=(1, 2, 4), stages=(1, 2, 4), batch=64, steps=10, student='resnet8')->list:
     "Time an image, against the smallest of each kind"
     rows, cfg = [], bench_config(batch_size=batch)
     def looked(d): return in_memory(train_loader(cfg, d, 'B1', create_accelerator(cfg)))
@@ -213,7 +223,7 @@ def bench_growth(rounds=5, images=(1000, 5000, 20_000, 50_000), classes=(10, 100
     for kind, ask in (('teachers, live', None), ('teachers, looked up', looked(d))):
         cases = {str(m): Steps(d, cfg, 'avgz', ts[:m], student, steps, rounds + 1, ask) for m in teachers}
         rows += table(kind, {k: s.fill() if ask else s for k, s in cases.items()})
-    return rows
+    return rows + table('stages', {str(n): staged(n, noise(steps*batch), ts[:2], student, batch) for n in stages})
 
 # %% ../nbs/08c_bench.ipynb #3dd4f93b
 def bench_parts(rounds=5, teacher='resnet32x4', student='resnet8x4', batch=64, n_class=100, method='asmb')->list:
@@ -242,7 +252,7 @@ def bench_parts(rounds=5, teacher='resnet32x4', student='resnet8x4', batch=64, n
 PARTS = dict(pipeline=bench_pipeline, precision=bench_precision, loop=bench_loop, cache=bench_cache, peers=bench_peers, growth=bench_growth, parts=bench_parts)
 _small = dict(student='mlp', batch=16)
 QUICK = dict(pipeline=dict(batches=2), precision=dict(students=('mlp',), batch=16), loop=dict(**_small, steps=2), cache=dict(teacher='mlp', **_small), peers=dict(teacher='mlp', **_small, steps=2, workers=1),
-             growth=dict(images=(100, 200), classes=(10, 20), teachers=(1, 2), **_small, steps=2), parts=dict(teacher='mlp', **_small))
+             growth=dict(images=(100, 200), classes=(10, 20), teachers=(1, 2), stages=(1, 2), **_small, steps=2), parts=dict(teacher='mlp', **_small))
 
 def run_bench(
     parts=(),        # Names; none = all
