@@ -70,9 +70,9 @@ def plot_forgetting(
     s = _cl(summary)
     fig = Picture(figsize=(8, 3.1), layout='constrained')
     left, right = fig.subplots(1, 2, sharey=True)
-    for (m, o), mark in zip(s['R'].items(), 'osD^vPX*<>hp'*3):
+    for m, o in s['R'].items():
         R, x = o['class_il'], range(1, len(o['class_il']) + 1)
-        for ax, y in ((left, [100*sum(r)/len(r) for r in R]), (right, [100*r[0] for r in R])): ax.plot(x, y, marker=mark, ms=4, lw=1.3, label=m)
+        for ax, y in ((left, [100*sum(r)/len(r) for r in R]), (right, [100*r[0] for r in R])): ax.plot(x, y, ms=4, lw=1.3, label=m)
     for ax, title in ((left, 'all tasks so far'), (right, 'the first task')):
         ax.set(title=title, xlabel='after task'); ax.spines[['top', 'right']].set_visible(False); ax.set_xticks(range(1, len(s['tasks']) + 1))
     left.set_ylabel('class-IL accuracy (%)'); left.legend(fontsize=8, frameon=False)

@@ -214,8 +214,9 @@ def save_results(run, student, taught, method, teachers, specs, moved:bool, z, y
     if hasattr(method, 'synergy'): save_state(method.synergy.state_dict(), run/'bridge.safetensors')
     for s, m in zip(specs, teachers):
         if moved or m.adapter is not None: save_teacher(m, run/f"{s['name']}_adapted.pth", data, m.name, -1.)
-    save_state({k: v.argmax(1).to(torch.int32) for k, v in z['test'].items() if v.ndim == 2 and k != 'share'}
-               | {'labels': y['test']}, run/'predictions.safetensors')
+    said = {k: v for k, v in z['test'].items() if v.ndim == 2 and k != 'share'}
+    save_state({k: v.argmax(1).to(torch.int32) for k, v in said.items()} | {'labels': y['test']}
+               | {f'confidence.{k}': v.softmax(1).amax(1).half() for k, v in said.items()}, run/'predictions.safetensors')
 
 # %% ../nbs/12_run.ipynb #5dfac152
 def tracker(cfg:Config, run)->list: # Callbacks for `fit`
