@@ -67,7 +67,7 @@ def result_table(
     t = t[[k for k in names if k in t]].rename(columns=names)
     return t.loc[:, [not (t[c].isna() | (t[c].astype(str) == '')).all() for c in t]]
 
-def cell(v)->str: "A value of a table"; return '' if v is None or v != v else f'{v:g}' if isinstance(v, float) else str(v)
+def cell(v)->str: "A value of a table; no −0"; return '' if v is None or v != v else f'{v + 0.:g}' if isinstance(v, float) else str(v)
 
 def show_table(t:pd.DataFrame)->str:
     "A table for terminals and READMEs, in Markdown"
@@ -113,6 +113,7 @@ def plot_curves(
     for ax, title in ((left, 'students'), (right, 'teachers and synergy')):
         ax.set(title=title, xlabel='epoch', ylabel='validation accuracy (%)')
         if ax.lines: ax.legend(fontsize=8, frameon=False)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -170,7 +171,6 @@ def ahead_of(
     by = 'ACC' if s.get('kind') == 'cl' else 'test_acc_val_selected'
     acc = {r['key']: r[by] for r in s['rows'] if r['role'].startswith('student') and r.get('learned_with') != 'all data so far'}
     gap = {k: 100*(v - acc[s['method']]) for k, v in acc.items()}
-    if (d := s.get('difference')) and gap.get(s['baseline'], 0) <= 0: gap[s['baseline']] = -100*d['diff']     # image by image
     return {k: v for k, v in sorted(gap.items(), key=lambda o: -o[1]) if v > 0}
 
 # %% ../nbs/09_analysis.ipynb #5216bb4f

@@ -64,7 +64,7 @@ def plot_R(
 )->Figure:
     "Heat maps of R, a panel a method"
     s = _cl(summary); methods = methods or list(s['R'])
-    fig = Picture(figsize=(3.1*len(methods), 3.2), layout='constrained')
+    fig = Picture(figsize=(3.1*len(methods), 3.2), layout='compressed')        # panels stay square, and titles inside
     for ax, m in zip(fig.subplots(1, len(methods), squeeze=False)[0], methods):
         R = r_table(s, m, which)
         ax.imshow(R, cmap='Blues', vmin=0, vmax=115)

@@ -51,6 +51,7 @@ def plot_seeds(
         line, = ax.plot(g.step, g['mean'], ms=3, lw=1.3, label=label)
         ax.fill_between(g.step, g['mean'] - g.half, g['mean'] + g.half, color=line.get_color(), alpha=.15, lw=0)
     ax.set(xlabel='task' if cl else 'epoch', ylabel='accuracy on the classes seen (%)' if cl else 'validation accuracy (%)')
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=8, frameon=False); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -86,11 +87,16 @@ def plot_front(
     on, off = o[o.front], o[~o.front]
     ax.step(on.cost, on.gain, where='post', color='0.7', lw=1, marker='', zorder=0)
     for g, mark, fill, say in ((on, 's', '#0072B2', 'Pareto front'), (off, 'o', 'white', 'dominated')):
-        if len(g): ax.plot(g.cost, g.gain, mark, mfc=fill, mec='#0072B2' if g is on else '0.4', ms=6, label=say)
-    for at, g in o.groupby('cost'):                                                       # models of one cost stand above each other: a list beside them
-        ax.annotate('\n'.join(g.name), (at, g.gain.mean()), xytext=(7, 0), textcoords='offset points', va='center', fontsize=8)
-    if o.cost.min() > 0 and o.cost.max() > 20*o.cost.min(): ax.set_xscale('log')
-    ax.margins(x=.25, y=.15); ax.set(xlabel=cost, ylabel=gain); ax.legend(fontsize=8, frameon=False, loc='best'); ax.spines[['top', 'right']].set_visible(False)
+        if len(g): ax.plot(g.cost, g.gain, mark, mfc=fill, mec='#0072B2' if g is on else '0.4', ms=6, label=say, clip_on=False)
+    room = .06*(o.gain.max() - o.gain.min())                                              # models of one cost stand above each other
+    for at, g in o.groupby('cost'):
+        y = float('inf')
+        for r in g.to_dict('records'):
+            y = min(r['gain'], y - room); ax.annotate(r['name'], (at, y), xytext=(7, 0), textcoords='offset points', va='center', fontsize=8)
+    if log := o.cost.min() > 0 and o.cost.max() > 20*o.cost.min(): ax.set_xscale('log')
+    ax.margins(x=.25, y=.15)
+    if not log: ax.set_xlim(left=max(0, ax.get_xlim()[0]))
+    ax.set(xlabel=cost, ylabel=gain); ax.legend(fontsize=8, frameon=False, loc='best'); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 # %% ../nbs/09b_figures.ipynb #e6a7e298
