@@ -7,7 +7,8 @@ __all__ = ['STYLE', 'PAGE', 'WARNINGS', 'CL_COSTS', 'OURS', 'text', 'code', 'fol
            'marked', 'render', 'joined', 'in_words', 'warn_behind', 'warn_leak', 'warn_untrained', 'warn_gate',
            'warn_oracle', 'warn_alone', 'warn_seed', 'warnings_of', 'asked_for', 'typed', 'command_of', 'config_parts',
            'env_part', 'time_parts', 'curve_picture', 'front_picture', 'information_picture', 'prediction_parts',
-           'score_part', 'cl_parts', 'run_page', 'run_report', 'compare_warnings', 'compare_page', 'compare_report']
+           'score_part', 'cl_parts', 'run_page', 'save_report', 'compare_warnings', 'compare_page',
+           'save_compare_report']
 
 # %% ../nbs/10_report.ipynb #5eb35945
 import base64, io, json, re, shlex
@@ -24,6 +25,7 @@ from .analysis import (MEASURES, ahead_of, cell, collect, compare_runs, load_con
                              plot_compare, plot_curves, result_table, student_curves, usual_baseline, win_table)
 from .cl_analysis import leak_note, near_chance, plot_forgetting, plot_memory, plot_R, r_table
 from .core import Config, RunError, resolve
+from .runtime import atomic_write
 from .figures import (calibration_error, confused_pairs, confusion_table, disagreement_table, front_table, information_table,
                             load_predictions, plot_confusion, plot_disagreement, plot_front, plot_information, plot_reliability, plot_seeds,
                             reliability_table)
@@ -333,7 +335,14 @@ def run_page(
     return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=in_words(s, c), warnings=warnings_of(s, c),
                 verdict=s.get('verdict', f"No baseline was run beside {s['method']}: there is nothing to judge it by."), sections=[o for o in sections if o['parts']])
 
-def run_report(run)->str: "The report of a finished run, as HTML"; return render(run_page(run))
+def save_report(
+    run,    # Folder of a finished run
+    out='', # The file; '' = report.html in that folder
+)->Path: # The file
+    "Write (or write again) the report of a run"
+    out = Path(out or Path(run)/'report.html')
+    atomic_write(out, render(run_page(run)))
+    return out
 
 # %% ../nbs/10_report.ipynb #f5f75d3c
 OURS = ('asmb', 'asib')   # methods this package argues for
@@ -362,7 +371,7 @@ def compare_warnings(
 def compare_page(
     runs,         # From `collect`, or a folder
     baseline='',  # Label that the others are compared with; '' = `usual_baseline`
-    beside='',    # Folder of the page: where links to the runs' own reports start; '' = no links
+    beside='.',   # Folder of the page: where links to the runs' own reports start
 )->dict: # As `render` takes it
     "What the report of a comparison says"
     runs = runs if isinstance(runs, pd.DataFrame) else collect(runs)
@@ -372,7 +381,7 @@ def compare_page(
     judged = f"it is the baseline" if best.method == base else f"{best[against]} points against {base}, {best.verdict}"
     c = [load_config(r) for r in runs.run.unique()]
     given = pd.DataFrame([dict(label=r.label, seed=r.seed, **{say: getattr(r, by)}, run=r.run) for r in runs.itertuples()]).round(2)
-    link = lambda r: quote(relpath(Path(r)/'report.html', beside)) if beside and (Path(r)/'report.html').exists() else ''
+    link = lambda r: quote(Path(relpath(Path(r)/'report.html', beside)).as_posix()) if (Path(r)/'report.html').exists() else ''
     seeds = sorted(runs.seed.unique())
     sections = [section('Result', table(t, 'Mean ± half-width of the 95 % t-interval over seeds; paired differences over common seeds.', [o == base for o in t.method]),
                         picture(plot_compare(runs), 'A dot a seed; squares are means with their intervals, best on top.', f"{say}: " + joined(f'{r.method} {getattr(r, "_asdict")()["mean_"]}' for r in t.rename(columns={say: 'mean_'}).itertuples()) + '.')),
@@ -383,4 +392,11 @@ def compare_page(
     return dict(title=f"{len(t)} methods on {joined(sorted({o['dataset'] for o in c}))}", verdict=f"{best.method} is best: {best[say]} ({say}), {judged}.", warnings=compare_warnings(runs), sections=sections,
                 what=f"{joined(t.method)} were compared over {len(seeds)} seed{'s' * (len(seeds) > 1)} ({joined(seeds)}), {len(c)} runs; the baseline is {base}.")
 
-def compare_report(runs, baseline='', beside='')->str: "The report of a comparison, as HTML; parameters as in `compare_page`"; return render(compare_page(runs, baseline, beside))
+def save_compare_report(
+    runs, out,    # As in `compare_page` · the file
+    baseline='',
+)->Path: # `out`
+    "Write the report of a comparison"
+    out = Path(out)
+    atomic_write(out, render(compare_page(runs, baseline, out.parent)))
+    return out

@@ -30,6 +30,7 @@ from .eval import answers, paired_difference, teacher_report, verdict
 from .freeze import freeze_report
 from .methods import average, check_method, create_method, tuned
 from .metrics import accuracy, scores
+from .report import save_report
 from .teachers import model_costs
 from .phases import adapt, distil, place
 from .trainers import Fitted, snapshot
@@ -313,6 +314,9 @@ def close(run, summary:dict, row:dict):
     run.finish(summary, row | dict(difference=(summary.get('difference') or {}).get('diff')))
     for f in (run/'checkpoint').glob('*.pt'): f.unlink()
     if 'verdict' in summary: log.info(summary['verdict'])
+    try: save_report(run.path)
+    except Exception as e:                                     # a page that cannot be drawn loses no run
+        log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {e}. Everything else is there; `asibkd report {run.path}` tries again.")
 
 # %% ../nbs/12_run.ipynb #dbfc31ef
 def parameters_set(
