@@ -51,7 +51,7 @@ def plot_seeds(
         line, = ax.plot(g.step, g['mean'], ms=3, lw=1.3, label=label)
         ax.fill_between(g.step, g['mean'] - g.half, g['mean'] + g.half, color=line.get_color(), alpha=.15, lw=0)
     ax.set(xlabel='task' if cl else 'epoch', ylabel='accuracy on the classes seen (%)' if cl else 'validation accuracy (%)')
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True); ax.set_ylim(max(0, ax.get_ylim()[0]), min(105, ax.get_ylim()[1]))
     ax.legend(fontsize=8, frameon=False); ax.spines[['top', 'right']].set_visible(False)
     return fig
 

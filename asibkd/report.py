@@ -89,11 +89,12 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; pad
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .75rem 0 }
 caption { text-align: left; color: var(--soft); padding-bottom: .25rem } th, td { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 thead th { vertical-align: bottom } tbody th { font-weight: 400 } .n { text-align: right } .mine > * { background: var(--mine); font-weight: 600 }
+@media (min-width: 50rem) { caption { white-space: nowrap } }
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto } figcaption { color: var(--soft); font-size: .875rem; max-width: 52rem }
 pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: .75rem; font-size: .875rem } summary { cursor: pointer; padding: .25rem 0 }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem }
 @media print { :root { --ink: #000; --paper: #fff; --soft: #444; --line: #bbb; --mine: #eee; --warn: #000; --warn-bg: #fff; --link: #000 } img { filter: none } nav { display: none }
-  body { font-size: 10pt } main { max-width: none; padding: 0 } table { font-size: 7.5pt } .scroll { overflow: visible } figure, tr, .warnings { break-inside: avoid } h2 { break-after: avoid } }
+  body { font-size: 10pt } caption { white-space: normal } main { max-width: none; padding: 0 } table { font-size: 7.5pt } .scroll { overflow: visible } figure, tr, .warnings { break-inside: avoid } h2 { break-after: avoid } }
 '''
 
 def marked(said:str)->Markup:
@@ -249,11 +250,10 @@ def env_part(run)->dict|None:
 def time_parts(s:dict)->tuple:
     "Where the time went, and how often teachers were asked"
     sec = {k: v for k, v in s['time']['seconds'].items() if v is not None}
-    n = s['time'].get('teacher_images') or dict(asked=0, computed=0)
-    looked = n['asked'] - n['computed']
-    said = f"Teachers were asked about {n['asked']:,} images; {n['computed']:,} answers were computed" + (f", {looked:,} looked up." if looked else '.')
+    asked, computed = (s['time'].get('teacher_images', {}).get(k, 0) for k in ('asked', 'computed'))
+    said = f"Teachers were asked about {asked:,} images; {computed:,} answers were computed" + (f", {asked - computed:,} looked up." if asked > computed else '.')
     return (table(pd.DataFrame([dict(model=k, seconds=f'{v:.1f}') for k, v in sec.items()] + [dict(model='together', seconds=f'{sum(sec.values()):.1f}')]), 'Training time'),
-            text(said if n['asked'] else 'No teacher was asked.'))
+            text(said if asked else 'No teacher was asked.'))
 
 # %% ../nbs/10_report.ipynb #904ed2bf
 def curve_picture(run, s)->dict|None:
@@ -378,7 +378,8 @@ def compare_page(
     base, by, cl = baseline or usual_baseline(runs), measure_of(runs), 'ACC' in runs
     t, say = compare_runs(runs, base), MEASURES['ACC' in runs][measure_of(runs)]
     best, against = t.iloc[0], f"{'ACC' if cl else ''} vs {base}".strip()
-    judged = f"it is the baseline" if best.method == base else f"{best[against]} points against {base}, {best.verdict}"
+    judged = {o.method: 'it is the baseline' if o.method == base else f"{o[against]} points against {base}, {o.verdict}" for _, o in t.iterrows()}
+    verdict = f"{best.method} is best: {best[say]} ({say}), {judged[best.method]}." + ''.join(f' {k}: {v}.' for k, v in judged.items() if k.split()[0] in OURS and k not in (best.method, base))
     c = [load_config(r) for r in runs.run.unique()]
     given = pd.DataFrame([dict(label=r.label, seed=r.seed, **{say: getattr(r, by)}, run=r.run) for r in runs.itertuples()]).round(2)
     link = lambda r: quote(Path(relpath(Path(r)/'report.html', beside)).as_posix()) if (Path(r)/'report.html').exists() else ''
@@ -388,8 +389,8 @@ def compare_page(
                 section('Who wins how often', table(win_table(runs), 'Seeds on which the row beats the column, of common seeds.')),
                 section('Curves', picture(plot_seeds(runs), 'Mean over seeds and the band of its 95 % t-interval, ' + ('task by task.' if cl else 'epoch by epoch (validation).'), f"Curves of {joined(t.method)}.")),
                 section('Runs', table(given, 'Every student that was counted', links=[link(r) for r in given.run])),
-                section('Repeat it', *map(code, dict.fromkeys(map(command_of, c))))]
-    return dict(title=f"{len(t)} methods on {joined(sorted({o['dataset'] for o in c}))}", verdict=f"{best.method} is best: {best[say]} ({say}), {judged}.", warnings=compare_warnings(runs), sections=sections,
+                section('Repeat it', code('\n'.join(dict.fromkeys(map(command_of, c)))))]
+    return dict(title=f"{len(t)} methods on {joined(sorted({o['dataset'] for o in c}))}", verdict=verdict, warnings=compare_warnings(runs), sections=sections,
                 what=f"{joined(t.method)} were compared over {len(seeds)} seed{'s' * (len(seeds) > 1)} ({joined(seeds)}), {len(c)} runs; the baseline is {base}.")
 
 def save_compare_report(
