@@ -26,7 +26,7 @@ def r_table(
     "The matrix R"
     s = _cl(summary)
     R, names = s['R'][method or s['method']][which], [', '.join(t) if len(t) < 4 else f'{t[0]} … {t[-1]}' for t in s['tasks']]
-    return pd.DataFrame([[round(100*v, 2) for v in r] for r in R], index=[f'after {i + 1}' for i in range(len(R))], columns=names[:len(R)])
+    return pd.DataFrame([[round(100*v, 2) for v in r] + [float('nan')]*(len(R) - len(r)) for r in R], index=[f'after {i + 1}' for i in range(len(R))], columns=names[:len(R)])
 
 def near_chance(
     summary,  # As in `r_table`

@@ -65,9 +65,9 @@ def test_one_shot(runs):
     s = load_summary(run)
     for word in (s['verdict'], 'ONE SEED (42)', 'ORACLE GAP', 'teachers were resnet20 and resnet14', 'Learning curves', 'Calibration', 'Confusion', 'The bottleneck', 'answers were computed', 'torch', 'train_per_class'): assert word in text, word
     lost, won = (edited(run, accuracy(run, 'avgz', 'test_acc_val_selected', v)) for v in (2., 0.))
-    assert 'asmb is BELOW avgz (by' in lost and lost.index('asmb is BELOW') < lost.index('ONE SEED') < lost.index('taught by')      # warnings first
+    assert 'asmb is BELOW avgz (by' in lost and lost.index('asmb is BELOW') < lost.index('ONE SEED') < lost.index('Validation chose')      # warnings first
     assert 'asmb is BELOW avgz' not in won and 'BELOW avgz' not in edited(run, accuracy(run, 'asmb', 'test_acc_val_selected', 1.))
-    assert 'UNTRAINED TEACHER: teacher2' in edited(run, lambda s: s['weights'].update(teacher2='untrained'))
+    assert 'teacher2 (resnet14, untrained' in edited(run, lambda s: s['weights'].update(teacher2='untrained'))
     shut = edited(run, lambda s: s['gates'][0].update(gate=False)); assert 'gate was CLOSED in stage 1' in shut
     assert 'CLOSED' not in edited(run, lambda s: s['gates'][0].update(gate=True))
     assert 'ORACLE' not in edited(run, lambda s: s.pop('test_acc_oracle'))
