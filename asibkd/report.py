@@ -7,8 +7,9 @@ __all__ = ['STYLE', 'PAGE', 'WARNINGS', 'CL_COSTS', 'OURS', 'text', 'code', 'fol
            'picture', 'marked', 'render', 'joined', 'in_words', 'warn_behind', 'warn_leak', 'warn_untrained',
            'warn_gate', 'warn_oracle', 'warn_alone', 'warn_seed', 'warnings_of', 'asked_for', 'typed', 'command_of',
            'config_parts', 'env_part', 'time_parts', 'curve_picture', 'front_picture', 'information_picture',
-           'prediction_parts', 'score_part', 'cl_parts', 'run_page', 'save_report', 'compare_warnings', 'compare_page',
-           'save_compare_report']
+           'confusion_section', 'calibration_section', 'disagreement_section', 'prediction_sections', 'score_table',
+           'cl_sections', 'result_section', 'figure_sections', 'run_page', 'save_report', 'compare_warnings',
+           'compare_verdict', 'run_list', 'compare_page', 'save_compare_report']
 
 # %% ../nbs/10_report.ipynb #5eb35945
 import base64, io, json, re, shlex
@@ -151,7 +152,6 @@ def joined(names)->str: # 'a, b and c'
 
 def in_words(
     s:dict,  # summary.json
-    c:dict,  # config.json
 )->str:
     "What was run, in one sentence"
     mine = next(r for r in s['rows'] if r['key'] == s['method'])
@@ -165,16 +165,16 @@ def in_words(
     return (f"{mine['model']} learned the {s['n_class']} classes of {s['dataset']} by {s['method']}, {by} (target: {mine['taught_by']}): {images} images, seed {s['seed']}.")
 
 # %% ../nbs/10_report.ipynb #97c97b7b
-def warn_behind(s, c)->str:
+def warn_behind(s)->str:
     "The method is below a baseline of its own run"
     gap, d = ahead_of(s), s.get('difference') or {}
     what = 'ACC' if s.get('kind') == 'cl' else 'test accuracy'
     if gap: return f"{s['method']} is BELOW {joined(f'{k} (by {v:.2f} points)' for k, v in gap.items())} in {what}: it did not help here."
     return f"{s['method']} is BELOW {s['baseline']} by {-100*d['diff']:.2f} points, counted image by image." if d.get('diff', 0) < 0 else ''
 
-def warn_leak(s, c)->str: "A teacher saw classes to come"; return leak_note(s)
+def warn_leak(s)->str: "A teacher saw classes to come"; return leak_note(s)
 
-def warn_untrained(s, c)->str:
+def warn_untrained(s)->str:
     "A teacher that knows nothing teaches noise"
     weights, chance = s.get('weights', {}), 1/s['n_class']
     low = {r['key']: f"{r['key']} ({r['model']}, {weights.get(r['key'], 'adapted')}, {100*r['test_acc_val_selected']:.1f} % on the test images)" for r in s['rows']
@@ -182,32 +182,32 @@ def warn_untrained(s, c)->str:
     return (f"UNTRAINED TEACHER, or one hardly above chance ({100*chance:.1f} %): {joined(low.values())}. What it teaches is noise. Fine-tune it (finetune_epochs) or give it weights."
             if low else '')
 
-def warn_gate(s, c)->str:
+def warn_gate(s)->str:
     "Where the synergy was no better than the plain average, the student heard the average"
     g = s.get('gates') or []
     shut = [f"task {o['task']}" if 'task' in o else f"stage {o['stage']}" for o in g if not o['gate']]
     return (f"The synergy gate was CLOSED in {joined(shut)} ({len(shut)} of {len(g)}): on validation images the bridge's logits were no better than the teachers' plain average, so "
             "the student was taught by the average there.") if shut else ''
 
-def warn_oracle(s, c)->str:
+def warn_oracle(s)->str:
     "What choosing on the test set would have shown"
     if (o := s.get('test_acc_oracle')) is None: return ''
     return (f"ORACLE GAP: choosing the epoch on the test set would have shown {100*o:.2f} % for {s['method']} instead of {100*s['test_acc_val_selected']:.2f} % "
             f"({100*(o - s['test_acc_val_selected']):+.2f} points). The column 'test % (oracle)' is no result.")
 
-def warn_alone(s, c)->str:
+def warn_alone(s)->str:
     "Nothing to compare with"
     return '' if 'baseline' in s else "NO BASELINE was run (compare=0): whether the method helped cannot be seen here."
 
-def warn_seed(s, c)->str:
+def warn_seed(s)->str:
     "A single seed"
     return f"ONE SEED ({s['seed']}): what another would give is not known. `asibkd loop` runs several and gives intervals."
 
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_alone, warn_seed)
 
-def warnings_of(s:dict, c:dict)->list: # of sentences
+def warnings_of(s:dict)->list: # of sentences
     "Everything a reader of this run has to beware of"
-    return [o for w in WARNINGS if (o := w(s, c))]
+    return [o for w in WARNINGS if (o := w(s))]
 
 # %% ../nbs/10_report.ipynb #19bb1e6c
 def asked_for(c:dict)->dict:
@@ -256,85 +256,117 @@ def time_parts(s:dict)->tuple:
     return (table(pd.DataFrame([dict(model=k, seconds=f'{v:.1f}') for k, v in sec.items()] + [dict(model='together', seconds=f'{sum(sec.values()):.1f}')]), 'Training time'),
             text(said if asked else 'No teacher was asked.'))
 
-# %% ../nbs/10_report.ipynb #904ed2bf
-def curve_picture(run, s)->dict|None:
-    o = student_curves(load_metrics(run), s['method'])
+# %% ../nbs/10_report.ipynb #56c52f20
+def curve_picture(run, method:str)->dict|None:
+    "Learning curves of a one-shot run"
+    o = student_curves(load_metrics(run), method)
     if o.empty: return None
+    ends = joined(f'{k} ends at {v:.1f} %' for k, v in o.groupby('key', sort=False).acc.last().items())
     return picture(plot_curves(run), 'Validation accuracy, epoch by epoch. Left the students, right the teachers and the synergy.',
-                   'Learning curves. In validation accuracy ' + joined(f'{k} ends at {v:.1f} %' for k, v in o.groupby('key', sort=False).acc.last().items()) + '.')
+                   f'Learning curves. In validation accuracy {ends}.')
 
-def front_picture(t, cost, gain)->dict|None:
+def front_picture(t:pd.DataFrame, cost:str, gain:str)->dict|None:
+    "The Pareto front of a result table with at least two costs"
     if cost not in t or gain not in t: return None
     o = front_table(t, cost, gain)
     if o.cost.nunique() < 2: return None
+    best = joined(f"{r['name']} ({cell(r['cost'])}; {cell(r['gain'])} %)" for r in o[o.front].to_dict('records'))
     return picture(plot_front(t, cost, gain), f'{gain} against {cost}; filled squares are not dominated by any other model of this table.',
-                   f"{gain} against {cost}. On the Pareto front: " + joined(f'{r.name_} ({cell(r.cost)}; {cell(r.gain)} %)' for r in o[o.front].rename(columns=dict(name='name_')).itertuples()) + '.')
+                   f'{gain} against {cost}. On the Pareto front: {best}.')
 
 def information_picture(run)->dict|None:
+    "The information plane, where a bottleneck was trained"
     o = information_table(run)
     if o.empty: return None
-    return picture(plot_information(run), "The information plane of phase A: a point an epoch. What the code spends is to the right, what the synergy gets for it is up.",
-                   f"{len(o)} epochs of phase A: from {o.nats.iloc[0]:.1f} nats and {o.acc.iloc[0]:.1f} % to {o.nats.iloc[-1]:.1f} nats and {o.acc.iloc[-1]:.1f} %.")
+    a, b = (f'{r.nats:.1f} nats and {r.acc:.1f} %' for r in (o.iloc[0], o.iloc[-1]))
+    return picture(plot_information(run), 'The information plane of phase A, a point an epoch: to the right what the code spends, up what the synergy gets for it.',
+                   f'{len(o)} epochs of phase A: from {a} to {b}.')
 
-def prediction_parts(run, s)->list:
-    "Confusion, calibration and disagreement, from the predictions a run kept"
+# %% ../nbs/10_report.ipynb #8bcb01d7
+def confusion_section(t, classes, m:str)->dict:
+    "Whom the run's student takes for whom"
+    c = confusion_table(t, m, classes); pairs = confused_pairs(c)
+    say = f"Confusion matrix of {m}: {len(t) - c.to_numpy().trace()} of {len(t)} test images are wrong."
+    if len(pairs): say += f" Most often {pairs['class'][0]} is taken for {pairs['taken for'][0]} (on {pairs.images[0]})."
+    return section('Confusion', picture(plot_confusion(c, m), f'What {m} answered (columns) to the images of each class (rows).', say),
+                   table(pairs, 'The most frequent confusions') if len(pairs) else None)
+
+def calibration_section(t, models)->dict|None:
+    "Does the student know what it knows, and do those it is compared with?"
+    r = {k: reliability_table(t, k) for k in dict.fromkeys(models) if f'confidence.{k}' in t}
+    if not r: return None
+    errors = joined(f'{k} {100*calibration_error(v):.1f} %' for k, v in r.items())
+    return section('Calibration', picture(plot_reliability(r), 'Accuracy against confidence in 15 bins, and the number of test images in each. '
+                   'Hatched: the gap. Below the diagonal a model is too sure of itself.', f'Reliability diagrams. Expected calibration error: {errors}.'))
+
+def disagreement_section(t, models)->dict|None:
+    "How different are the teachers, and how far is the student from them?"
+    who = [k for k in models if k in t]
+    if len(who) < 3: return None
+    d = disagreement_table(t, who); a, b = d.stack().idxmax()
+    return section('Disagreement', picture(plot_disagreement(d), 'Share of the test images on which two models answer differently.',
+                   f'Disagreement matrix of {joined(who)}. Most: {a} and {b}, on {d.loc[a, b]:.1f} % of the test images.'))
+
+def prediction_sections(run, s:dict)->list:
+    "Confusion, calibration and disagreement"
     try: t, classes = load_predictions(run)
     except RunError: return []
-    m, out = s['method'], []
-    c = confusion_table(t, m, classes); pairs = confused_pairs(c)
-    wrong = int(c.to_numpy().sum() - c.to_numpy().trace())
-    out.append(section('Confusion', picture(plot_confusion(c, m), f'What {m} answered (columns) to the images of each class (rows).',
-                                            f"Confusion matrix of {m}: {wrong} of {len(t)} test images are wrong." + (f" Most often {pairs['class'][0]} is taken for {pairs['taken for'][0]} ({pairs.images[0]} images)." if wrong else '')),
-                       table(pairs, 'The most frequent confusions') if wrong else None))
-    sure = [k for k in dict.fromkeys([m, s.get('baseline', ''), 'average', 'synergy']) if f'confidence.{k}' in t]
-    if sure:
-        r = {k: reliability_table(t, k) for k in sure}
-        out.append(section('Calibration', picture(plot_reliability(r), 'Accuracy against confidence, in 15 bins, and the number of test images in each. Hatched: the gap. Below the diagonal a model is too sure of itself.',
-                                                  'Reliability diagrams. Expected calibration error: ' + joined(f'{k} {100*calibration_error(v):.1f} %' for k, v in r.items()) + '.')))
-    who = [r['key'] for r in s['rows'] if r['role'] == 'teacher' and r['key'] in t] + [k for k in ('average', m) if k in t]
-    if len(who) > 2:
-        d = disagreement_table(t, who); worst = d.stack().idxmax()
-        out.append(section('Disagreement', picture(plot_disagreement(d), 'Share of the test images on which two models answer differently.',
-                                                   f"Disagreement matrix of {joined(who)}. Most: {worst[0]} and {worst[1]}, {d.loc[worst]:.1f} % of the test images.")))
-    return out
+    m, teachers = s['method'], [r['key'] for r in s['rows'] if r['role'] == 'teacher']
+    return [confusion_section(t, classes, m), calibration_section(t, [m, s.get('baseline'), 'average', 'synergy']),
+            disagreement_section(t, [*teachers, 'average', m])]
 
-def score_part(s)->dict|None:
+# %% ../nbs/10_report.ipynb #37d3bc0c
+def score_table(s:dict)->dict|None:
     "Likelihood and calibration beside accuracy"
     o = s.get('teachers')
     if not o: return None
-    rows = o['teachers'] | {k: o[k] for k in ('average', 'synergy') if k in o} | {s['method']: s['student']}
-    return table(pd.DataFrame([{'model': k, 'accuracy %': round(100*v['acc'], 2), 'top-5 %': round(100*v['top5'], 2), 'NLL (nats)': round(v['nll'], 4), 'ECE %': round(100*v['ece'], 2)} for k, v in rows.items()]),
-                 'Scores on the test images', [k == s['method'] for k in rows])
+    every = o['teachers'] | {k: o[k] for k in ('average', 'synergy') if k in o} | {s['method']: s['student']}
+    rows = [{'model': k, 'accuracy %': round(100*v['acc'], 2), 'top-5 %': round(100*v['top5'], 2), 'NLL (nats)': round(v['nll'], 4),
+             'ECE %': round(100*v['ece'], 2)} for k, v in every.items()]
+    return table(pd.DataFrame(rows), 'Scores on the test images', [k == s['method'] for k in every])
 
-def cl_parts(s)->list:
+def cl_sections(s:dict)->list:
     "R, forgetting, memory"
-    ends = joined(f"{k} {100*r['ACC']:.1f} %" for k, r in ((r['key'], r) for r in s['rows']))
-    R = [table(r_table(s, which=k).reset_index(names=''), f"R of {s['method']}, {say} accuracy in per cent: row after a task, column on a task") for k, say in dict(class_il='class-IL', task_il='task-IL').items()]
-    kept = s.get('composition') and any(map(sum, s['composition']))
-    return [section('Accuracy task by task', text(near_chance(s)), picture(plot_R(s), 'R: after each task (row), class-IL accuracy on the test images of each task so far (column). A column that fades downwards is a task being forgotten.',
-                                                     f"Heat maps of the matrix R. After the last task the average class-IL accuracy is {ends}."), *R),
-            section('Forgetting', picture(plot_forgetting(s), 'Left the average over the tasks seen, right the first task alone.',
-                                          'After the last task, accuracy on the first is ' + joined(f"{k} {100*o['class_il'][-1][0]:.1f} %" for k, o in s['R'].items()) + '.')),
-            *([section('Memory', picture(plot_memory(s), f"What the memory of {s['method']} held after each task.", f"Images of each class in the memory; after the last task {sum(s['composition'][-1])} in all."))] if kept else [])]
+    ends = joined(f"{r['key']} {100*r['ACC']:.1f} %" for r in s['rows'])
+    first = joined(f"{k} {100*o['class_il'][-1][0]:.1f} %" for k, o in s['R'].items())
+    R = [table(r_table(s, which=k).reset_index(names=''), f"R of {s['method']}, {say} accuracy in per cent: row after a task, column on a task")
+         for k, say in dict(class_il='class-IL', task_il='task-IL').items()]
+    out = [section('Accuracy task by task', text(near_chance(s)),
+                   picture(plot_R(s), 'R: after each task (row), class-IL accuracy on the test images of each task so far (column). A column that fades downwards is a task being forgotten.',
+                           f'Heat maps of the matrix R. After the last task the average class-IL accuracy is {ends}.'), *R),
+           section('Forgetting', picture(plot_forgetting(s), 'Left the average over the tasks seen, right the first task alone.', f'After the last task, accuracy on the first is {first}.'))]
+    kept = sum(s['composition'][-1])
+    return out + [section('Memory', picture(plot_memory(s), f"What the memory of {s['method']} held after each task.",
+                                            f'Images of each class in the memory; after the last task {kept} in all.'))]*bool(kept)
 
-# %% ../nbs/10_report.ipynb #cd7a9acc
+# %% ../nbs/10_report.ipynb #b6cade50
 CL_COSTS = ('memory (MB)', 'of it logits (MB)', 'student images', 'teacher forwards', 'train (s)')
+
+def result_section(s:dict)->dict:
+    "The result table, and what stands beside it"
+    t, mine = result_table(s), [r['key'] == s['method'] for r in s['rows']]
+    if s.get('kind') != 'cl': return section('Result', table(t, 'Validation chose the weights; the test set was looked at once.', mine), score_table(s))
+    spent = [k for k in CL_COSTS if k in t]
+    return section('Result', table(t.drop(columns=spent), 'The test images of every task, asked after each task', mine), table(t[['method', *spent]], 'What it cost', mine))
+
+def figure_sections(run, s:dict)->list:
+    "Everything that is drawn"
+    t = result_table(s)
+    if s.get('kind') == 'cl': return [*cl_sections(s), section('Accuracy and cost', front_picture(t[t['keeps'] != 'all data so far'], 'memory (MB)', 'ACC %'))]
+    return [section('Learning curves', curve_picture(run, s['method'])), section('The bottleneck', information_picture(run)),
+            section('Accuracy and cost', front_picture(t, 'MACs (M)', 'test % (selected)'))]
 
 def run_page(
     run,  # Folder of a finished run
 )->dict: # As `render` takes it
     "What the report of a run says"
     s, c = load_summary(run), load_config(run)
-    t, cl = result_table(s), s.get('kind') == 'cl'
-    front = front_picture(t[t['keeps'] != 'all data so far'], 'memory (MB)', 'ACC %') if cl else front_picture(t, 'MACs (M)', 'test % (selected)')
-    middle = cl_parts(s) if cl else [section('Learning curves', curve_picture(run, s)), section('The bottleneck', information_picture(run))]
-    mine, spent = [r['key'] == s['method'] for r in s['rows']], [k for k in t if cl and k in CL_COSTS]        # a continual table is too wide for one
-    result = table(t.drop(columns=spent), 'The test images of every task, asked after each task.' if cl else 'Validation chose the weights; the test set was looked at once.', mine)
-    sections = [section('Result', result, table(t[['method', *spent]], 'What it cost', mine) if cl else score_part(s)),
-                *middle, section('Accuracy and cost', front), *prediction_parts(run, s), section('Parameters', *config_parts(c)), section('Time', *time_parts(s)), section('Environment', env_part(run)),
-                section('Repeat it', code(command_of(c)), text("From the folder it was started in, the same command finds this run finished and repeats nothing; add resume=0 to compute it anew."))]
-    return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=in_words(s, c), warnings=warnings_of(s, c),
-                verdict=s.get('verdict', f"No baseline was run beside {s['method']}: there is nothing to judge it by."), sections=[o for o in sections if o['parts']])
+    again = "From the folder it was started in, the same command finds this run finished and repeats nothing; add resume=0 to compute it anew."
+    sections = [result_section(s), *figure_sections(run, s), *prediction_sections(run, s), section('Parameters', *config_parts(c)), section('Time', *time_parts(s)),
+                section('Environment', env_part(run)), section('Repeat it', code(command_of(c)), text(again))]
+    return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=in_words(s), warnings=warnings_of(s),
+                verdict=s.get('verdict', f"No baseline was run beside {s['method']}: there is nothing to judge it by."),
+                sections=[o for o in sections if o and o['parts']])
 
 def save_report(
     run,    # Folder of a finished run
@@ -345,29 +377,46 @@ def save_report(
     atomic_write(out, render(run_page(run)))
     return out
 
-# %% ../nbs/10_report.ipynb #f5f75d3c
+# %% ../nbs/10_report.ipynb #ed6ab684
 OURS = ('asmb', 'asib')   # methods this package argues for
 
 def compare_warnings(
     runs:pd.DataFrame,  # From `collect`
 )->list: # of sentences
     "What a reader of a comparison has to beware of"
-    by, summaries = measure_of(runs), {r: load_summary(r) for r in runs.run.unique()}
-    whole = {r['key'] for s in summaries.values() for r in s['rows'] if r.get('learned_with') == 'all data so far'}
+    by, summaries = measure_of(runs), [load_summary(r) for r in runs.run.unique()]
+    whole = {r['key'] for s in summaries for r in s['rows'] if r.get('learned_with') == 'all data so far'}
     acc = {label: g.set_index('seed')[by] for label, g in runs.groupby('label', sort=False)}
-    key, out = lambda label: label.split()[0], []
-    for a in (o for o in acc if key(o) in OURS):
-        for b in (o for o in acc if key(o) not in whole and key(o) not in OURS):
+    ours, out = [k for k in acc if k.split()[0] in OURS], []
+    for a in ours:
+        for b in (k for k in acc if k not in ours and k.split()[0] not in whole):
             m, half, n = paired(acc[a], acc[b])
-            sure = 'one common seed' if half != half else f'± {half:.2f} over {n} common seeds' + ('' if -m > half else ', not decided')
-            if n and m < 0: out.append(f"{a} is BELOW {b} by {-m:.2f} points ({sure}): it did not help here.")
+            sure = 'one common seed' if n == 1 else f'± {half:.2f} over {n} common seeds' + ('' if -m > half else ', not decided')
+            if m < 0: out.append(f'{a} is BELOW {b} by {-m:.2f} points ({sure}): it did not help here.')
     for w in (warn_leak, warn_untrained, warn_gate, warn_oracle):
-        said = [o for s in summaries.values() if (o := w(s, {}))]
-        if said: out.append(f"In {len(said)} of {len(summaries)} runs, first: {said[0]}" if len(summaries) > 1 else said[0])
+        if said := [o for s in summaries if (o := w(s))]: out.append(f'In {len(said)} of {len(summaries)} runs: {said[0]}' if len(summaries) > 1 else said[0])
     seeds = {k: len(v) for k, v in acc.items()}
-    if few := [k for k, n in seeds.items() if n == 1]: out.append(f"ONE SEED of {joined(few)}: there is no interval, and what another seed would give is not known.")
+    if few := [k for k, n in seeds.items() if n == 1]: out.append(f'ONE SEED of {joined(few)}: there is no interval, and what another seed would give is not known.')
     if len(set(seeds.values())) > 1: out.append(f"Unequal numbers of seeds ({joined(f'{k}: {n}' for k, n in seeds.items())}): differences count common seeds only.")
     return out
+
+# %% ../nbs/10_report.ipynb #ac3f9702
+def compare_verdict(t:pd.DataFrame, base:str, cl:bool)->str:
+    "Who is best, and what became of the package's own methods"
+    measure, against = ('ACC %', f'ACC vs {base}') if cl else (MEASURES[False]['test_acc_val_selected'], f'vs {base}')
+    judged = {o['method']: 'it is the baseline' if o['method'] == base else f"{o[against]} points against {base}, {o['verdict']}" for o in t.to_dict('records')}
+    best, *others = judged
+    return f'{best} is best: {t[measure][0]} ({measure}), {judged[best]}.' + ''.join(f' {k}: {judged[k]}.' for k in others if k.split()[0] in OURS and k != base)
+
+def run_list(
+    runs,   # From `collect`
+    beside, # Folder of the page
+)->dict:
+    "Every student that was counted, with a link to its run's own report where there is one"
+    by = measure_of(runs)
+    t = runs[['label', 'seed', by, 'run']].rename(columns={by: MEASURES[by == 'ACC'][by]}).round(2)
+    pages = [Path(r)/'report.html' for r in runs.run]
+    return table(t, 'Every student that was counted', links=[quote(Path(relpath(p, beside)).as_posix()) if p.exists() else '' for p in pages])
 
 def compare_page(
     runs,         # From `collect`, or a folder
@@ -376,23 +425,19 @@ def compare_page(
 )->dict: # As `render` takes it
     "What the report of a comparison says"
     runs = runs if isinstance(runs, pd.DataFrame) else collect(runs)
-    base, by, cl = baseline or usual_baseline(runs), measure_of(runs), 'ACC' in runs
-    t, say = compare_runs(runs, base), MEASURES['ACC' in runs][measure_of(runs)]
-    best, against = t.iloc[0], f"{'ACC' if cl else ''} vs {base}".strip()
-    judged = {o.method: 'it is the baseline' if o.method == base else f"{o[against]} points against {base}, {o.verdict}" for _, o in t.iterrows()}
-    verdict = f"{best.method} is best: {best[say]} ({say}), {judged[best.method]}." + ''.join(f' {k}: {v}.' for k, v in judged.items() if k.split()[0] in OURS and k not in (best.method, base))
-    c = [load_config(r) for r in runs.run.unique()]
-    given = pd.DataFrame([dict(label=r.label, seed=r.seed, **{say: getattr(r, by)}, run=r.run) for r in runs.itertuples()]).round(2)
-    link = lambda r: quote(Path(relpath(Path(r)/'report.html', beside)).as_posix()) if (Path(r)/'report.html').exists() else ''
-    seeds = sorted(runs.seed.unique())
-    sections = [section('Result', table(t, 'Mean ± half-width of the 95 % t-interval over seeds; paired differences over common seeds.', [o == base for o in t.method]),
-                        picture(plot_compare(runs), 'A dot a seed; squares are means with their intervals, best on top.', f"{say}: " + joined(f'{r.method} {getattr(r, "_asdict")()["mean_"]}' for r in t.rename(columns={say: 'mean_'}).itertuples()) + '.')),
-                section('Who wins how often', table(win_table(runs), 'Seeds on which the row beats the column, of common seeds.')),
-                section('Curves', picture(plot_seeds(runs), 'Mean over seeds and the band of its 95 % t-interval, ' + ('task by task.' if cl else 'epoch by epoch (validation).'), f"Curves of {joined(t.method)}.")),
-                section('Runs', table(given, 'Every student that was counted', links=[link(r) for r in given.run])),
-                section('Repeat it', code('\n'.join(dict.fromkeys(map(command_of, c)))))]
+    base, cl, seeds = baseline or usual_baseline(runs), 'ACC' in runs, sorted(runs.seed.unique())
+    t, c = compare_runs(runs, base), [load_config(r) for r in runs.run.unique()]
+    verdict, who = compare_verdict(t, base, cl), joined(t.method)
+    curves = 'task by task, on the classes seen' if cl else 'epoch by epoch, on the validation images'
+    sections = [
+        section('Result', table(t, 'Mean ± half-width of the 95 % t-interval over seeds; paired differences over common seeds', [o == base for o in t.method]),
+                picture(plot_compare(runs), 'A dot a seed; squares are means with their intervals, best on top.', f'From best to worst: {who}. {verdict}')),
+        section('Who wins how often', table(win_table(runs), 'Seeds on which the row beats the column, of common seeds')),
+        section('Curves', picture(plot_seeds(runs), f'Mean over seeds and the band of its 95 % t-interval, {curves}.', f'Curves of {who}, {curves}.')),
+        section('Runs', run_list(runs, beside)),
+        section('Repeat it', code('\n'.join(dict.fromkeys(map(command_of, c)))))]
     return dict(title=f"{len(t)} methods on {joined(sorted({o['dataset'] for o in c}))}", verdict=verdict, warnings=compare_warnings(runs), sections=sections,
-                what=f"{joined(t.method)} were compared over {len(seeds)} seed{'s' * (len(seeds) > 1)} ({joined(seeds)}), {len(c)} runs; the baseline is {base}.")
+                what=f"{who} were compared over {len(seeds)} seed{'s'*(len(seeds) > 1)} ({joined(seeds)}), {len(c)} runs; the baseline is {base}.")
 
 def save_compare_report(
     runs, out,    # As in `compare_page` · the file
