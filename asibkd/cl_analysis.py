@@ -98,7 +98,7 @@ def plot_memory(
     t = pd.DataFrame([r or [0]*len(names) for r in s['composition']], columns=names)
     fig = Picture(figsize=(6, 2.8), layout='constrained'); ax = fig.subplots()
     below, steps = 0, range(1, len(t) + 1)
-    for i, c in enumerate(t): ax.bar(steps, t[c], bottom=below, color=str(.25 + .65*(i % 2)) if len(names) > 20 else f'C{i % 10}', edgecolor='white', lw=.5, label=c); below = below + t[c]
+    for i, c in enumerate(t): ax.bar(steps, t[c], bottom=below, color=str(.25 + .65*(i % 2)) if len(names) > 20 else f'C{i % 10}', edgecolor='white', lw=.5, label=c.replace('$', r'\$')); below = below + t[c]
     ax.set(xlabel='after task', ylabel='images kept'); ax.set_xticks(steps); ax.spines[['top', 'right']].set_visible(False)
     if len(names) <= 20: ax.legend(fontsize=7, frameon=False, ncol=2, bbox_to_anchor=(1, 1))
     return fig

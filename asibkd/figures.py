@@ -37,7 +37,8 @@ def seed_curves(
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
     curves = {r: run_curves(r) for r in t.run.unique()}
     every = pd.concat([c[c.key == o.label.split()[0]].assign(label=o.label) for o in t.itertuples() if len(c := curves[o.run])])
-    rows = [dict(label=k, step=i, seeds=len(v), **dict(zip(('mean', 'half'), t_interval(v)))) for (k, i), v in every.groupby(['label', 'step'], sort=False).acc]
+    rows = [dict(label=k, step=i, seeds=len(v), **dict(zip(('mean', 'half'), t_interval(v))))
+            for (k, i), v in every.groupby(['label', 'step'], sort=False).acc]
     return pd.DataFrame(rows)
 
 def plot_seeds(
@@ -116,7 +117,9 @@ def confusion_table(
     classes,      # Names
 )->pd.DataFrame: # Counts; row: class, column: answer
     "Who is taken for whom"
-    if model not in t: raise RunError(f"No predictions of '{model}'. There are: {', '.join(k for k in t if k != 'labels' and not k.startswith('confidence.'))}.")
+    if model not in t:
+        there = [k for k in t if k != 'labels' and not k.startswith('confidence.')]
+        raise RunError(f"No predictions of '{model}'. There are: {', '.join(there)}.")
     return pd.DataFrame(confusion_matrix(t['labels'], t[model], labels=range(len(classes))), index=classes, columns=classes)
 
 def confused_pairs(
@@ -126,7 +129,8 @@ def confused_pairs(
     "The most frequent confusions"
     rows = [{'class': a, 'taken for': b, 'images': int(v), '% of the class': round(100*v/row.sum(), 1)}
             for (a, row), i in zip(c.iterrows(), range(len(c))) for j, (b, v) in enumerate(row.items()) if v and i != j]
-    return pd.DataFrame(rows, columns=['class', 'taken for', 'images', '% of the class']).sort_values('images', ascending=False, kind='stable').head(n).reset_index(drop=True)
+    t = pd.DataFrame(rows, columns=['class', 'taken for', 'images', '% of the class'])
+    return t.sort_values('images', ascending=False, kind='stable').head(n).reset_index(drop=True)
 
 def plot_confusion(
     c,        # From `confusion_table`
@@ -141,7 +145,9 @@ def plot_confusion(
         for i, row in enumerate(c.to_numpy()):
             for j, v in enumerate(row):
                 if v: ax.text(j, i, v, ha='center', va='center', fontsize=7, color='white' if share[i, j] > 60 else 'black')
-        ax.set_xticks(range(n), c.columns, rotation=90 if max(map(len, c.columns)) > 2 else 0, fontsize=8); ax.set_yticks(range(n), c.index, fontsize=8)
+        plain = dict(fontsize=8, parse_math=False)                                # a class may be called $x$
+        ax.set_xticks(range(n), c.columns, rotation=90 if max(map(len, c.columns)) > 2 else 0, **plain)
+        ax.set_yticks(range(n), c.index, **plain)
     ax.set(xlabel='answer', ylabel='class', title=title)
     return fig
 
@@ -152,8 +158,10 @@ def reliability_table(
     bins=15,  # Of equal width
 )->pd.DataFrame: # low, high, n, confidence, accuracy (NaN where a bin is empty)
     "Confidence and accuracy, bin by bin"
-    if f'confidence.{model}' not in t: raise RunError(f"No confidences of '{model}': the run was made before they were kept, or the method has no softmax.")
-    n, sure, right = confidence_bins(torch.tensor(t[f'confidence.{model}'].to_numpy()), torch.tensor((t[model] == t['labels']).to_numpy()), bins).double()
+    if f'confidence.{model}' not in t:
+        raise RunError(f"No confidences of '{model}': the run was made before they were kept, or the method has no softmax.")
+    conf, right = t[f'confidence.{model}'].to_numpy(), (t[model] == t['labels']).to_numpy()
+    n, sure, right = confidence_bins(torch.tensor(conf), torch.tensor(right), bins).double()
     return pd.DataFrame(dict(low=torch.arange(bins)/bins, high=(torch.arange(bins) + 1)/bins, n=n.long(), confidence=sure/n, accuracy=right/n))
 
 def calibration_error(r:pd.DataFrame)->float: # In [0, 1]
@@ -217,7 +225,8 @@ def plot_information(
     fig = Picture(figsize=(6, 3.4), layout='constrained'); ax = fig.subplots()
     for phase, g in t.groupby('phase', sort=False):
         line, = ax.plot(g.nats, g.acc, lw=1, ms=5, label=phase)
-        for i in (0, -1): ax.annotate(g.epoch.iloc[i], (g.nats.iloc[i], g.acc.iloc[i]), xytext=(4, 4), textcoords='offset points', fontsize=7, color=line.get_color())
+        for i, x, y in g[['epoch', 'nats', 'acc']].iloc[[0, -1]].itertuples(index=False):
+            ax.annotate(f'{i:.0f}', (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7, color=line.get_color())
     ax.set(xlabel='nats through the bottleneck (training)', ylabel='synergy, validation accuracy (%)')
     ax.legend(fontsize=8, frameon=False, title='phase (numbers: epochs)', title_fontsize=7); ax.spines[['top', 'right']].set_visible(False)
     return fig

@@ -35,13 +35,14 @@ def in_words(
     "What was run, in one sentence"
     mine = next(r for r in s['rows'] if r['key'] == s['method'])
     images = joined(f'{n:,} {k}' for k, n in zip(('training', 'validation', 'test'), s['images'].values()))
+    what, tail = f"{mine['model']} learned the {s['n_class']} classes of {s['dataset']}", f"{images} images, seed {s['seed']}."
     if s.get('kind') == 'cl':
         sizes = ' + '.join(str(len(t)) for t in s['tasks'])
-        return (f"{mine['model']} learned the {s['n_class']} classes of {s['dataset']} in {len(s['tasks'])} tasks ({sizes} classes) by {s['method']}, taught by {mine['taught_by']}, "
-                f"from {mine['learned_with']} beside each task's own: {images} images, seed {s['seed']}.")
+        return (f"{what} in {len(s['tasks'])} tasks ({sizes} classes) by {s['method']}, taught by {mine['taught_by']}, "
+                f"from {mine['learned_with']} beside each task's own: {tail}")
     teachers = [r['model'] for r in s['rows'] if r['role'] == 'teacher' and '~' not in r['key']]
-    by = f"whose teachers were {joined(teachers)}" if len(teachers) > 1 else f"whose teacher was {teachers[0]}" if teachers else 'without a teacher'
-    return (f"{mine['model']} learned the {s['n_class']} classes of {s['dataset']} by {s['method']}, {by} (target: {mine['taught_by']}): {images} images, seed {s['seed']}.")
+    by = f'whose teachers were {joined(teachers)}' if len(teachers) > 1 else f'whose teacher was {teachers[0]}' if teachers else 'without a teacher'
+    return f"{what} by {s['method']}, {by} (target: {mine['taught_by']}): {tail}"
 
 # %% ../nbs/10_report.ipynb #97c97b7b
 def warn_behind(s)->str:
@@ -56,23 +57,25 @@ def warn_leak(s)->str: "A teacher saw classes to come"; return leak_note(s)
 def warn_untrained(s)->str:
     "A teacher that knows nothing teaches noise"
     weights, chance = s.get('weights', {}), 1/s['n_class']
-    low = {r['key']: f"{r['key']} ({r['model']}, {weights.get(r['key'], 'adapted')}, {100*r['test_acc_val_selected']:.1f} % on the test images)" for r in s['rows']
-           if r['role'] == 'teacher' and ('untrained' in weights.get(r['key'], '') or r['test_acc_val_selected'] < 1.5*chance)}
-    return (f"UNTRAINED TEACHER, or one hardly above chance ({100*chance:.1f} %): {joined(low.values())}. What it teaches is noise. Fine-tune it (finetune_epochs) or give it weights."
-            if low else '')
+    low = [f"{r['key']} ({r['model']}, {weights.get(r['key'], 'adapted')}, {100*r['test_acc_val_selected']:.1f} % on the test images)"
+           for r in s['rows'] if r['role'] == 'teacher' and
+           ('untrained' in weights.get(r['key'], '') or r['test_acc_val_selected'] < 1.5*chance)]
+    return low and (f"UNTRAINED TEACHER, or one hardly above chance ({100*chance:.1f} %): {joined(low)}. What it teaches is noise. "
+                    "Fine-tune it (finetune_epochs) or give it weights.") or ''
 
 def warn_gate(s)->str:
     "Where the synergy was no better than the plain average, the student heard the average"
     g = s.get('gates') or []
     shut = [f"task {o['task']}" if 'task' in o else f"stage {o['stage']}" for o in g if not o['gate']]
-    return (f"The synergy gate was CLOSED in {joined(shut)} ({len(shut)} of {len(g)}): on validation images the bridge's logits were no better than the teachers' plain average, so "
-            "the student was taught by the average there.") if shut else ''
+    return shut and (f"The synergy gate was CLOSED in {joined(shut)} ({len(shut)} of {len(g)}): on validation images the bridge's logits were "
+                     "no better than the teachers' plain average, so the student was taught by the average there.") or ''
 
 def warn_oracle(s)->str:
     "What choosing on the test set would have shown"
     if (o := s.get('test_acc_oracle')) is None: return ''
-    return (f"ORACLE GAP: choosing the epoch on the test set would have shown {100*o:.2f} % for {s['method']} instead of {100*s['test_acc_val_selected']:.2f} % "
-            f"({100*(o - s['test_acc_val_selected']):+.2f} points). The column 'test % (oracle)' is no result.")
+    honest = s['test_acc_val_selected']
+    return (f"ORACLE GAP: choosing the epoch on the test set would have shown {100*o:.2f} % for {s['method']} instead of {100*honest:.2f} % "
+            f"({100*(o - honest):+.2f} points). The column 'test % (oracle)' is no result.")
 
 def warn_alone(s)->str:
     "Nothing to compare with"
@@ -104,7 +107,8 @@ def typed(c:dict)->dict:
 def command_of(c:dict)->str:
     "The command that repeats a run; in Python where objects were given that no command can name"
     given = typed(c)
-    if c.get('own'): return f"run_experiment({', '.join(f'{k}={v!r}' for k, v in given.items())}, …)   # and the modules and data you gave: {c['own']}"
+    if c.get('own'):
+        return f"run_experiment({', '.join(f'{k}={v!r}' for k, v in given.items())}, …)   # and the modules and data you gave: {c['own']}"
     word = lambda v: 'none' if v is None else str(int(v)) if isinstance(v, bool) else ','.join(map(str, v)) if isinstance(v, list) else str(v)
     return ' '.join(['asibkd run', *(shlex.quote(f'{k}={word(v)}') for k, v in given.items())])
 
@@ -118,7 +122,8 @@ def config_parts(c:dict)->tuple:
     rows = [dict(parameter=k, value=show(v), default=show(usual[k]) if k in known else "the method's own",
                  meaning=known[k].description if k in known else '') for k, v in c.items() if usual.get(k, ...) != v]
     every = pd.DataFrame([dict(parameter=k, value=show(v)) for k, v in c.items()])
-    return table(pd.DataFrame(rows, columns=['parameter', 'value', 'default', 'meaning']), 'Parameters that differ from the defaults'), fold(f'All {len(c)} parameters', table(every, 'All parameters'))
+    differ = pd.DataFrame(rows, columns=['parameter', 'value', 'default', 'meaning'])
+    return table(differ, 'Parameters that differ from the defaults'), fold(f'All {len(c)} parameters', table(every, 'All parameters'))
 
 def env_part(run)->dict|None:
     "Versions and machine"
@@ -131,9 +136,9 @@ def time_parts(s:dict)->tuple:
     "Where the time went, and how often teachers were asked"
     sec = {k: v for k, v in s['time']['seconds'].items() if v is not None}
     asked, computed = (s['time'].get('teacher_images', {}).get(k, 0) for k in ('asked', 'computed'))
-    said = f"Teachers were asked about {asked:,} images; {computed:,} answers were computed" + (f", {asked - computed:,} looked up." if asked > computed else '.')
-    return (table(pd.DataFrame([dict(model=k, seconds=f'{v:.1f}') for k, v in sec.items()] + [dict(model='together', seconds=f'{sum(sec.values()):.1f}')]), 'Training time'),
-            text(said if asked else 'No teacher was asked.'))
+    said = f'Teachers were asked about {asked:,} images; {computed:,} answers were computed, {asked - computed:,} looked up.'
+    t = pd.DataFrame([dict(model=k, seconds=round(v, 1)) for k, v in (sec | dict(together=sum(sec.values()))).items()])
+    return table(t, 'Training time'), text(said if asked else 'No teacher was asked.')
 
 # %% ../nbs/10_report.ipynb #56c52f20
 def curve_picture(run, method:str)->dict|None:
@@ -158,8 +163,8 @@ def information_picture(run)->dict|None:
     o = information_table(run)
     if o.empty: return None
     a, b = (f'{r.nats:.1f} nats and {r.acc:.1f} %' for r in (o.iloc[0], o.iloc[-1]))
-    return picture(plot_information(run), 'The information plane of phase A, a point an epoch: to the right what the code spends, up what the synergy gets for it.',
-                   f'{len(o)} epochs of phase A: from {a} to {b}.')
+    return picture(plot_information(run), 'The information plane of phase A, a point an epoch: to the right what the code spends, '
+                   'up what the synergy gets for it.', f'{len(o)} epochs of phase A: from {a} to {b}.')
 
 # %% ../nbs/10_report.ipynb #8bcb01d7
 def confusion_section(t, classes, m:str)->dict:
@@ -211,9 +216,10 @@ def cl_sections(s:dict)->list:
     R = [table(r_table(s, which=k).reset_index(names=''), f"R of {s['method']}, {say} accuracy in per cent: row after a task, column on a task")
          for k, say in dict(class_il='class-IL', task_il='task-IL').items()]
     out = [section('Accuracy task by task', text(near_chance(s)),
-                   picture(plot_R(s), 'R: after each task (row), class-IL accuracy on the test images of each task so far (column). A column that fades downwards is a task being forgotten.',
-                           f'Heat maps of the matrix R. After the last task the average class-IL accuracy is {ends}.'), *R),
-           section('Forgetting', picture(plot_forgetting(s), 'Left the average over the tasks seen, right the first task alone.', f'After the last task, accuracy on the first is {first}.'))]
+                   picture(plot_R(s), 'R: after each task (row), class-IL accuracy on the test images of each task so far (column). '
+                           'A column that fades downwards is a task being forgotten.', f'Heat maps of the matrix R. After the last task the average class-IL accuracy is {ends}.'), *R),
+           section('Forgetting', picture(plot_forgetting(s), 'Left the average over the tasks seen, right the first task alone.',
+                                         f'After the last task, accuracy on the first is {first}.'))]
     kept = sum(s['composition'][-1])
     return out + [section('Memory', picture(plot_memory(s), f"What the memory of {s['method']} held after each task.",
                                             f'Images of each class in the memory; after the last task {kept} in all.'))]*bool(kept)
@@ -226,12 +232,15 @@ def result_section(s:dict)->dict:
     t, mine = result_table(s), [r['key'] == s['method'] for r in s['rows']]
     if s.get('kind') != 'cl': return section('Result', table(t, 'Validation chose the weights; the test set was looked at once.', mine), score_table(s))
     spent = [k for k in CL_COSTS if k in t]
-    return section('Result', table(t.drop(columns=spent), 'The test images of every task, asked after each task', mine), table(t[['method', *spent]], 'What it cost', mine))
+    return section('Result', table(t.drop(columns=spent), 'The test images of every task, asked after each task', mine),
+                   table(t[['method', *spent]], 'What it cost', mine))
 
 def figure_sections(run, s:dict)->list:
     "Everything that is drawn"
     t = result_table(s)
-    if s.get('kind') == 'cl': return [*cl_sections(s), section('Accuracy and cost', front_picture(t[t['keeps'] != 'all data so far'], 'memory (MB)', 'ACC %'))]
+    if s.get('kind') == 'cl':
+        rivals = t[t['keeps'] != 'all data so far']
+        return [*cl_sections(s), section('Accuracy and cost', front_picture(rivals, 'memory (MB)', 'ACC %'))]
     return [section('Learning curves', curve_picture(run, s['method'])), section('The bottleneck', information_picture(run)),
             section('Accuracy and cost', front_picture(t, 'MACs (M)', 'test % (selected)'))]
 
@@ -275,8 +284,10 @@ def compare_warnings(
     for w in (warn_leak, warn_untrained, warn_gate, warn_oracle):
         if said := [o for s in summaries if (o := w(s))]: out.append(f'In {len(said)} of {len(summaries)} runs: {said[0]}' if len(summaries) > 1 else said[0])
     seeds = {k: len(v) for k, v in acc.items()}
-    if few := [k for k, n in seeds.items() if n == 1]: out.append(f'ONE SEED of {joined(few)}: there is no interval, and what another seed would give is not known.')
-    if len(set(seeds.values())) > 1: out.append(f"Unequal numbers of seeds ({joined(f'{k}: {n}' for k, n in seeds.items())}): differences count common seeds only.")
+    if few := [k for k, n in seeds.items() if n == 1]:
+        out.append(f'ONE SEED of {joined(few)}: there is no interval, and what another seed would give is not known.')
+    if len(set(seeds.values())) > 1:
+        out.append(f"Unequal numbers of seeds ({joined(f'{k}: {n}' for k, n in seeds.items())}): differences count common seeds only.")
     return out
 
 # %% ../nbs/10_report.ipynb #ac3f9702

@@ -117,7 +117,7 @@ def test_through_the_door(runs, asibkd, tmp_path):
 
 def test_names_are_escaped(folder, tmp_path):
     nasty = '<b>&"'
-    d = folder('<i>&\'photos', classes=(nasty, 'dog'), train=12, test=3)
+    d = folder('<i>&\'photos', classes=(nasty, 'a$_$b'), train=12, test=3)
     s = run_experiment(**TINY | dict(dataset='imagefolder', data_root=str(d), results_dir=str(tmp_path/'r'), method='ce', val_frac=.25, batch_size=8, num_workers=0))
     html = Path(s['run'], 'report.html').read_text(encoding='utf-8'); text = check(html)
     assert '<b>' not in html and '<i>' not in html and nasty in text and "<i>&'photos" in text
