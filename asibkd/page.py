@@ -70,7 +70,7 @@ STYLE = '''
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #5a5a5a; --line: #d5d5d5; --mine: #eaf3fa; --warn: #8a3b00; --warn-bg: #fff4e8; --link: #005a9c }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #171717; --soft: #ababab; --line: #444; --mine: #1d3040; --warn: #ffb777; --warn-bg: #33220f; --link: #7cc0f5 }
   img { filter: invert(.91) hue-rotate(180deg) } }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", sans-serif }
 main { max-width: 70rem; margin: 0 auto; padding: 1rem 1.25rem 4rem }
 h1 { font-size: 1.7rem; margin: 1rem 0 .25rem } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line) }
 p, li { max-width: 52rem } .verdict { font-size: 1.15rem; font-weight: 600 } a { color: var(--link) }
@@ -83,8 +83,8 @@ thead th { vertical-align: bottom } tbody th { font-weight: 400 } .n { text-alig
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto } figcaption { color: var(--soft); font-size: .875rem; max-width: 52rem }
 pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: .75rem; font-size: .875rem } summary { cursor: pointer; padding: .25rem 0 }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem }
-@media print { :root { --ink: #000; --paper: #fff; --soft: #444; --line: #bbb; --mine: #eee; --warn: #000; --warn-bg: #fff; --link: #000 } img { filter: none } nav { display: none }
-  body { font-size: 10pt } caption { white-space: normal } main { max-width: none; padding: 0 } table { font-size: 7.5pt } .scroll { overflow: visible } figure, tr, .warnings { break-inside: avoid } h2 { break-after: avoid } }
+@media print { :root { font-size: 11px; --ink: #000; --paper: #fff; --soft: #444; --line: #bbb; --mine: #eee; --warn: #000; --warn-bg: #fff; --link: #000 } img { filter: none } nav { display: none }
+  caption { white-space: normal } main { max-width: none; padding: 0 } table { font-size: .9rem } .scroll { overflow: visible } figure, tr, .warnings { break-inside: avoid } h2 { break-after: avoid } }
 '''
 
 def marked(said:str)->Markup:
