@@ -130,6 +130,7 @@ class Learned:
     base: list = field(default_factory=list)         # The same, of the untrained student
     cost: dict = field(default_factory=lambda: dict(student_images=0, teacher_forwards=0, teacher_images=0, bridge_images=0))
     final: list = field(default_factory=list)        # Predicted labels of the last examination, in the order of the test images
+    sure: list = field(default_factory=list)         # Their probabilities (none where the nearest mean answers)
     leak: str = ''
     seconds: float = 0.
 
@@ -308,7 +309,8 @@ def _examine(self:Learner, t:int, method, teachers):
     z, y = self.ask(data.test, data, method, teachers)
     a, b = task_accuracies(z['student'], y, self.stream, t); o.class_il.append(a); o.task_il.append(b)
     o.others.append({k: accuracy(v[:, :self.stream.seen(t)], y) for k, v in z.items()})
-    o.final = z['student'][:, :self.stream.seen(t)].argmax(1).tolist()
+    seen = z['student'][:, :self.stream.seen(t)]
+    o.final, o.sure = seen.argmax(1).tolist(), [] if method.by_means else seen.softmax(1).amax(1).tolist()
     z, y = self.ask(data.val, data, method)
     o.val_class_il.append(task_accuracies(z['student'], y, self.stream, t)[0])
     o.composition.append(torch.bincount(self.memory.y, minlength=len(self.stream.data.classes)).tolist() if len(self.memory) else [])

@@ -72,6 +72,8 @@ def run_cl(
                time=dict(seconds={k: o.seconds for k, o in done.items()}, latency_ms={k: latency for k in done}, teacher_images=dict(tally)))
     out |= judge_cl(done, cfg.cl_method, stream)
     save_student(run.path, l.student.model.state_dict(), student_card('' if student is not None else cfg.student_type, stream.data, cfg.small_input == '1'))
+    save_state({k: torch.tensor(o.final, dtype=torch.int32) for k, o in done.items()} | {'labels': stream.until(len(stream) - 1).test.y}
+               | {f'confidence.{k}': torch.tensor(o.sure).half() for k, o in done.items() if o.sure}, run.path/'predictions.safetensors')
     if len(l.memory): save_state(l.memory.items, run/'memory.safetensors')
     me = next(r for r in rows if r['key'] == cfg.cl_method)
     return out, dict(method=cfg.cl_method, dataset=data.name, seed=cfg.seed, student=l.student.name,

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'LOOP', 'COMMANDS', 'parse', 'cmd_run', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'cmd_loop',
-           'cmd_compare', 'newest', 'cmd_show', 'cmd_export', 'cmd_bench', 'usage', 'main']
+           'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_bench', 'usage', 'main']
 
 # %% ../nbs/12b_cli.ipynb #0ee13bbf
 import argparse, re, sys
 from pathlib import Path
 
 from .core import ALIASES, AsibError, Config, ConfigError, list_presets, parameter_table, refuse_key, unknown
-from .analysis import collect, compare_runs, load_summary, result_table, save_compare, show_table, win_table
+from .analysis import collect, compare_runs, load_summary, result_table, save_compare, show_table, usual_baseline, win_table
 from .bench import PARTS, run_bench
 from .cl_analysis import explain_cl, r_table
 from .deploy import export_student
 from .methods import list_methods
+from .report import save_compare_report, save_report
 from .run import run_experiment
 from .runtime import atomic_write
 from .tasks import run_evaluate, run_finetune, run_loop, unless
@@ -26,6 +27,7 @@ ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, b
              evaluate='train and test accuracy from checkpoints', loop='run several methods with several seeds, then compare',
              compare='table, figure and LaTeX of finished runs',
              export="write a run's student as a program and check it", show='print the result table of a run',
+             report='write the report of a run, or of several, again: one HTML file',
              bench='measure speed on this machine, side by side with what people write today')
 
 LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [the environment's METHOD_LIST, else asmb or asib]",
@@ -86,7 +88,9 @@ def _report(s:dict):
     else:
         for g in s.get('gates', ()): print(f"stage {g['stage']}: synergy gate {'open' if g['gate'] else 'closed'} "
               f"(validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})")
-    if 'run' in s: print(f"\nEverything is in {s['run']}")
+    if 'run' in s:
+        page = Path(s['run'])/'report.html'
+        print(f"\nEverything is in {s['run']}" + (f"; to read: {page}" if page.exists() else ''))
 
 def cmd_run(argv): f, p = parse('run', argv); _report(run_experiment(f, **p))
 def cmd_baseline(argv):
@@ -108,23 +112,29 @@ def cmd_loop(argv):
     f, p = parse('loop', argv)
     own = {k: p.pop(k) for k in LOOP if k in p}; base = own.pop('baseline', '')
     done = [s['run'] for s in run_loop(_file=f, **own, **p)]
-    runs = collect(*done)
-    _compare(runs, base or next((k for k in ('avgz', 'derpp') if k in set(runs.label)), runs.label[0]), Path(done[0]).parent/'compare')
+    _compare(collect(*done), base, Path(done[0]).parent/'compare')
 
 def _compare(runs, baseline, out):
     "Print the table, write the files"
+    baseline = baseline or usual_baseline(runs)
     print(show_table(compare_runs(runs, baseline)))
     if 'ACC' in runs: print('\nseeds on which the row beats the column:\n' + show_table(win_table(runs)))
     print('\nmean ± half-width of the 95 % t-interval over seeds; paired differences. Written: '
-          + ', '.join(map(str, save_compare(runs, out, baseline))))
+          + ', '.join(map(str, [*save_compare(runs, out, baseline), save_compare_report(runs, Path(out)/'report.html', baseline)])))
+
+def _several(command, argv, runs, out)->argparse.Namespace: # runs, baseline, cl, out
+    "The options of a command that reads finished runs"
+    p = argparse.ArgumentParser(f'asibkd {command}', description=ABOUT[command])
+    p.add_argument('runs', nargs='*', help=f'run folders, or folders of run folders [{runs}]')
+    p.add_argument('--baseline', default='', help=LOOP['baseline'])
+    p.add_argument('--cl', choices=('0', '1'), help='1: continual runs, 0: one-shot runs, where the folder holds both')
+    p.add_argument('--out', default='', help=out)
+    a = p.parse_args(argv); a.cl = None if a.cl is None else a.cl == '1'
+    return a
 
 def cmd_compare(argv):
-    p = argparse.ArgumentParser('asibkd compare', description=ABOUT['compare'])
-    p.add_argument('runs', nargs='*', default=['results'], help='run folders, or folders of run folders [results]')
-    p.add_argument('--baseline', default='avgz', help='label that the others are compared with [avgz]')
-    p.add_argument('--cl', choices=('0', '1'), help='1: continual runs, 0: one-shot runs, where the folder holds both')
-    p.add_argument('--out', default='', help='folder for the files [<first folder>/compare]')
-    a = p.parse_args(argv); _compare(collect(*a.runs, cl=None if a.cl is None else a.cl == '1'), a.baseline, a.out or Path(a.runs[0])/'compare')
+    a = _several('compare', argv, 'results', 'folder for the files [<first folder>/compare]'); runs = a.runs or ['results']
+    _compare(collect(*runs, cl=a.cl), a.baseline, a.out or Path(runs[0])/'compare')
 
 # %% ../nbs/12b_cli.ipynb #f3c4ec14
 def newest(results='results')->str:
@@ -139,6 +149,12 @@ def cmd_show(argv):
     p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/')
     run = p.parse_args(argv).run or newest()
     _report(load_summary(run) | dict(run=run))
+
+def cmd_report(argv):
+    a = _several('report', argv, 'the newest in results/', 'the HTML file [report.html in the run folder; <first folder>/compare/report.html]')
+    runs = a.runs or [newest()]
+    if len(runs) == 1 and (Path(runs[0])/'summary.json').exists(): print(save_report(runs[0], a.out))
+    else: print(save_compare_report(collect(*runs, cl=a.cl), a.out or Path(runs[0])/'compare'/'report.html', a.baseline))
 
 def cmd_export(argv):
     p = argparse.ArgumentParser('asibkd export', description=ABOUT['export'])
@@ -163,7 +179,7 @@ def cmd_bench(argv):
     print(f"\n{t.machine[0]}, {t.threads[0]} threads, torch {t.torch[0]}; ratios are to the first case of each group, medians over rounds. Written: {a.out}")
 
 COMMANDS = dict(run=cmd_run, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate, loop=cmd_loop,
-                compare=cmd_compare, export=cmd_export, show=cmd_show, bench=cmd_bench)
+                compare=cmd_compare, export=cmd_export, show=cmd_show, report=cmd_report, bench=cmd_bench)
 
 # %% ../nbs/12b_cli.ipynb #caabd909
 def usage()->str:

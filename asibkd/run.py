@@ -30,6 +30,7 @@ from .eval import answers, paired_difference, teacher_report, verdict
 from .freeze import freeze_report
 from .methods import average, check_method, create_method, tuned
 from .metrics import accuracy, scores
+from .report import save_report
 from .teachers import model_costs
 from .phases import adapt, distil, place
 from .trainers import Fitted, snapshot
@@ -214,8 +215,9 @@ def save_results(run, student, taught, method, teachers, specs, moved:bool, z, y
     if hasattr(method, 'synergy'): save_state(method.synergy.state_dict(), run/'bridge.safetensors')
     for s, m in zip(specs, teachers):
         if moved or m.adapter is not None: save_teacher(m, run/f"{s['name']}_adapted.pth", data, m.name, -1.)
-    save_state({k: v.argmax(1).to(torch.int32) for k, v in z['test'].items() if v.ndim == 2 and k != 'share'}
-               | {'labels': y['test']}, run/'predictions.safetensors')
+    said = {k: v for k, v in z['test'].items() if v.ndim == 2 and k != 'share'}
+    save_state({k: v.argmax(1).to(torch.int32) for k, v in said.items()} | {'labels': y['test']}
+               | {f'confidence.{k}': v.softmax(1).amax(1).half() for k, v in said.items()}, run/'predictions.safetensors')
 
 # %% ../nbs/12_run.ipynb #5dfac152
 def tracker(cfg:Config, run)->list: # Callbacks for `fit`
@@ -312,6 +314,9 @@ def close(run, summary:dict, row:dict):
     run.finish(summary, row | dict(difference=(summary.get('difference') or {}).get('diff')))
     for f in (run/'checkpoint').glob('*.pt'): f.unlink()
     if 'verdict' in summary: log.info(summary['verdict'])
+    try: save_report(run.path)
+    except Exception as e:                                     # a page that cannot be drawn loses no run
+        log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {e}. Everything else is there; `asibkd report {run.path}` tries again.")
 
 # %% ../nbs/12_run.ipynb #dbfc31ef
 def parameters_set(

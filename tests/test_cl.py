@@ -54,7 +54,7 @@ def test_kill_9_in_task_3(tmp_path):
     p = start('cut'); out = p.communicate(timeout=300)[0]; assert p.returncode == 0 and 'after task 2' not in out, out[-2000:]
     a, b = (tmp_path/d/'a' for d in ('whole', 'cut'))
     s, t = (json.loads((d/'summary.json').read_text()) for d in (a, b)); assert numbers(s) == numbers(t)
-    files = {f.name for f in a.glob('*.safetensors')}; assert files == {'student.safetensors', 'memory.safetensors'}
+    files = {f.name for f in a.glob('*.safetensors')}; assert files == {'student.safetensors', 'memory.safetensors', 'predictions.safetensors'}
     for f in files: assert all(v.equal(load_file(b/f)[k]) for k, v in load_file(a/f).items()), f
     rows = [[{k: v for k, v in json.loads(o).items() if k != 'seconds'} for o in (d/'metrics.jsonl').read_text().splitlines()] for d in (a, b)]; assert rows[0] == rows[1]
 

@@ -1,0 +1,132 @@
+"The report: a file that opens from disk, strict HTML, nothing fetched, everything escaped; and it tells the truth when a summary says that ASIB lost."
+import json, re
+from pathlib import Path
+
+import pytest
+
+from asibkd.analysis import load_config, load_summary
+from asibkd.report import save_compare_report, save_report
+from asibkd.run import run_experiment
+from asibkd.tasks import run_loop
+from conftest import TINY
+
+html5lib = pytest.importorskip('html5lib')
+CL = dict(cl_mode=1, compare=1, device='cpu', train_per_class=20, num_tasks=2, epochs=2, finetune_epochs=1, teacher_adapt_epochs=1, replay_capacity=20, log_level='ERROR')
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "One finished run of each kind, made when first asked for"
+    d, done = tmp_path_factory.mktemp('reports'), {}
+    make = dict(one=lambda: run_experiment(**TINY | dict(compare=1, report_oracle=1, results_dir=str(d), exp_id='one'))['run'],
+                cl=lambda: run_experiment(**CL, results_dir=str(d), exp_id='cl')['run'],
+                loop=lambda: Path(run_loop('asmb ce', '0 1', **TINY | dict(results_dir=str(d/'loop')))[0]['run']).parent)
+    def get(kind):
+        if kind not in done: done[kind] = Path(make[kind]())
+        return done[kind]
+    return get
+
+def check(html):
+    "Strict HTML5, self-contained, accessible; returns the text a reader sees"
+    assert len(html.encode()) < 3e6
+    tree = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(html)
+    every = list(tree.iter())
+    assert tree.get('lang') == 'en' and tree.find('.//title').text
+    for e in every:
+        assert e.tag not in ('script', 'link', 'iframe', 'object', 'video', 'audio'), e.tag
+        for k in ('src', 'href', 'srcset', 'poster', 'action'):
+            v = e.get(k, ''); assert v == '' or v[0] == '#' or v.startswith('data:image/') or not re.match(r'\w+:|//', v), v[:80]
+        assert not any(k.startswith('on') for k in e.keys())
+    assert 'url(' not in html and '@import' not in html
+    assert all(e.get('alt') for e in every if e.tag == 'img') and any(e.tag == 'img' for e in every)
+    assert all(e[0].tag == 'caption' and e[0].text for e in every if e.tag == 'table')
+    levels = [int(e.tag[1]) for e in every if re.fullmatch(r'h\d', str(e.tag))]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:]))
+    ids = [e.get('id') for e in every if e.get('id')]; assert len(set(ids)) == len(ids)
+    assert {e.get('href')[1:] for e in every if e.get('href', '').startswith('#')} <= {*ids}
+    return ' '.join(''.join(o.itertext()) for o in tree.iter('body'))
+
+def edited(run, change):
+    "The report of a run whose summary was changed; the summary is put back"
+    f = Path(run)/'summary.json'; old = f.read_text(encoding='utf-8')
+    s = json.loads(old); change(s); f.write_text(json.dumps(s), encoding='utf-8')
+    try: return check(save_report(run).read_text(encoding='utf-8'))
+    finally: f.write_text(old, encoding='utf-8'); save_report(run)
+
+def accuracy(run, key, by, value):
+    def change(s):
+        for r in s['rows']:
+            if r['key'] == key: r[by] = value
+        s.pop('difference')
+    return change
+
+def test_one_shot(runs):
+    "What it says; and that ASIB lost is said exactly when the summary says so"
+    run = runs('one'); text = check((run/'report.html').read_text(encoding='utf-8'))
+    s = load_summary(run)
+    for word in (s['verdict'], 'ONE SEED (42)', 'ORACLE GAP', 'teachers were resnet20 and resnet14', 'Learning curves', 'Calibration', 'Confusion', 'The bottleneck', 'answers were computed', 'torch', 'train_per_class'): assert word in text, word
+    lost, won = (edited(run, accuracy(run, 'avgz', 'test_acc_val_selected', v)) for v in (2., 0.))
+    assert 'asmb is BELOW avgz (by' in lost and lost.index('asmb is BELOW') < lost.index('ONE SEED') < lost.index('Validation chose')      # warnings first
+    assert 'asmb is BELOW avgz' not in won and 'BELOW avgz' not in edited(run, accuracy(run, 'asmb', 'test_acc_val_selected', 1.))
+    assert 'teacher2 (resnet14, untrained' in edited(run, lambda s: s['weights'].update(teacher2='untrained'))
+    shut = edited(run, lambda s: s['gates'][0].update(gate=False)); assert 'gate was CLOSED in stage 1' in shut
+    assert 'CLOSED' not in edited(run, lambda s: s['gates'][0].update(gate=True))
+    assert 'ORACLE' not in edited(run, lambda s: s.pop('test_acc_oracle'))
+
+def test_continual(runs):
+    run = runs('cl'); text = check((run/'report.html').read_text(encoding='utf-8'))
+    for word in ('in 2 tasks (5 + 5 classes) by asib', 'Forgetting', 'Memory', 'R of asib, class-IL', 'R of asib, task-IL', 'ONE SEED', 'Confusion', 'Calibration'): assert word in text, word
+    assert 'asib is BELOW er' in edited(run, accuracy(run, 'er', 'ACC', 2.)) and 'asib is BELOW' not in edited(run, accuracy(run, 'asib', 'ACC', 1.))
+    assert 'asib is BELOW' not in edited(run, lambda s: (accuracy(run, 'asib', 'ACC', .99)(s), accuracy(run, 'joint', 'ACC', 1.)(s | dict(difference=0))))
+    assert 'SAW FUTURE' in edited(run, lambda s: s['rows'][-1].update(leak='yes')) and 'SAW FUTURE' not in text
+
+def test_comparison(runs, tmp_path):
+    d = runs('loop'); out = tmp_path/'deep'/'report.html'
+    read = lambda: check(save_compare_report(d, out, 'ce').read_text(encoding='utf-8'))
+    text = read()
+    for word in ('over 2 seeds (0 and 1), 4 runs', 'vs ce', 'Who wins how often', 'Seeds on which the row beats'): assert word in text, word
+    links = re.findall(r'href="([^#"][^"]*)"', out.read_text(encoding='utf-8')); assert len(links) == 4 and all((out.parent/o).resolve().exists() for o in links)
+    files = [f for f in d.glob('*/summary.json') if load_summary(f.parent).get('method') == 'asmb']
+    old = {f: f.read_text(encoding='utf-8') for f in files}; assert len(old) == 2
+    try:
+        for v, said in ((-.5, True), (1.5, False)):
+            for f in files:
+                s = json.loads(old[f]); next(r for r in s['rows'] if r['key'] == 'asmb')['test_acc_val_selected'] = v; f.write_text(json.dumps(s))
+            assert ('asmb is BELOW ce by' in read()) == said
+    finally:
+        for f, o in old.items(): f.write_text(o, encoding='utf-8')
+
+def test_the_command_repeats_the_run(runs, asibkd):
+    "The page's command, typed as it stands, finds the run finished: every parameter is the same"
+    for kind in ('one', 'cl'):
+        html = (runs(kind)/'report.html').read_text(encoding='utf-8')
+        line = re.findall(r'<code>(asibkd run [^<]*)</code>', html)[-1].replace('&#39;', "'")
+        import shlex; r = asibkd(*shlex.split(line)[1:], 'log_level=INFO')
+        assert r.returncode == 0 and 'finished: nothing was run again' in r.stdout, line + r.stdout + r.stderr
+        assert f"to read: {runs(kind)}/report.html" in r.stdout
+
+def test_through_the_door(runs, asibkd, tmp_path):
+    one, cl = runs('one'), runs('cl')
+    r = asibkd('report', one, '--out', 'here.html'); assert r.returncode == 0, r.stderr
+    assert check((tmp_path/'here.html').read_text(encoding='utf-8')) == check((one/'report.html').read_text(encoding='utf-8'))
+    (tmp_path/'results').symlink_to(one.parent)
+    r = asibkd('report', '--out', 'newest.html'); assert r.returncode == 0 and (tmp_path/'newest.html').exists(), r.stderr
+    r = asibkd('report', runs('loop'), '--baseline', 'asmb'); assert r.returncode == 0, r.stderr
+    assert Path(r.stdout.strip()) == runs('loop')/'compare'/'report.html' and 'vs asmb' in check(Path(r.stdout.strip()).read_text(encoding='utf-8'))
+    for bad, says in ((('nowhere',), 'No finished run in nowhere'), ((one, cl), '--cl 1'), ((runs('loop'), '--baseline', 'asbm'), "Did you mean 'asmb'")):
+        r = asibkd('report', *bad); assert r.returncode == 2 and says in r.stderr and 'Traceback' not in r.stderr, r.stderr
+
+def test_names_are_escaped(folder, tmp_path):
+    nasty = '<b>&"'
+    d = folder('<i>&\'photos', classes=(nasty, 'a$_$b'), train=12, test=3)
+    s = run_experiment(**TINY | dict(dataset='imagefolder', data_root=str(d), results_dir=str(tmp_path/'r'), method='ce', val_frac=.25, batch_size=8, num_workers=0))
+    html = Path(s['run'], 'report.html').read_text(encoding='utf-8'); text = check(html)
+    assert '<b>' not in html and '<i>' not in html and nasty in text and "<i>&'photos" in text
+
+def test_a_page_that_cannot_be_drawn_loses_no_run(tmp_path, monkeypatch, caplog):
+    import asibkd.run
+    def broken(*a): raise ZeroDivisionError('no ink')
+    monkeypatch.setattr(asibkd.run, 'save_report', broken); monkeypatch.setattr(asibkd.run.log, 'propagate', True)
+    monkeypatch.setattr(asibkd.run, 'setup_log', lambda *a: None)
+    s = run_experiment(**TINY | dict(method='ce', results_dir=str(tmp_path)))
+    assert s['test_acc_last'] > 0 and Path(s['run'], 'summary.json').exists() and not Path(s['run'], 'report.html').exists()
+    assert 'ZeroDivisionError: no ink' in caplog.text and f"asibkd report {s['run']}" in caplog.text
