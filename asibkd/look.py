@@ -131,27 +131,27 @@ def untrained_run(
                                                      weights={n: 'fine-tuned in this run' for n in ts}, time=dict(seconds={}, latency_ms={}))))
     return str(run)
 
-# %% ../nbs/11_look.ipynb #67c754da
+# %% ../nbs/11_look.ipynb #fe6a1da3
 def list_views(data:Data)->list: # [(what a reader calls it, number as `apply_views` takes it)]
     "The image as it is, then the crops (and mirrorings) that training draws from"
-    if not data.small: return [('as it is', None)]
+    if not data.small: return [('as it is', 0)]                 # their random crops have no number
     p = padding(data.shape); k = 2*p + 1
     shift = lambda dy, dx, flip: f'{p - dy:+d}, {p - dx:+d}' + (', mirrored' if flip else '')
     views = [(shift(dy, dx, flip), (dy*k + dx)*2 + flip) for flip in range(1 + data.flip) for dy in range(k) for dx in range(k)]
-    return [('as it is', None)] + [v for v in views if v[1] != (p*k + p)*2]
+    return sorted((('as it is' if n == (p*k + p)*2 else name, n) for name, n in views), key=lambda v: v[0] != 'as it is')
 
 def look_at(
     o:Opened,
     i:int,         # Position in the split
     split='test',
-    view=None,     # Number from `list_views`
+    view=None,     # Number from `list_views`; None = as it is
 )->dict: # image uint8 (C, H, W), label, student and teachers: their outputs, of a batch of one
     "What every network says about one image; asked once"
     ds = getattr(o.data, split)
     if not 0 <= i < len(ds): raise DataError(f"There is no image {i}: {split} has {len(ds)}, counted from 0.")
     def ask():
         im = ds.images(torch.tensor([i]))
-        if view is not None: im = apply_views(im, torch.tensor([view]), padding(o.data.shape))
+        if view is not None and o.data.small: im = apply_views(im, torch.tensor([view]), padding(o.data.shape))
         x = normalise(im.to(o.device), o.data.mean, o.data.std)
         with torch.inference_mode(): return dict(image=im[0], label=int(ds.y[i]), student=o.student(x), teachers=[t(x) for t in o.teachers.values()])
     return o.once(('image', split, i, view), ask)
@@ -281,7 +281,7 @@ def disagreement_matrix(
     "How often two models name different classes"
     return pd.DataFrame([[100*(1 - agreement(z[a], z[b])) for b in names] for a in names], index=names, columns=names)
 
-# %% ../nbs/11_look.ipynb #5c26884c
+# %% ../nbs/11_look.ipynb #6e941653
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')   # Okabe & Ito (2008)
 HATCHES = ('', '//', '..', '\\\\', 'xx', '--')
 
@@ -326,21 +326,23 @@ def plot_attention(
     return fig
 
 def _plot_maps(maps:dict, image:Tensor)->Figure:
-    heads = len(next(iter(maps.values())))
-    fig = Picture(figsize=(.6 + 1.7*len(maps), .3 + 1.8*heads))
-    top = max(float(m.max()) for m in maps.values())
+    "One axes for all panels: axes are what takes time"
+    heads, (H, W), top = len(next(iter(maps.values()))), image.shape[1:], max(float(m.max()) for m in maps.values())
+    grey, dx, dy = image.permute(1, 2, 0).float().mean(-1), 1.08*W, 1.2*H
+    fig = Picture(figsize=(.9 + 1.7*len(maps), .1 + 1.85*heads)); w = fig.get_figwidth()
+    ax = fig.add_axes((.05/w, .01, (w - .75)/w, .98))
     for h in range(heads):
         for j, (name, m) in enumerate(maps.items()):
-            ax = fig.add_axes(((.1 + 1.7*j)/fig.get_figwidth(), (.05 + 1.8*(heads - 1 - h))/fig.get_figheight(), 1.6/fig.get_figwidth(), 1.5/fig.get_figheight()))
-            H, W = image.shape[1:]
-            ax.imshow(image.permute(1, 2, 0).float().mean(-1), cmap='gray', extent=(0, W, H, 0), vmin=0, vmax=255)
-            seen = ax.imshow(m[h], cmap='cividis', alpha=.55, extent=(0, W, H, 0), vmin=0, vmax=top, interpolation='nearest')
-            ax.set_axis_off(); ax.set_title(f'{name}, head {h + 1}: {m[h].sum():.3f}', fontsize=8)
-    bar = fig.colorbar(seen, cax=fig.add_axes((1 - .42/fig.get_figwidth(), .1, .1/fig.get_figwidth(), .75)))
-    bar.ax.tick_params(labelsize=6)
+            box = (j*dx, j*dx + W, h*dy + H, h*dy)
+            ax.imshow(grey, cmap='gray', extent=box, vmin=0, vmax=255)
+            seen = ax.imshow(m[h], cmap='cividis', alpha=.55, extent=box, vmin=0, vmax=top, interpolation='nearest')
+            ax.text(j*dx, h*dy - .03*H, f'{name}, head {h + 1}: {m[h].sum():.3f}', fontsize=8, va='bottom')
+    ax.set(xlim=(0, len(maps)*dx), ylim=(heads*dy - .2*H, -.2*H)); ax.set_axis_off()
+    bar = fig.colorbar(seen, cax=fig.add_axes((1 - .55/w, .2, .1/w, .6)))
+    bar.set_ticks([0, top], labels=['0', f'{top:.2g}']); bar.ax.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/11_look.ipynb #15249510
+# %% ../nbs/11_look.ipynb #bca8cfdb
 def plot_code(
     mu:Tensor, logvar:Tensor,  # (D,) of one image
 )->Figure:
@@ -352,7 +354,7 @@ def plot_code(
     x, m, sd = range(len(mu)), mu[order], (logvar[order]/2).exp()
     left.fill_between(x, m - sd, m + sd, color=COLOURS[4], alpha=.5, lw=0, label='μ ± σ'); left.plot(x, m, color=COLOURS[0], lw=1, label='μ')
     left.axhspan(-1, 1, color='.9', zorder=0, label='prior ± 1'); left.legend(fontsize=7, frameon=False, ncol=3, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
-    right.bar(x, nats[order], 1., color=COLOURS[0]); right.set_title(f'{nats.sum():.2f} nats in all', fontsize=8)
+    right.stairs(nats[order], fill=True, color=COLOURS[0]); right.set_title(f'{nats.sum():.2f} nats in all', fontsize=8)
     for ax, what in ((left, 'code'), (right, 'nats')): ax.set_ylabel(what, fontsize=8); ax.set_xlabel('dimension, dearest first', fontsize=8)
     return fig
 
