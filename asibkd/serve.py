@@ -30,7 +30,7 @@ def free_port(
             raise RunError(f"Port {port} cannot be used ({getattr(e, 'strerror', None) or e}). Name another one, or none: then a free one is taken.") from None
         return s.getsockname()[1]
 
-# %% ../nbs/11c_serve.ipynb #ca2a00bb
+# %% ../nbs/11c_serve.ipynb #8793be45
 def start_voila(
     run,        # Folder of a finished run
     port:int,   # From `free_port`
@@ -47,7 +47,7 @@ def answers_on(port:int)->bool:
     "Does somebody listen there?"
     with socket.socket() as s: return s.connect_ex(('127.0.0.1', port)) == 0
 
-def stop(p:subprocess.Popen, patience=10):
+def stop(p:subprocess.Popen, patience=20):
     "Ctrl-C for Voilà, which ends its kernels; after `patience` seconds less politely"
     if p.poll() is None: p.send_signal(signal.SIGINT)
     try: p.wait(patience)

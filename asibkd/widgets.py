@@ -82,7 +82,7 @@ class SynergyExplorer(Explorer):
             if o.synergy is None: raise RunError(f"'{o.path.name}' is a run of {o.cfg.method}, which has no bridge. Explore a run of method=asmb.")
             self.controls(); self.arrange(); self.refill()
 
-# %% ../nbs/11b_widgets.ipynb #5f426807
+# %% ../nbs/11b_widgets.ipynb #3d57e145
 def _controls(self:SynergyExplorer):
     "What can be chosen, and what it redraws"
     o, wide = self.o, dict(style=dict(description_width='8em'), layout=w.Layout(width='26em'))
@@ -107,6 +107,7 @@ def _arrange(self:SynergyExplorer):
     "Where everything stands"
     self.image, self.attention, self.code, self.target = (w.Image(format='png') for _ in range(4))
     self.top, self.shares, self.left = w.HTML(), w.HTML(), w.HTML()
+    for n in ('image', 'attention', 'code', 'target', 'top', 'shares'): getattr(self, n).add_class(f'asibkd-{n}')   # a page may style them
     row = lambda *o: w.HBox(o, layout=w.Layout(flex_flow='row wrap', align_items='flex-start'))
     self.children = [self.said, row(w.VBox([self.split, self.which, self.label]), w.VBox([self.at, self.number, self.view])), self.left,
                      row(self.image, self.top), row(w.VBox([self.toward, self.scale]), w.VBox([self.tau, self.beta, self.gate])),

@@ -1,0 +1,151 @@
+"The explorer as a reader meets it: in a browser, through Voilà and in JupyterLab."
+import contextlib, hashlib, os, re, shutil, signal, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parents[1]
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+ARGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+LONG = 90_000   # ms: two kernels start beside other tests
+
+@pytest.fixture
+def run(tmp_path):
+    from asibkd.look import untrained_run
+    return untrained_run(tmp_path/'results')
+
+@pytest.fixture
+def shots(tmp_path, request):
+    "Where screenshots go: outside the repository"
+    d = Path(os.environ.get('ASIBKD_SHOTS') or tmp_path); d.mkdir(parents=True, exist_ok=True)
+    return lambda page, name: page.screenshot(path=str(d/f'{request.node.name}-{name}.png'))
+
+@pytest.fixture
+def page():
+    "A page of a headless Chromium, and what went wrong on it"
+    if CHROMIUM is None: pytest.skip('Chromium is not installed (Debian: apt-get install chromium)')
+    playwright = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed: pip install playwright')
+    with playwright.sync_playwright() as pw:
+        browser = pw.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        page = browser.new_page(viewport=dict(width=1400, height=1500)); page.errors = []; page.set_default_timeout(LONG)
+        page.on('pageerror', lambda e: page.errors.append(str(e)))
+        # icons that Voilà's own template fetches from the network are not there offline
+        page.on('console', lambda m: page.errors.append(m.text) if m.type == 'error' and 'cdn.jsdelivr.net' not in m.location.get('url', '') else None)
+        yield page
+        browser.close()
+
+@contextlib.contextmanager
+def serving(argv, pattern, **kw):
+    "A server, and the address it prints; ended as a reader ends it"
+    p = subprocess.Popen([sys.executable, '-m', *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, **kw)
+    try:
+        said = []
+        while not (found := re.search(pattern, ''.join(said))):
+            line = p.stdout.readline(); said.append(line)
+            assert line, 'it ended: ' + ''.join(said)[-2000:]
+        yield p, found[0]
+    finally:
+        if p.poll() is None:
+            p.send_signal(signal.SIGINT)
+            try: p.wait(30)
+            except subprocess.TimeoutExpired: p.kill()
+
+def drawn(page, name):
+    "A hash of the picture that is shown"
+    return hashlib.sha1(bytes(page.locator(f'img.asibkd-{name}').evaluate('async i => [...new Uint8Array(await (await fetch(i.src)).arrayBuffer())]'))).hexdigest()
+
+def until(page, ask, good):
+    "Ask until the answer is good"
+    for _ in range(150):
+        if good(got := ask()): return got
+        page.wait_for_timeout(200)
+    raise AssertionError(f'still {got!r} after 30 s')
+
+def shares(page): return [float(v) for v in re.findall(r'[01](?:\.\d+)?(?=\s|$)', page.locator('.asibkd-shares tbody').inner_text().replace('head 1', ''))]
+
+def test_voila(run, page, shots, tmp_path):
+    "An image is chosen, a slider is moved, and what is shown is what the functions say"
+    from asibkd.look import attention_table, everybody, hear, look_at, open_run, top_classes
+    o = open_run(run, device='cpu')
+    seen = look_at(o, 7)
+    def expected(toward): s = hear(o, seen, toward); return attention_table(o, s['attn'], seen['teachers'])[0], top_classes(everybody(o, seen, s), o.data.classes)
+    near = lambda table: lambda got: len(got) == 2 and all(abs(a - b) < 6e-4 for a, b in zip(got, table.iloc[0]))
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
+    with serving(['asibkd.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:\d+/', env=env, cwd=tmp_path) as (p, address):
+        page.goto(address)
+        page.locator('.asibkd-shares tbody').wait_for()
+        before = {n: until(page, lambda: drawn(page, n), bool) for n in ('image', 'attention')}
+        # choose an image by its number
+        number = page.get_by_label('image number').or_(page.locator('.widget-text', has_text='image number').locator('input')).first
+        number.fill('7'); number.press('Enter')
+        until(page, lambda: drawn(page, 'image'), lambda h: h != before['image'])
+        table, top = expected(0.)
+        until(page, lambda: shares(page), near(table))
+        text = lambda: page.locator('.asibkd-top tbody').inner_text().replace('\xa0', ' ')
+        until(page, text, lambda t: all(c in t for c in top['synergy']))
+        attention, old_target = drawn(page, 'attention'), drawn(page, 'target'); shots(page, 'image')
+        # move the query to the mean feature
+        handle = page.locator('.widget-hslider', has_text='query → mean').locator('.noUi-handle')
+        handle.focus(); page.keyboard.press('End')
+        table2, top2 = expected(1.)
+        assert not near(table)(table2.iloc[0].tolist()) and list(top['synergy']) != list(top2['synergy'])
+        until(page, lambda: shares(page), near(table2))
+        until(page, text, lambda t: all(c in t for c in top2['synergy']))
+        until(page, lambda: drawn(page, 'attention'), lambda h: h != attention)
+        # another temperature changes the target and nothing else
+        now = drawn(page, 'attention'); target = until(page, lambda: drawn(page, 'target'), lambda h: h != old_target)
+        page.locator('.widget-hslider', has_text='τ').locator('.noUi-handle').focus(); page.keyboard.press('ArrowRight')
+        until(page, lambda: drawn(page, 'target'), lambda h: h != target); assert drawn(page, 'attention') == now
+        # nonsense is answered in a line
+        number.fill('seven'); number.press('Enter')
+        page.get_by_text('type a number from 0 to 499').wait_for()
+        shots(page, 'moved')
+        assert not page.errors, page.errors
+        p.send_signal(signal.SIGINT); assert p.wait(40) == 0 and 'ended' in p.stdout.read()          # Ctrl-C ends it cleanly
+    from asibkd.serve import answers_on
+    assert not answers_on(int(address.rstrip('/').rsplit(':', 1)[1]))
+
+def test_jupyterlab(run, page, shots, tmp_path):
+    "The same notebook by hand: open it, run all cells, the screen is there"
+    pytest.importorskip('jupyterlab', reason='JupyterLab is not installed: pip install jupyterlab')
+    shutil.copy(root/'nbs'/'explore.ipynb', tmp_path/'explore.ipynb')
+    home = {k: str(tmp_path/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_WORKSPACES_DIR', 'JUPYTERLAB_SETTINGS_DIR', 'IPYTHONDIR')}
+    env = {**os.environ, **home, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ASIBKD_RUN': run}
+    argv = ['jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', '--port=0', f'--ServerApp.root_dir={tmp_path}', '--IdentityProvider.token=here', '--LabApp.news_url=None',
+            '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--ServerApp.shutdown_no_activity_timeout=300']
+    with serving(argv, r'http://127\.0\.0\.1:\d+/lab', env=env, cwd=tmp_path) as (p, address):
+        page.goto(f'{address}/tree/explore.ipynb?token=here')
+        page.locator('.jp-Notebook .jp-CodeCell').first.wait_for()
+        page.locator('.lm-MenuBar-itemLabel', has_text=re.compile('^Run$')).click()
+        page.locator('.lm-Menu-itemLabel', has_text=re.compile('^Run All Cells$')).click()
+        page.locator('.asibkd-shares tbody').first.wait_for()
+        assert abs(sum(shares(page)) - 1) < 2e-3
+        until(page, lambda: drawn(page, 'attention'), bool)
+        shots(page, 'lab')
+
+def test_without_voila(run, monkeypatch):
+    from asibkd import serve
+    from asibkd.core import RunError
+    monkeypatch.setattr(serve, 'find_spec', lambda name: None)
+    with pytest.raises(RunError, match='pip install voila'): serve.serve(run, browser=False)
+
+def test_occupied_port(asibkd, run):
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen()
+        r = asibkd('explore', run, '--no-browser', '--port', s.getsockname()[1])
+    assert r.returncode == 2 and 'Name another one' in r.stderr and 'Traceback' not in r.stderr
+    r = asibkd('explore', 'nothing_here', '--no-browser'); assert r.returncode == 2 and 'not the folder of a finished run' in r.stderr
+
+def test_the_notebook_comes_along():
+    "What the package serves is the notebook that people read (that a wheel holds it: test_door)"
+    from asibkd.serve import explore_notebook
+    assert Path(explore_notebook()).read_bytes() == (root/'nbs'/'explore.ipynb').read_bytes()
+
+def test_a_monitor_never_breaks_a_run(tiny, monkeypatch):
+    from asibkd import widgets
+    from asibkd.run import run_experiment
+    monkeypatch.setattr(widgets, 'plot_parts', lambda rows: 1/0)
+    live = widgets.LiveMonitorCB(show=True)
+    s = run_experiment(callbacks=[live], **tiny)
+    assert s['test_acc_val_selected'] >= 0 and not live.on and len(live.rows) == 4                      # two teachers, A, B
