@@ -22,7 +22,7 @@ from .look import (FILTERS, Opened, attention_by_class, attention_table, disagre
                          plot_target, soft_target, survey, top_classes)
 from .runtime import watched
 
-# %% ../nbs/11b_widgets.ipynb #f2a1a16c
+# %% ../nbs/11b_widgets.ipynb #e483502e
 class Explorer(w.VBox):
     "A screen that says in a line what went wrong"
     def __init__(self):
@@ -65,7 +65,7 @@ def table_html(
 )->str:
     "A small table"
     cell = lambda v: f'<b>{html.escape(v)}</b>' if strong and v.startswith(f'{strong}  ') else html.escape(v)
-    show = t.map(lambda v: cell(f'{v:.3g}' if isinstance(v, float) else str(v)))
+    show = t.map(lambda v: cell(f'{v:.4g}' if isinstance(v, float) else str(v)))
     with pd.option_context('display.max_colwidth', None): text = show.to_html(escape=False, border=0)
     return text.replace('<table', '<table style="border-spacing:1em .1em; font-size:90%"')
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parents[1]
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 ARGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
 LONG = 90_000   # ms: two kernels start beside other tests
 
@@ -66,6 +66,7 @@ def shares(page): return [float(v) for v in re.findall(r'[01](?:\.\d+)?(?=\s|$)'
 def test_voila(run, page, shots, tmp_path):
     "An image is chosen, a slider is moved, and what is shown is what the functions say"
     from asibkd.look import attention_table, everybody, hear, look_at, open_run, top_classes
+    from asibkd.serve import answers_on
     o = open_run(run, device='cpu')
     seen = look_at(o, 7)
     def expected(toward): s = hear(o, seen, toward); return attention_table(o, s['attn'], seen['teachers'])[0], top_classes(everybody(o, seen, s), o.data.classes)
@@ -102,7 +103,6 @@ def test_voila(run, page, shots, tmp_path):
         shots(page, 'moved')
         assert not page.errors, page.errors
         p.send_signal(signal.SIGINT); assert p.wait(40) == 0 and 'ended' in p.stdout.read()          # Ctrl-C ends it cleanly
-    from asibkd.serve import answers_on
     assert not answers_on(int(address.rstrip('/').rsplit(':', 1)[1]))
 
 def test_jupyterlab(run, page, shots, tmp_path):
@@ -111,11 +111,13 @@ def test_jupyterlab(run, page, shots, tmp_path):
     shutil.copy(root/'nbs'/'explore.ipynb', tmp_path/'explore.ipynb')
     home = {k: str(tmp_path/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_WORKSPACES_DIR', 'JUPYTERLAB_SETTINGS_DIR', 'IPYTHONDIR')}
     env = {**os.environ, **home, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ASIBKD_RUN': run}
-    argv = ['jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', '--port=0', f'--ServerApp.root_dir={tmp_path}', '--IdentityProvider.token=here', '--LabApp.news_url=None',
+    from asibkd.serve import answers_on, free_port
+    argv = ['jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={(port := free_port())}', f'--ServerApp.root_dir={tmp_path}', '--IdentityProvider.token=here', '--LabApp.news_url=None',
             '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--ServerApp.shutdown_no_activity_timeout=300']
     with serving(argv, r'http://127\.0\.0\.1:\d+/lab', env=env, cwd=tmp_path) as (p, address):
+        until(page, lambda: answers_on(port), bool)
         page.goto(f'{address}/tree/explore.ipynb?token=here')
-        page.locator('.jp-Notebook .jp-CodeCell').first.wait_for()
+        page.get_by_text(re.compile(r'\| Idle$')).first.wait_for()                                     # before that, a kernel's start may swallow the request
         page.locator('.lm-MenuBar-itemLabel', has_text=re.compile('^Run$')).click()
         page.locator('.lm-Menu-itemLabel', has_text=re.compile('^Run All Cells$')).click()
         page.locator('.asibkd-shares tbody').first.wait_for()
@@ -129,13 +131,14 @@ def test_without_voila(run, monkeypatch):
     monkeypatch.setattr(serve, 'find_spec', lambda name: None)
     with pytest.raises(RunError, match='pip install voila'): serve.serve(run, browser=False)
 
-def test_occupied_port(asibkd, run):
+def test_refusals(run, capsys):
+    "An occupied port and a folder that holds no run are answered in a line"
     import socket
+    from asibkd.cli import main
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); s.listen()
-        r = asibkd('explore', run, '--no-browser', '--port', s.getsockname()[1])
-    assert r.returncode == 2 and 'Name another one' in r.stderr and 'Traceback' not in r.stderr
-    r = asibkd('explore', 'nothing_here', '--no-browser'); assert r.returncode == 2 and 'not the folder of a finished run' in r.stderr
+        for argv, says in (([run, '--port', str(s.getsockname()[1])], 'Name another one'), (['nothing_here'], 'not the folder of a finished run')):
+            assert main(['explore', '--no-browser', *argv]) == 2 and says in capsys.readouterr().err
 
 def test_the_notebook_comes_along():
     "What the package serves is the notebook that people read (that a wheel holds it: test_door)"
