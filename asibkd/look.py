@@ -281,7 +281,7 @@ def disagreement_matrix(
     "How often two models name different classes"
     return pd.DataFrame([[100*(1 - agreement(z[a], z[b])) for b in names] for a in names], index=names, columns=names)
 
-# %% ../nbs/11_look.ipynb #6e941653
+# %% ../nbs/11_look.ipynb #4006f854
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')   # Okabe & Ito (2008)
 HATCHES = ('', '//', '..', '\\\\', 'xx', '--')
 
@@ -312,7 +312,7 @@ def plot_attention(
     maps:dict=None,      # From there, too
     image:Tensor=None,   # uint8 (C, H, W), under the maps
 )->Figure:
-    "Attention over the teachers: bars a head; with spatial tokens maps over the image, a row a head"
+    "Attention over the teachers: bars a head; with spatial tokens maps over the image, a row a teacher"
     if maps: return _plot_maps(maps, image)
     fig, (ax,) = panels(1, 3.6, 2.5)
     n, x = len(table.columns), range(len(table))
@@ -329,15 +329,15 @@ def _plot_maps(maps:dict, image:Tensor)->Figure:
     "One axes for all panels: axes are what takes time"
     heads, (H, W), top = len(next(iter(maps.values()))), image.shape[1:], max(float(m.max()) for m in maps.values())
     grey, dx, dy = image.permute(1, 2, 0).float().mean(-1), 1.08*W, 1.2*H
-    fig = Picture(figsize=(.9 + 1.7*len(maps), .1 + 1.85*heads)); w = fig.get_figwidth()
-    ax = fig.add_axes((.05/w, .01, (w - .75)/w, .98))
-    for h in range(heads):
-        for j, (name, m) in enumerate(maps.items()):
-            box = (j*dx, j*dx + W, h*dy + H, h*dy)
+    fig = Picture(figsize=(.8 + 1.6*heads, .1 + 1.75*len(maps))); w = fig.get_figwidth()
+    ax = fig.add_axes((.05/w, .01, (w - .7)/w, .98))
+    for i, (name, m) in enumerate(maps.items()):
+        for h in range(heads):
+            box = (h*dx, h*dx + W, i*dy + H, i*dy)
             ax.imshow(grey, cmap='gray', extent=box, vmin=0, vmax=255)
             seen = ax.imshow(m[h], cmap='cividis', alpha=.55, extent=box, vmin=0, vmax=top, interpolation='nearest')
-            ax.text(j*dx, h*dy - .03*H, f'{name}, head {h + 1}: {m[h].sum():.3f}', fontsize=8, va='bottom')
-    ax.set(xlim=(0, len(maps)*dx), ylim=(heads*dy - .2*H, -.2*H)); ax.set_axis_off()
+            ax.text(h*dx, i*dy - .03*H, f'{name}, head {h + 1}: {m[h].sum():.3f}', fontsize=8, va='bottom')
+    ax.set(xlim=(0, heads*dx), ylim=(len(maps)*dy - .2*H, -.2*H)); ax.set_axis_off()
     bar = fig.colorbar(seen, cax=fig.add_axes((1 - .55/w, .2, .1/w, .6)))
     bar.set_ticks([0, top], labels=['0', f'{top:.2g}']); bar.ax.tick_params(labelsize=7)
     return fig
