@@ -22,7 +22,7 @@ from .look import (FILTERS, Opened, attention_by_class, attention_table, disagre
                          plot_target, soft_target, survey, top_classes)
 from .runtime import watched
 
-# %% ../nbs/11b_widgets.ipynb #0ba49347
+# %% ../nbs/11b_widgets.ipynb #60b08efa
 class Explorer(w.VBox):
     "A screen that says in a line what went wrong"
     def __init__(self):
@@ -69,8 +69,8 @@ def table_html(
 )->str:
     "A small table"
     cell = lambda v: f'<b>{html.escape(v)}</b>' if strong and v.startswith(f'{strong}  ') else html.escape(v)
-    show = t.map(lambda v: cell(f'{v:.4g}' if isinstance(v, float) else str(v)))
-    with pd.option_context('display.max_colwidth', None): text = show.to_html(escape=False, border=0)
+    show = t.map(lambda v: '' if v != v else cell(f'{v:.4g}' if isinstance(v, float) else str(v)))
+    with pd.option_context('display.max_colwidth', None): text = show.to_html(escape=False, border=0, justify='left')
     return text.replace('<table', '<table style="border-spacing:1em .1em; font-size:90%"')
 
 # %% ../nbs/11b_widgets.ipynb #84f46d3a
@@ -222,7 +222,7 @@ class CLExplorer(Explorer):
         picture(plot_R(self.s, [self.method.value], self.which.value), self.R)
         self.lost.value = table_html(forgetting_by_task(self.s, self.method.value, self.which.value))
 
-# %% ../nbs/11b_widgets.ipynb #9bcbc4da
+# %% ../nbs/11b_widgets.ipynb #61b6ff6c
 class RunBrowser(Explorer):
     "Filter, sort and overlay the runs of a results folder"
     def __init__(self, results='results'):  # Folder of run folders
@@ -233,7 +233,7 @@ class RunBrowser(Explorer):
             self.words = w.Text('', description='filter', placeholder='asmb seed=1 val_acc>90', continuous_update=False, **wide)
             self.by = w.Dropdown(options=['', *(c for c in self.all if c != 'folder')], description='sort by', **wide)
             self.down = w.Checkbox(True, description='largest first', indent=False)
-            self.runs, self.table, self.curves = w.SelectMultiple(description='overlay', rows=6, **wide), w.HTML(), w.Image(format='png')
+            self.runs, self.table, self.curves = w.SelectMultiple(description='overlay', rows=6, **wide), w.HTML(layout=w.Layout(max_height='24em', overflow='auto')), w.Image(format='png')
             self.children = [self.said, self.words, row(self.by, self.down), self.table, row(self.runs, self.curves)]
             self.on(self.show, self.words, self.by, self.down); self.on(self.draw, self.runs)
             self.show()
