@@ -54,7 +54,7 @@ def _as(column:pd.Series, text:str):
     try: return float(text)
     except ValueError: raise ConfigError(f"'{text}' is no number, and {column.name} holds numbers. Write e.g. {column.name}>90.") from None
 
-# %% ../nbs/11a_browse.ipynb #552b3783
+# %% ../nbs/11a_browse.ipynb #c9f77aa0
 def curve(
     run,  # Folder of a finished run
 )->tuple: # 'epoch' or 'task' · [per cent]
@@ -73,13 +73,15 @@ def plot_overlay(
     kinds = [k for k in ('epoch', 'task') if any(c[0] == k for c in curves.values())] or ['epoch']
     fig, axes = panels(len(kinds), 4.6*len(kinds), 3.2, top=.2)
     for i, (name, (kind, y)) in enumerate(curves.items()):
-        axes[kinds.index(kind)].plot(range(1, len(y) + 1), y, marker='osD^vP'[i % 6], ls=('-', '--', ':')[i//6 % 3], ms=3, lw=1.2, color=COLOURS[i % 6], label=name)
+        axes[kinds.index(kind)].plot(range(1, len(y) + 1), y, marker='osD^vP'[i % 6], ls=('-', '--', ':')[i//6 % 3], ms=3, lw=1.2,
+                                     color=COLOURS[i % 6], label=name)
     for ax, kind in zip(axes, kinds):
         ax.set_xlabel(kind, fontsize=8); ax.set_ylabel(dict(epoch='validation accuracy (%)', task='class-IL accuracy (%)')[kind], fontsize=8)
+        ax.locator_params(axis='x', integer=True)
         if ax.lines: ax.legend(fontsize=7, frameon=False)
     return fig
 
-# %% ../nbs/11a_browse.ipynb #7117cb93
+# %% ../nbs/11a_browse.ipynb #7b2d210d
 def forgetting_by_task(
     summary,           # As `r_table` takes it
     method='',         # Row of the result table; '' = the run's own
@@ -87,10 +89,11 @@ def forgetting_by_task(
 )->pd.DataFrame: # Row: a task. learned, best, now, forgotten, per cent
     "Accuracy on each task when it was learnt, at its best, and at the end"
     R = r_table(summary, method, which)
-    t = pd.DataFrame([dict(learned=R.iloc[j, j], best=R.iloc[j:-1, j].max() if j < len(R) - 1 else R.iloc[-1, j], now=R.iloc[-1, j]) for j in range(len(R.columns))], index=R.columns)
+    best = [R.iloc[j:max(j + 1, len(R) - 1), j].max() for j in range(len(R.columns))]
+    t = pd.DataFrame(dict(learned=[R.iloc[j, j] for j in range(len(R))], best=best, now=R.iloc[-1].tolist()), index=R.columns)
     return t.assign(forgotten=(t.best - t.now).round(2))
 
-# %% ../nbs/11a_browse.ipynb #c429a112
+# %% ../nbs/11a_browse.ipynb #e481413c
 def plot_parts(
     rows,      # A table from `load_metrics`, or a run folder
     phase='',  # '' = the newest
@@ -104,7 +107,12 @@ def plot_parts(
     t = t[t.phase == phase]
     for i, k in enumerate(c for c in t if c.startswith('train_') and t[c].notna().any()):
         ax.plot(t.epoch, t[k], marker='osD^vP'[i % 6], ms=3, lw=1.8 if k == 'train_loss' else 1, color=COLOURS[i % 6], label=k.removeprefix('train_'))
-    if all((l.get_ydata() > 0).all() for l in ax.lines): ax.set_yscale('log')
-    ax.set_title(phase, fontsize=9); ax.set_xlabel('epoch', fontsize=8); ax.set_ylabel('unweighted term', fontsize=8)
+    ax.set_title(phase, fontsize=9); ax.set_xlabel('epoch', fontsize=8); ax.set_ylabel('loss, and its unweighted terms', fontsize=8)
+    ax.locator_params(axis='x', integer=True)
+    if all((l.get_ydata() > 0).all() for l in ax.lines):
+        ax.set_yscale('log'); ax.tick_params(axis='y', which='both', labelsize=7)
+        for side in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): side(_plain)
     if ax.lines: ax.legend(fontsize=7, frameon=False)
     return fig
+
+def _plain(v, _)->str: "0.02 instead of 2 × 10⁻², for 1, 2 and 5 of each decade"; return f'{v:g}' if f'{v:e}'[0] in '125' else ''

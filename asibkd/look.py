@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FILTERS', 'COLOURS', 'HATCHES', 'Opened', 'open_run', 'untrained_run', 'list_views', 'look_at', 'mean_query', 'hear',
            'attention_table', 'soft_target', 'top_classes', 'everybody', 'survey', 'image_table', 'pick_images',
-           'information_plane', 'attention_by_class', 'disagreement_matrix', 'panels', 'plot_image', 'plot_attention',
-           'plot_code', 'plot_target', 'plot_plane', 'plot_class_attention', 'plot_matrix']
+           'information_plane', 'attention_by_class', 'disagreement_matrix', 'panels', 'grouped_bars', 'legend',
+           'plot_image', 'plot_attention', 'plot_code', 'plot_target', 'plot_plane', 'plot_class_attention',
+           'plot_matrix']
 
 # %% ../nbs/11_look.ipynb #e999c09c
 import json
@@ -83,7 +84,7 @@ def _student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
     s = build_student(cfg.model_copy(update=dict(student_ckpt='', student_pretrained=False)), data, given)
     return load_into(s, load_weights(run/'student.safetensors'), run/'student.safetensors')
 
-# %% ../nbs/11_look.ipynb #be37ee3b
+# %% ../nbs/11_look.ipynb #094ec431
 def open_run(
     run,                               # Its folder
     teachers=None, student=None,       # Your own modules, when the run had some
@@ -92,7 +93,8 @@ def open_run(
 )->Opened:
     "Data, teachers, student and synergy of a finished run"
     run, s = Path(run), load_summary(run)
-    if s.get('kind') == 'cl': raise RunError(f"'{run}' is a continual run: its teachers and bridge change with every task and are not kept. CLExplorer shows it.")
+    if s.get('kind') == 'cl':
+        raise RunError(f"'{run}' is a continual run: its teachers and bridge change with every task and are not kept. CLExplorer shows it.")
     if 'rows' not in s: raise RunError(f"'{run}' holds a fine-tuned teacher, no student. Name the folder of a run.")
     cfg, _ = resolve(run/'config.json')
     if train is None and s['dataset'] != cfg.dataset:
@@ -107,7 +109,7 @@ def open_run(
     for m in (st, *ts.values(), *([syn] if syn else [])): m.eval().to(pick_device(device))
     return Opened(run, cfg, s, data, st, ts, syn)
 
-# %% ../nbs/11_look.ipynb #7d7e3680
+# %% ../nbs/11_look.ipynb #5f449047
 def untrained_run(
     folder,       # Where the run folder is made
     **params,     # Any parameter of `Config`
@@ -121,14 +123,17 @@ def untrained_run(
     with forked_rng(cfg.seed, 'untrained'):
         for p in syn.parameters(): nn.init.normal_(p, std=.3)
     for n, t in ts.items(): save_teacher(t.eval(), run/f'{n}.pth', data, t.name, 0.)
-    save_student(run, st.eval().model.state_dict(), student_card(cfg.student_type, data, True)); save_state(syn.eval().state_dict(), run/'bridge.safetensors')
-    z, y = answers(ts | dict(student=st), Loader(data.test, data, 64), syn, list(ts), 'student')
-    row = lambda key, model, who: dict(key=key, model=model, role='student: asmb' if key == 'asmb' else 'teacher', taught_by='', val_acc=0., test_acc_val_selected=accuracy(z[who], y), test_acc_last=0., params=1)
-    rows = [*(row(n, t.name, n) for n, t in ts.items()), row('synergy', 'bridge + head', 'synergy'), row('asmb', st.name, 'student')]
+    save_student(run, st.eval().model.state_dict(), student_card(cfg.student_type, data, True))
+    save_state(syn.eval().state_dict(), run/'bridge.safetensors')
+    z, y = answers(ts | dict(asmb=st), Loader(data.test, data, 64), syn, list(ts), 'asmb')
+    rows = [dict(key=k, model=k, role='student: asmb' if k == 'asmb' else 'teacher', taught_by='', val_acc=0., params=1,
+                 test_acc_val_selected=accuracy(z[k], y), test_acc_last=0.) for k in (*ts, 'synergy', 'asmb')]
+    epochs = [dict(phase=f'A{s}', kind='A', stage=s, epoch=e, train_nats=30. - 4*e, val_acc=.1*e, val_avg_acc=.15) for s in (1, 2) for e in (1, 2)]
+    summary = dict(exp_id=run.name, method='asmb', dataset=data.name, seed=cfg.seed, rows=rows,
+                   images={k: len(getattr(data, k)) for k in ('train', 'val', 'test')}, weights=dict.fromkeys(ts, 'fine-tuned in this run'))
     atomic_write(run/'config.json', json.dumps(cfg.model_dump() | dict(exp_id=run.name)))
-    atomic_write(run/'metrics.jsonl', ''.join(json.dumps(dict(phase=f'A{s}', kind='A', stage=s, epoch=e, train_nats=30. - 4*e, val_acc=.1*e, val_avg_acc=.15)) + '\n' for s in (1, 2) for e in (1, 2)))
-    atomic_write(run/'summary.json', json.dumps(dict(exp_id=run.name, method='asmb', dataset=data.name, seed=cfg.seed, rows=rows, images={k: len(getattr(data, k)) for k in ('train', 'val', 'test')},
-                                                     weights={n: 'fine-tuned in this run' for n in ts}, time=dict(seconds={}, latency_ms={}))))
+    atomic_write(run/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in epochs))
+    atomic_write(run/'summary.json', json.dumps(summary))
     return str(run)
 
 # %% ../nbs/11_look.ipynb #fe6a1da3
@@ -253,7 +258,7 @@ def pick_images(
     if which not in FILTERS: raise unknown('filter', which, FILTERS)
     return FILTERS[which](t if label is None else t[t.label == label]).index.tolist()
 
-# %% ../nbs/11_look.ipynb #edf24f24
+# %% ../nbs/11_look.ipynb #e7ab5574
 def information_plane(
     rows,  # A table from `load_metrics`, or a run folder
 )->pd.DataFrame: # phase, epoch, nats, synergy and average: validation accuracy in per cent
@@ -261,7 +266,8 @@ def information_plane(
     t = rows if isinstance(rows, pd.DataFrame) else load_metrics(rows)
     if 'train_nats' not in t: raise RunError("This run priced no nats: it has no phase A with use_ib=1.")
     t = t[(t.kind == 'A') & t.train_nats.notna()]
-    return pd.DataFrame(dict(phase=t.phase, epoch=t.epoch.astype(int), nats=t.train_nats, synergy=100*t.val_acc, average=100*t.val_avg_acc)).reset_index(drop=True)
+    out = dict(phase=t.phase, epoch=t.epoch.astype(int), nats=t.train_nats, synergy=100*t.val_acc, average=100*t.val_avg_acc)
+    return pd.DataFrame(out).reset_index(drop=True)
 
 def attention_by_class(
     t:pd.DataFrame,  # From `image_table`
@@ -271,7 +277,8 @@ def attention_by_class(
     shares = [c for c in t if c.startswith('share_')]
     if not shares: raise RunError("This run has no bridge, so nobody was listened to. Explore a run of method=asmb.")
     g = t.groupby('label')
-    out = pd.concat([g.size().rename('images'), g.nats.mean(), *(g[c].agg(['mean', 'std']).rename(columns=dict(mean=c.replace('share', 'mean'), std=c.replace('share', 'sd'))) for c in shares)], axis=1)
+    out = pd.DataFrame(dict(images=g.size(), nats=g.nats.mean()))
+    for c in shares: out[c.replace('share', 'mean')], out[c.replace('share', 'sd')] = g[c].mean(), g[c].std()
     return out.set_axis([classes[i] for i in out.index])
 
 def disagreement_matrix(
@@ -281,7 +288,7 @@ def disagreement_matrix(
     "How often two models name different classes"
     return pd.DataFrame([[100*(1 - agreement(z[a], z[b])) for b in names] for a in names], index=names, columns=names)
 
-# %% ../nbs/11_look.ipynb #4006f854
+# %% ../nbs/11_look.ipynb #9c842c56
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')   # Okabe & Ito (2008)
 HATCHES = ('', '//', '..', '\\\\', 'xx', '--')
 
@@ -295,8 +302,28 @@ def panels(
     fig = Picture(figsize=(width, height))
     w = (width - left - right - gap*(n - 1))/n
     axes = [fig.add_axes(((left + i*(w + gap))/width, bottom/height, w/width, (height - top - bottom)/height)) for i in range(n)]
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
+    for ax in axes:
+        ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
+        ax.locator_params(nbins=4)                                       # every tick and its label cost 2 ms
     return fig, axes
+
+def grouped_bars(
+    ax, t:pd.DataFrame,  # Row: a group, column: a bar
+    sd=None,             # Deviations, in the form of `t`
+)->list: # The bars, a container a column
+    "Bars side by side, told apart by colour and hatch; a dotted line where all would be equal"
+    n, legs = len(t.columns), []
+    for i, name in enumerate(t):
+        at = [j + (i - (n - 1)/2)*.8/n for j in range(len(t))]
+        err = {} if sd is None else dict(yerr=sd.iloc[:, i].fillna(0), error_kw=dict(lw=.8))
+        legs.append(ax.bar(at, t[name], .8/n, color=COLOURS[i % 6], hatch=HATCHES[i % 6], edgecolor='white', label=name, **err))
+    ax.axhline(1/n, color='.4', lw=.8, ls=':'); ax.set_xticks(range(len(t)), t.index)
+    legend(ax)
+    return legs
+
+def legend(ax):
+    "In a line above the axes"
+    ax.legend(fontsize=7, frameon=False, ncol=max(1, len(ax.get_legend_handles_labels()[1])), loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
 
 def plot_image(
     image:Tensor,  # uint8 (C, H, W)
@@ -315,14 +342,9 @@ def plot_attention(
     "Attention over the teachers: bars a head; with spatial tokens maps over the image, a row a teacher"
     if maps: return _plot_maps(maps, image)
     fig, (ax,) = panels(1, 3.6, 2.5)
-    n, x = len(table.columns), range(len(table))
-    for i, name in enumerate(table):
-        at = [j + (i - (n - 1)/2)*.8/n for j in x]
-        bars = ax.bar(at, table[name], .8/n, color=COLOURS[i % 6], hatch=HATCHES[i % 6], edgecolor='white', label=name)
-        if len(table)*n <= 12: ax.bar_label(bars, [f'{v:.3f}' for v in table[name]], fontsize=7)
-    ax.axhline(1/n, color='.4', lw=.8, ls=':')
-    ax.set_xticks(x, table.index); ax.set(ylim=(0, 1.15)); ax.set_ylabel('attention', fontsize=8)
-    ax.legend(fontsize=7, frameon=False, ncol=min(n, 3), loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    for bars in grouped_bars(ax, table):
+        if table.size <= 12: ax.bar_label(bars, fmt='%.3f', fontsize=7)
+    ax.set(ylim=(0, 1.15)); ax.set_ylabel('attention', fontsize=8)
     return fig
 
 def _plot_maps(maps:dict, image:Tensor)->Figure:
@@ -342,7 +364,7 @@ def _plot_maps(maps:dict, image:Tensor)->Figure:
     bar.set_ticks([0, top], labels=['0', f'{top:.2g}']); bar.ax.tick_params(labelsize=7)
     return fig
 
-# %% ../nbs/11_look.ipynb #bca8cfdb
+# %% ../nbs/11_look.ipynb #bf4d5197
 def plot_code(
     mu:Tensor, logvar:Tensor,  # (D,) of one image
 )->Figure:
@@ -352,10 +374,12 @@ def plot_code(
     order = nats.argsort(descending=True)
     fig, (left, right) = panels(2, 6.2, 2.5)
     x, m, sd = range(len(mu)), mu[order], (logvar[order]/2).exp()
-    left.fill_between(x, m - sd, m + sd, color=COLOURS[4], alpha=.5, lw=0, label='μ ± σ'); left.plot(x, m, color=COLOURS[0], lw=1, label='μ')
-    left.axhspan(-1, 1, color='.9', zorder=0, label='prior ± 1'); left.legend(fontsize=7, frameon=False, ncol=3, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    left.fill_between(x, m - sd, m + sd, color=COLOURS[4], alpha=.5, lw=0, label='μ ± σ')
+    left.plot(x, m, color=COLOURS[0], lw=1, label='μ')
+    left.axhspan(-1, 1, color='.9', zorder=0, label='prior ± 1'); legend(left)
     right.stairs(nats[order], fill=True, color=COLOURS[0]); right.set_title(f'{nats.sum():.2f} nats in all', fontsize=8)
-    for ax, what in ((left, 'code'), (right, 'nats')): ax.set_ylabel(what, fontsize=8); ax.set_xlabel('dimension, dearest first', fontsize=8)
+    for ax, what in ((left, 'code'), (right, 'nats')):
+        ax.set_ylabel(what, fontsize=8); ax.set_xlabel('dimension, dearest first', fontsize=8)
     return fig
 
 def plot_target(
@@ -369,14 +393,16 @@ def plot_target(
     target, student = target.cpu(), student.cpu()
     show = range(len(classes)) if len(classes) <= most else target.topk(most).indices.sort().values.tolist()
     fig, (ax,) = panels(1, 4.4, 2.5)
-    x = range(len(show))
-    ax.bar([i - .2 for i in x], target[list(show)], .4, color=COLOURS[0], label='target'); ax.bar([i + .2 for i in x], student[list(show)], .4, color=COLOURS[1], hatch='//', edgecolor='white', label='student')
-    ax.set_xticks(x, [f'{classes[c]}{"*" if c == label else ""}' for c in show], rotation=0 if max(map(len, map(str, classes))) < 4 else 60, fontsize=7)
-    ax.set_ylabel('probability at τ', fontsize=8); ax.legend(fontsize=7, frameon=False, ncol=2, loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    x, show = range(len(show)), list(show)
+    ax.bar([i - .2 for i in x], target[show], .4, color=COLOURS[0], label='target')
+    ax.bar([i + .2 for i in x], student[show], .4, color=COLOURS[1], hatch='//', edgecolor='white', label='student')
+    names = [f'{classes[c]}{"*" if c == label else ""}' for c in show]
+    ax.set_xticks(x, names, rotation=0 if max(map(len, names)) < 5 else 40, ha='center' if max(map(len, names)) < 5 else 'right', fontsize=7)
+    ax.set_ylabel('probability at τ', fontsize=8); legend(ax)
     ax.set_xlabel('class (* is the label)', fontsize=8)
     return fig
 
-# %% ../nbs/11_look.ipynb #94b39d65
+# %% ../nbs/11_look.ipynb #3dbbc77c
 def plot_plane(
     t:pd.DataFrame,  # From `information_plane`
 )->Figure:
@@ -386,7 +412,8 @@ def plot_plane(
         ax.plot(g.nats, g.synergy, marker='osD^vP'[i % 6], ms=4, lw=1, color=COLOURS[i % 6], label=f'{phase}: synergy')
         ax.plot(g.nats, g.average, ls=':', lw=1, color=COLOURS[i % 6], label=f"{phase}: teachers' average")
         for r in g.itertuples(): ax.annotate(r.epoch, (r.nats, r.synergy), fontsize=7, xytext=(3, 3), textcoords='offset points')
-    ax.set_xlabel('nats the code costs (training)', fontsize=8); ax.set_ylabel('validation accuracy (%)', fontsize=8); ax.legend(fontsize=7, frameon=False)
+    ax.set_xlabel('nats the code costs (training)', fontsize=8); ax.set_ylabel('validation accuracy (%)', fontsize=8)
+    ax.legend(fontsize=7, frameon=False)
     return fig
 
 def plot_class_attention(
@@ -395,12 +422,9 @@ def plot_class_attention(
     "Mean attention and its deviation over the images of each class"
     who = [c.removeprefix('mean_') for c in t if c.startswith('mean_')]
     fig, (ax,) = panels(1, max(4., 1.2 + .4*len(t)), 3.)
-    for i, n in enumerate(who):
-        at = [j + (i - (len(who) - 1)/2)*.8/len(who) for j in range(len(t))]
-        ax.bar(at, t[f'mean_{n}'], .8/len(who), yerr=t[f'sd_{n}'].fillna(0), error_kw=dict(lw=.8), color=COLOURS[i % 6], hatch=HATCHES[i % 6], edgecolor='white', label=n)
-    ax.axhline(1/len(who), color='.4', lw=.8, ls=':')
-    ax.set_xticks(range(len(t)), t.index); ax.set_ylabel('attention, mean ± sd', fontsize=8); ax.set_xlabel('class', fontsize=8)
-    ax.legend(fontsize=7, frameon=False, ncol=len(who), loc='lower left', bbox_to_anchor=(0, 1), borderpad=0)
+    mean, sd = (t[[f'{k}_{n}' for n in who]].set_axis(who, axis=1) for k in ('mean', 'sd'))
+    grouped_bars(ax, mean, sd)
+    ax.set_ylabel('attention, mean ± sd', fontsize=8); ax.set_xlabel('class', fontsize=8)
     return fig
 
 def plot_matrix(

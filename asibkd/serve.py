@@ -30,7 +30,7 @@ def free_port(
             raise RunError(f"Port {port} cannot be used ({getattr(e, 'strerror', None) or e}). Name another one, or none: then a free one is taken.") from None
         return s.getsockname()[1]
 
-# %% ../nbs/11c_serve.ipynb #8793be45
+# %% ../nbs/11c_serve.ipynb #fa5acf75
 def start_voila(
     run,        # Folder of a finished run
     port:int,   # From `free_port`
@@ -41,7 +41,8 @@ def start_voila(
     if find_spec('voila') is None:
         raise RunError(f"Voilà is not installed: pip install voila. Or open {explore_notebook()} in JupyterLab.")
     argv = [sys.executable, '-m', 'voila', explore_notebook(), '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', '--Voila.port_retries=0']
-    return subprocess.Popen(argv, env=os.environ | dict(ASIBKD_RUN=str(Path(run).absolute())), stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+    return subprocess.Popen(argv, env=os.environ | dict(ASIBKD_RUN=str(Path(run).absolute())), stdin=subprocess.DEVNULL,
+                            stdout=said, stderr=said, start_new_session=True)
 
 def answers_on(port:int)->bool:
     "Does somebody listen there?"

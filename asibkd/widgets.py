@@ -175,15 +175,15 @@ def _tell(self:SynergyExplorer):
 
 SynergyExplorer.ask, SynergyExplorer.listen, SynergyExplorer.tell = _ask, _listen, _tell
 
-# %% ../nbs/11b_widgets.ipynb #463e8a79
+# %% ../nbs/11b_widgets.ipynb #251aaa92
 class BottleneckExplorer(Explorer):
     "The information plane, attention by class, and disagreement"
     def __init__(self, run, **given):  # As `SynergyExplorer`
         super().__init__()
         with self.talk():
             self.o = run if isinstance(run, Opened) else open_run(run, **given)
-            self.split, self.plane, self.attention, self.disagree = w.Dropdown(options=['test', 'val'], description='images of'), w.Image(format='png'), w.Image(format='png'), w.Image(format='png')
-            self.numbers, self.without = w.HTML(), w.HTML()
+            self.split, self.numbers, self.without = w.Dropdown(options=['test', 'val'], description='images of'), w.HTML(), w.HTML()
+            self.plane, self.attention, self.disagree = (w.Image(format='png') for _ in range(3))
             self.children = [self.said, self.split, self.without, row(self.plane, self.disagree), row(self.attention, self.numbers)]
             self.on(self.show, self.split)
             self.show(); self.once()
@@ -222,7 +222,7 @@ class CLExplorer(Explorer):
         picture(plot_R(self.s, [self.method.value], self.which.value), self.R)
         self.lost.value = table_html(forgetting_by_task(self.s, self.method.value, self.which.value))
 
-# %% ../nbs/11b_widgets.ipynb #61b6ff6c
+# %% ../nbs/11b_widgets.ipynb #44b22574
 class RunBrowser(Explorer):
     "Filter, sort and overlay the runs of a results folder"
     def __init__(self, results='results'):  # Folder of run folders
@@ -233,7 +233,8 @@ class RunBrowser(Explorer):
             self.words = w.Text('', description='filter', placeholder='asmb seed=1 val_acc>90', continuous_update=False, **wide)
             self.by = w.Dropdown(options=['', *(c for c in self.all if c != 'folder')], description='sort by', **wide)
             self.down = w.Checkbox(True, description='largest first', indent=False)
-            self.runs, self.table, self.curves = w.SelectMultiple(description='overlay', rows=6, **wide), w.HTML(layout=w.Layout(max_height='24em', overflow='auto')), w.Image(format='png')
+            self.runs, self.curves = w.SelectMultiple(description='overlay', rows=6, **wide), w.Image(format='png')
+            self.table = w.HTML(layout=w.Layout(max_height='24em', overflow='auto'))
             self.children = [self.said, self.words, row(self.by, self.down), self.table, row(self.runs, self.curves)]
             self.on(self.show, self.words, self.by, self.down); self.on(self.draw, self.runs)
             self.show()
