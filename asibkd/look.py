@@ -9,8 +9,8 @@ __all__ = ['FILTERS', 'COLOURS', 'HATCHES', 'Opened', 'open_run', 'untrained_run
            'plot_image', 'plot_attention', 'plot_code', 'plot_target', 'plot_plane', 'plot_class_attention',
            'plot_matrix']
 
-# %% ../nbs/11_look.ipynb #e999c09c
-import json
+# %% ../nbs/11_look.ipynb #30f663be
+import copy, json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,11 +30,12 @@ from .eval import answers, load_synergy
 from .ib_mbm import Synergy, build_from_teachers
 from .kdmodel import KDModel
 from .losses import ib_kl, standardize_logits
+from .methods import tuned
 from .metrics import accuracy, agreement, predict
 from .runtime import atomic_write, forked_rng, pick_device
 from .teachers import load_into, load_weights
 
-# %% ../nbs/11_look.ipynb #01b97381
+# %% ../nbs/11_look.ipynb #52e21890
 @dataclass(eq=False)
 class Opened:
     "A finished run, ready to be asked; its networks are in evaluation mode"
@@ -51,10 +52,11 @@ class Opened:
     def device(self)->torch.device: return next(self.student.parameters()).device
 
     def once(self, key, fn, most=256):
-        "`fn()`, computed when it is first asked for; the `most` latest are kept"
+        "`fn()`, computed when it is first asked for; of single images the `most` latest are kept"
         if key not in self.seen:
             self.seen[key] = fn()
-            if len(self.seen) > most: self.seen.pop(next(iter(self.seen)))
+            images = [k for k in self.seen if k[0] == 'image']
+            if len(images) > most: del self.seen[images[0]]
         return self.seen[key]
 
 # %% ../nbs/11_look.ipynb #32870034
@@ -84,7 +86,7 @@ def _student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
     s = build_student(cfg.model_copy(update=dict(student_ckpt='', student_pretrained=False)), data, given)
     return load_into(s, load_weights(run/'student.safetensors'), run/'student.safetensors')
 
-# %% ../nbs/11_look.ipynb #094ec431
+# %% ../nbs/11_look.ipynb #1f25d9fa
 def open_run(
     run,                               # Its folder
     teachers=None, student=None,       # Your own modules, when the run had some
@@ -96,7 +98,8 @@ def open_run(
     if s.get('kind') == 'cl':
         raise RunError(f"'{run}' is a continual run: its teachers and bridge change with every task and are not kept. CLExplorer shows it.")
     if 'rows' not in s: raise RunError(f"'{run}' holds a fine-tuned teacher, no student. Name the folder of a run.")
-    cfg, _ = resolve(run/'config.json')
+    cfg = resolve(run/'config.json')[0]; cfg = tuned(cfg, cfg.method)
+    teachers, student = copy.deepcopy(teachers), copy.deepcopy(student)          # yours stay as they are
     if train is None and s['dataset'] != cfg.dataset:
         raise RunError(f"The images were a dataset of your own ({s['dataset']}). Give it again: open_run(run, train=…, test=…).")
     data = create_data(cfg, train, val, test)

@@ -30,7 +30,7 @@ def free_port(
             raise RunError(f"Port {port} cannot be used ({getattr(e, 'strerror', None) or e}). Name another one, or none: then a free one is taken.") from None
         return s.getsockname()[1]
 
-# %% ../nbs/11c_serve.ipynb #fa5acf75
+# %% ../nbs/11c_serve.ipynb #32877f04
 def start_voila(
     run,        # Folder of a finished run
     port:int,   # From `free_port`
@@ -50,7 +50,7 @@ def answers_on(port:int)->bool:
 
 def stop(p:subprocess.Popen, patience=20):
     "Ctrl-C for Voilà, which ends its kernels; after `patience` seconds less politely"
-    if p.poll() is None: p.send_signal(signal.SIGINT)
+    if p.poll() is None: p.send_signal(signal.SIGINT if os.name == 'posix' else signal.SIGTERM)
     try: p.wait(patience)
     except subprocess.TimeoutExpired: p.kill(); p.wait()
 

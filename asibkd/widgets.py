@@ -73,15 +73,17 @@ def table_html(
     with pd.option_context('display.max_colwidth', None): text = show.to_html(escape=False, border=0, justify='left')
     return text.replace('<table', '<table style="border-spacing:1em .1em; font-size:90%"')
 
-# %% ../nbs/11b_widgets.ipynb #84f46d3a
+# %% ../nbs/11b_widgets.ipynb #e9bc14d3
 class SynergyExplorer(Explorer):
     "An image, everybody's guesses, whom the bridge listened to, what the code cost, and what the student was told"
     def __init__(self,
-        run,      # A run folder, or what `open_run` returned
-        **given,  # As `open_run` takes it: your own modules and datasets
+        run,        # A run folder, or what `open_run` returned
+        most=2000,  # Images of a split that filters know: every network is asked about each of them once
+        **given,    # As `open_run` takes it: your own modules and datasets
     ):
         super().__init__()
         with self.talk():
+            self.most = most
             self.o = o = run if isinstance(run, Opened) else open_run(run, **given)
             if o.synergy is None: raise RunError(f"'{o.path.name}' is a run of {o.cfg.method}, which has no bridge. Explore a run of method=asmb.")
             self.controls(); self.arrange(); self.refill()
@@ -118,11 +120,11 @@ def _arrange(self:SynergyExplorer):
 
 SynergyExplorer.controls, SynergyExplorer.arrange = _controls, _arrange
 
-# %% ../nbs/11b_widgets.ipynb #f18fe1d9
+# %% ../nbs/11b_widgets.ipynb #b5846c3b
 def _refill(self:SynergyExplorer):
     "The images that filter and class leave"
     o = self.o
-    z, y = survey(o, self.split.value)
+    z, y = survey(o, self.split.value, self.most)
     self.table = image_table(z, y, o.teachers)
     found = pick_images(self.table, self.which.value, self.label.value)
     n = len(getattr(o.data, self.split.value))
@@ -146,7 +148,7 @@ def _go(self:SynergyExplorer):
 
 SynergyExplorer.refill, SynergyExplorer.go = _refill, _go
 
-# %% ../nbs/11b_widgets.ipynb #141b51c0
+# %% ../nbs/11b_widgets.ipynb #c8029f49
 def _ask(self:SynergyExplorer):
     "Another image, or another view of it: ask the networks"
     o, i = self.o, self.found[self.at.value]
@@ -168,19 +170,20 @@ def _listen(self:SynergyExplorer):
 def _tell(self:SynergyExplorer):
     "Another target: two softmaxes"
     o, s, c, tau = self.o, self.syn, self.o.cfg, self.tau.value
-    kd = .9 if c.kd_alpha is None else c.kd_alpha
-    told = soft_target(s['open_logit' if self.gate.value else 'average'][0], s['average'][0], tau, kd, self.beta.value, c.logit_standardization)
+    heard = s['open_logit' if self.gate.value else 'average'][0]
+    told = soft_target(heard, s['average'][0], tau, c.kd_alpha, self.beta.value, c.logit_standardization)
     mine = soft_target(*[self.seen['student']['logit'][0]]*2, tau, standardize=c.logit_standardization)
     picture(plot_target(told, mine, o.data.classes, self.seen['label']), self.target)
 
 SynergyExplorer.ask, SynergyExplorer.listen, SynergyExplorer.tell = _ask, _listen, _tell
 
-# %% ../nbs/11b_widgets.ipynb #251aaa92
+# %% ../nbs/11b_widgets.ipynb #ef49d6e6
 class BottleneckExplorer(Explorer):
     "The information plane, attention by class, and disagreement"
-    def __init__(self, run, **given):  # As `SynergyExplorer`
+    def __init__(self, run, most=2000, **given):  # As `SynergyExplorer`
         super().__init__()
         with self.talk():
+            self.most = most
             self.o = run if isinstance(run, Opened) else open_run(run, **given)
             self.split, self.numbers, self.without = w.Dropdown(options=['test', 'val'], description='images of'), w.HTML(), w.HTML()
             self.plane, self.attention, self.disagree = (w.Image(format='png') for _ in range(3))
@@ -190,7 +193,7 @@ class BottleneckExplorer(Explorer):
 
     def show(self):
         "What depends on the split"
-        z, y = survey(self.o, self.split.value)
+        z, y = survey(self.o, self.split.value, self.most)
         who = [*self.o.teachers, *(k for k in ('average', 'synergy') if k in z), 'student']
         picture(plot_matrix(disagreement_matrix(z, who), f'disagreement on {self.split.value} (% of {len(y)})'), self.disagree)
         t = attention_by_class(image_table(z, y, self.o.teachers), self.o.data.classes)

@@ -152,3 +152,26 @@ def test_a_monitor_never_breaks_a_run(tiny, monkeypatch):
     live = widgets.LiveMonitorCB(show=True)
     s = run_experiment(callbacks=[live], **tiny)
     assert s['test_acc_val_selected'] >= 0 and not live.on and len(live.rows) == 4                      # two teachers, A, B
+
+def test_own_modules_and_data_are_given_again(tmp_path):
+    "What a folder cannot hold is asked for; given again, everybody answers as the summary says, and the givers keep what they had"
+    import copy, torch
+    from torch import nn
+    from torchvision.datasets import FakeData
+    from asibkd.core import RunError
+    from asibkd.look import open_run, survey
+    from asibkd.metrics import accuracy
+    from asibkd.run import run_experiment
+    def net(width): return nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4*width, 4))
+    torch.manual_seed(0)
+    train, test, ts, student = FakeData(80, (3, 16, 16), num_classes=4), FakeData(40, (3, 16, 16), num_classes=4), [net(8), 'resnet8'], net(4)
+    s = run_experiment(teachers=ts, student=student, train=train, test=test, preset='method/asmb', batch_size=16, finetune_epochs=1, num_stages=1, teacher_adapt_epochs=1,
+                       student_epochs_per_stage=1, data_aug=0, device='cpu', results_dir=str(tmp_path), log_level='WARNING')
+    for given, says in ((dict(), r'train=…'), (dict(train=train, test=test), r'teachers=\[…\]'), (dict(train=train, test=test, teachers=ts), r'student=MyModule')):
+        with pytest.raises(RunError, match=says): open_run(s['run'], **given)
+    mine, theirs = net(4), [net(8), 'resnet8']; before = copy.deepcopy(mine.state_dict())
+    o = open_run(s['run'], train=train, test=test, teachers=theirs, student=mine, device='cpu')
+    z, y = survey(o)
+    rows = {r['key']: r['test_acc_val_selected'] for r in s['rows']}
+    assert accuracy(z['student'], y) == pytest.approx(s['test_acc_val_selected']) and accuracy(z['synergy'], y) == pytest.approx(rows['synergy'])
+    assert all(torch.equal(v, before[k]) for k, v in mine.state_dict().items())
