@@ -120,18 +120,18 @@ def _arrange(self:SynergyExplorer):
 
 SynergyExplorer.controls, SynergyExplorer.arrange = _controls, _arrange
 
-# %% ../nbs/11b_widgets.ipynb #b5846c3b
+# %% ../nbs/11b_widgets.ipynb #f30632ed
 def _refill(self:SynergyExplorer):
     "The images that filter and class leave"
     o = self.o
     z, y = survey(o, self.split.value, self.most)
-    self.table = image_table(z, y, o.teachers)
-    found = pick_images(self.table, self.which.value, self.label.value)
+    table = image_table(z, y, o.teachers)
+    found = pick_images(table, self.which.value, self.label.value)
     n = len(getattr(o.data, self.split.value))
     if not found:
         raise DataError(f"No image of '{self.which.label}'" + (f" in class {self.label.label}" if self.label.value is not None else '')
                         + f" among {len(y)} of {self.split.value}. Choose another filter or class; what is shown below stays.")
-    self.found = found
+    self.found, self.table, self.of = found, table, self.split.value           # together: the controls may name what is not there
     self.left.value = f'{len(found)} of {len(y)} images' + (f' (the first of {n})' if len(y) < n else '')
     with self.hushed(): self.at.value, self.at.max = 0, len(found) - 1
     self.ask()
@@ -140,7 +140,7 @@ def _go(self:SynergyExplorer):
     "To the image whose number was typed"
     text, n = self.number.value.strip(), len(self.table)
     if not text: return
-    if not (text.isdigit() and int(text) < n): raise DataError(f"'{text}' is no image of {self.split.value}: type a number from 0 to {n - 1}.")
+    if not (text.isdigit() and int(text) < n): raise DataError(f"'{text}' is no image of {self.of}: type a number from 0 to {n - 1}.")
     if int(text) not in self.found:
         with self.hushed(): self.which.value, self.label.value = 'all images', None
         self.refill()
@@ -148,23 +148,23 @@ def _go(self:SynergyExplorer):
 
 SynergyExplorer.refill, SynergyExplorer.go = _refill, _go
 
-# %% ../nbs/11b_widgets.ipynb #c8029f49
+# %% ../nbs/11b_widgets.ipynb #a3e8b51f
 def _ask(self:SynergyExplorer):
     "Another image, or another view of it: ask the networks"
     o, i = self.o, self.found[self.at.value]
-    self.seen = look_at(o, i, self.split.value, self.view.value)
-    picture(plot_image(self.seen['image'], f"{self.split.value} {i}: {o.data.classes[self.seen['label']]}"), self.image)
+    self.seen = look_at(o, i, self.of, self.view.value)
+    picture(plot_image(self.seen['image'], f"{self.of} {i}: {o.data.classes[self.seen['label']]}"), self.image)
     self.listen()
 
 def _listen(self:SynergyExplorer):
     "Another question: ask the bridge"
     o, seen = self.o, self.seen
-    self.syn = s = hear(o, seen, self.toward.value, self.scale.value, self.split.value)
+    self.syn = s = hear(o, seen, self.toward.value, self.scale.value, self.of)
     table, maps = attention_table(o, s['attn'], seen['teachers'])
+    self.shares.value = table_html(table.round(4))                             # numbers first: they cost nothing
+    self.top.value = table_html(top_classes(everybody(o, seen, s), o.data.classes), str(o.data.classes[seen['label']]))
     picture(plot_attention(table, maps, seen['image']), self.attention)
     picture(plot_code(s['mu'][0], s['logvar'][0]), self.code)
-    self.shares.value = table_html(table.round(4))
-    self.top.value = table_html(top_classes(everybody(o, seen, s), o.data.classes), str(o.data.classes[seen['label']]))
     self.tell()
 
 def _tell(self:SynergyExplorer):
@@ -177,7 +177,7 @@ def _tell(self:SynergyExplorer):
 
 SynergyExplorer.ask, SynergyExplorer.listen, SynergyExplorer.tell = _ask, _listen, _tell
 
-# %% ../nbs/11b_widgets.ipynb #ef49d6e6
+# %% ../nbs/11b_widgets.ipynb #50305bea
 class BottleneckExplorer(Explorer):
     "The information plane, attention by class, and disagreement"
     def __init__(self, run, most=2000, **given):  # As `SynergyExplorer`
@@ -189,7 +189,7 @@ class BottleneckExplorer(Explorer):
             self.plane, self.attention, self.disagree = (w.Image(format='png') for _ in range(3))
             self.children = [self.said, self.split, self.without, row(self.plane, self.disagree), row(self.attention, self.numbers)]
             self.on(self.show, self.split)
-            self.show(); self.once()
+            self.once(); self.show()
 
     def show(self):
         "What depends on the split"
@@ -202,7 +202,7 @@ class BottleneckExplorer(Explorer):
     def once(self):
         "The training's own numbers"
         try: picture(plot_plane(information_plane(self.o.path)), self.plane)
-        except RunError as e: self.without.value = html.escape(str(e))
+        except RunError as e: self.without.value = html.escape(str(e), quote=False)
 
 # %% ../nbs/11b_widgets.ipynb #fbc3315d
 class CLExplorer(Explorer):
