@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'LOOP', 'COMMANDS', 'parse', 'cmd_run', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'cmd_loop',
-           'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_bench', 'usage', 'main']
+           'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_explore', 'cmd_bench', 'usage', 'main']
 
 # %% ../nbs/12b_cli.ipynb #0ee13bbf
 import argparse, re, sys
@@ -19,7 +19,8 @@ from .methods import list_methods
 from .report import save_compare_report, save_report
 from .run import run_experiment
 from .runtime import atomic_write
-from .tasks import run_evaluate, run_finetune, run_loop, unless
+from .serve import serve
+from .tasks import demo_run, run_evaluate, run_finetune, run_loop, unless
 
 # %% ../nbs/12b_cli.ipynb #d6587121
 ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
@@ -28,6 +29,7 @@ ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, b
              compare='table, figure and LaTeX of finished runs',
              export="write a run's student as a program and check it", show='print the result table of a run',
              report='write the report of a run, or of several, again: one HTML file',
+             explore='look into a run in the browser: attention, bottleneck, targets',
              bench='measure speed on this machine, side by side with what people write today')
 
 LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [the environment's METHOD_LIST, else asmb or asib]",
@@ -165,6 +167,16 @@ def cmd_export(argv):
     a = p.parse_args(argv); e = export_student(a.run or newest(), a.to, a.path)
     print(f"{e['path']}: answers alike (largest difference {e['difference']:.1e} of the largest logit)")
 
+def cmd_explore(argv):
+    p = argparse.ArgumentParser('asibkd explore', description=ABOUT['explore'])
+    p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/, else a quickstart run that is made first')
+    p.add_argument('--port', type=int, default=0, help='port of 127.0.0.1 [a free one]')
+    p.add_argument('--no-browser', action='store_true', help='only print the address')
+    a = p.parse_args(argv); run = a.run
+    try: run = run or newest()
+    except AsibError: print('No finished run in results/: a quickstart run is made (20 to 60 s on two cores).', flush=True); run = demo_run()
+    serve(run, a.port, not a.no_browser)
+
 def cmd_bench(argv):
     p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
     p.add_argument('parts', nargs='*', help=f"{', '.join(PARTS)} [all]")
@@ -179,7 +191,7 @@ def cmd_bench(argv):
     print(f"\n{t.machine[0]}, {t.threads[0]} threads, torch {t.torch[0]}; ratios are to the first case of each group, medians over rounds. Written: {a.out}")
 
 COMMANDS = dict(run=cmd_run, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate, loop=cmd_loop,
-                compare=cmd_compare, export=cmd_export, show=cmd_show, report=cmd_report, bench=cmd_bench)
+                compare=cmd_compare, export=cmd_export, show=cmd_show, report=cmd_report, explore=cmd_explore, bench=cmd_bench)
 
 # %% ../nbs/12b_cli.ipynb #caabd909
 def usage()->str:

@@ -57,8 +57,9 @@ def test_wheel_contents(tmp_path):
     r = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-q', '-w', str(tmp_path), str(root)], capture_output=True, text=True)
     if r.returncode and 'No module named pip' in r.stderr: pytest.skip('this environment has no pip')
     assert r.returncode == 0, r.stderr[-2000:]
-    names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
+    wheel = zipfile.ZipFile(next(tmp_path.glob('*.whl'))); names = wheel.namelist()
     assert 'asibkd/cli.py' in names and 'asibkd/presets/quickstart.yaml' in names and 'asibkd/presets/method/asmb.yaml' in names
+    assert wheel.read('asibkd/notebooks/explore.ipynb') == (root/'nbs'/'explore.ipynb').read_bytes()
     assert not any(n.startswith(('nbs/', 'tests/')) for n in names)
 
 def test_finetune_then_run_then_evaluate(asibkd, tmp_path):
