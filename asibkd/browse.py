@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from .analysis import collect, load_metrics, load_summary
 from .cl_analysis import r_table
 from .core import ConfigError, RunError, unknown
+from .figures import run_curves
 from .look import COLOURS, panels
 
 # %% ../nbs/11a_browse.ipynb #62d3d302
@@ -58,12 +59,9 @@ def _as(column:pd.Series, text:str):
 def curve(
     run,  # Folder of a finished run
 )->tuple: # 'epoch' or 'task' · [per cent]
-    "What a run became, step by step"
-    s = load_summary(run)
-    if s.get('kind') == 'cl': return 'task', [100*sum(r)/len(r) for r in s['R'][s['method']]['class_il']]
-    t = load_metrics(run)
-    mine = t[t.phase.str.fullmatch(r'B\d+')] if len(t) else t
-    return 'epoch', (100*mine.val_acc).tolist() if len(mine) else []
+    "What a run's own student became, step by step"
+    s, t = load_summary(run), run_curves(run)
+    return 'task' if s.get('kind') == 'cl' else 'epoch', t[t.key == s['method']].acc.tolist()
 
 def plot_overlay(
     runs,  # Folders of finished runs

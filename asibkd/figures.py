@@ -194,13 +194,14 @@ def disagreement_table(
     return pd.DataFrame({a: {b: 100*(t[a] != t[b]).mean() for b in models} for a in models})
 
 def plot_disagreement(
-    d,  # From `disagreement_table`
+    d,                 # From `disagreement_table`
+    of='test images',  # What the per cent are of
 )->Figure:
     "The matrix of disagreements"
     n = len(d); side = 1.6 + .62*n
     fig = Picture(figsize=(side + .9, side), layout='constrained'); ax = fig.subplots()
     top = max(d.to_numpy().max(), 1e-9)
-    fig.colorbar(ax.imshow(d, cmap='Blues', vmin=0, vmax=top), ax=ax, shrink=.8, label='% of test images')
+    fig.colorbar(ax.imshow(d, cmap='Blues', vmin=0, vmax=top), ax=ax, shrink=.8, label=f'% of {of}')
     for i, row in enumerate(d.to_numpy()):
         for j, v in enumerate(row): ax.text(j, i, f'{v:.1f}', ha='center', va='center', fontsize=8, color='white' if v > .6*top else 'black')
     ax.set_xticks(range(n), d.columns, rotation=90, fontsize=8); ax.set_yticks(range(n), d.index, fontsize=8)

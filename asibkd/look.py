@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FILTERS', 'COLOURS', 'HATCHES', 'Opened', 'open_run', 'untrained_run', 'list_views', 'look_at', 'mean_query', 'hear',
            'attention_table', 'soft_target', 'top_classes', 'everybody', 'survey', 'image_table', 'pick_images',
-           'information_plane', 'attention_by_class', 'disagreement_matrix', 'panels', 'grouped_bars', 'legend',
-           'plot_image', 'plot_attention', 'plot_code', 'plot_target', 'plot_plane', 'plot_class_attention',
-           'plot_matrix']
+           'attention_by_class', 'panels', 'grouped_bars', 'legend', 'plot_image', 'plot_attention', 'plot_code',
+           'plot_target', 'plot_class_attention']
 
 # %% ../nbs/11_look.ipynb #30f663be
 import copy, json
@@ -19,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .analysis import Picture, load_metrics, load_summary
+from .analysis import Picture, load_summary
 from .batches import Loader, apply_views, normalise, padding
 from .build import build_student, build_teacher, find_weights, save_teacher, settle, teacher_specs
 from .core import Config, DataError, RunError, resolve, unknown
@@ -31,7 +30,7 @@ from .ib_mbm import Synergy, build_from_teachers
 from .kdmodel import KDModel
 from .losses import ib_kl, standardize_logits
 from .methods import tuned
-from .metrics import accuracy, agreement, predict
+from .metrics import accuracy, predict
 from .runtime import atomic_write, forked_rng, pick_device
 from .teachers import load_into, load_weights
 
@@ -262,16 +261,6 @@ def pick_images(
     return FILTERS[which](t if label is None else t[t.label == label]).index.tolist()
 
 # %% ../nbs/11_look.ipynb #e7ab5574
-def information_plane(
-    rows,  # A table from `load_metrics`, or a run folder
-)->pd.DataFrame: # phase, epoch, nats, synergy and average: validation accuracy in per cent
-    "What the bridge spent, and what it could do, epoch by epoch of phase A"
-    t = rows if isinstance(rows, pd.DataFrame) else load_metrics(rows)
-    if 'train_nats' not in t: raise RunError("This run priced no nats: it has no phase A with use_ib=1.")
-    t = t[(t.kind == 'A') & t.train_nats.notna()]
-    out = dict(phase=t.phase, epoch=t.epoch.astype(int), nats=t.train_nats, synergy=100*t.val_acc, average=100*t.val_avg_acc)
-    return pd.DataFrame(out).reset_index(drop=True)
-
 def attention_by_class(
     t:pd.DataFrame,  # From `image_table`
     classes,         # Names
@@ -283,13 +272,6 @@ def attention_by_class(
     out = pd.DataFrame(dict(images=g.size(), nats=g.nats.mean()))
     for c in shares: out[c.replace('share', 'mean')], out[c.replace('share', 'sd')] = g[c].mean(), g[c].std()
     return out.set_axis([classes[i] for i in out.index])
-
-def disagreement_matrix(
-    z:dict,   # name → (N, K) logits
-    names,    # Rows and columns
-)->pd.DataFrame: # Per cent of the images
-    "How often two models name different classes"
-    return pd.DataFrame([[100*(1 - agreement(z[a], z[b])) for b in names] for a in names], index=names, columns=names)
 
 # %% ../nbs/11_look.ipynb #9c842c56
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')   # Okabe & Ito (2008)
@@ -406,19 +388,6 @@ def plot_target(
     return fig
 
 # %% ../nbs/11_look.ipynb #3dbbc77c
-def plot_plane(
-    t:pd.DataFrame,  # From `information_plane`
-)->Figure:
-    "Accuracy against nats: a path a stage, its epochs numbered"
-    fig, (ax,) = panels(1, 4.2, 3.)
-    for i, (phase, g) in enumerate(t.groupby('phase', sort=False)):
-        ax.plot(g.nats, g.synergy, marker='osD^vP'[i % 6], ms=4, lw=1, color=COLOURS[i % 6], label=f'{phase}: synergy')
-        ax.plot(g.nats, g.average, ls=':', lw=1, color=COLOURS[i % 6], label=f"{phase}: teachers' average")
-        for r in g.itertuples(): ax.annotate(r.epoch, (r.nats, r.synergy), fontsize=7, xytext=(3, 3), textcoords='offset points')
-    ax.set_xlabel('nats the code costs (training)', fontsize=8); ax.set_ylabel('validation accuracy (%)', fontsize=8)
-    ax.legend(fontsize=7, frameon=False)
-    return fig
-
 def plot_class_attention(
     t:pd.DataFrame,  # From `attention_by_class`
 )->Figure:
@@ -428,17 +397,4 @@ def plot_class_attention(
     mean, sd = (t[[f'{k}_{n}' for n in who]].set_axis(who, axis=1) for k in ('mean', 'sd'))
     grouped_bars(ax, mean, sd)
     ax.set_ylabel('attention, mean ± sd', fontsize=8); ax.set_xlabel('class', fontsize=8)
-    return fig
-
-def plot_matrix(
-    t:pd.DataFrame,     # A square of per cents
-    title='',
-)->Figure:
-    "A heat map with its numbers"
-    n = len(t)
-    fig, (ax,) = panels(1, 1.3 + .62*n, 1. + .55*n, .85, .1, .6, .35)
-    ax.imshow(t, cmap='Blues', vmin=0, vmax=max(1e-9, 1.3*t.to_numpy().max()), aspect='auto')
-    for i, row in enumerate(t.to_numpy()):
-        for j, v in enumerate(row): ax.text(j, i, f'{v:.1f}', ha='center', va='center', fontsize=8, color='white' if v > .8*t.to_numpy().max() > 0 else 'black')
-    ax.set_xticks(range(n), t.columns, rotation=30, ha='right'); ax.set_yticks(range(n), t.index); ax.set_title(title, fontsize=9)
     return fig
