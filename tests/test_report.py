@@ -126,7 +126,7 @@ def test_a_page_that_cannot_be_drawn_loses_no_run(tmp_path, monkeypatch, caplog)
     import asibkd.run
     def broken(*a): raise ZeroDivisionError('no ink')
     monkeypatch.setattr(asibkd.run, 'save_report', broken); monkeypatch.setattr(asibkd.run.log, 'propagate', True)
-    monkeypatch.setattr(asibkd.run, 'setup_log', lambda *a: None)
+    monkeypatch.setattr(asibkd.run, 'setup_log', lambda *a: None); caplog.set_level('WARNING', 'asibkd')      # whatever another test has set
     s = run_experiment(**TINY | dict(method='ce', results_dir=str(tmp_path)))
     assert s['test_acc_last'] > 0 and Path(s['run'], 'summary.json').exists() and not Path(s['run'], 'report.html').exists()
     assert 'ZeroDivisionError: no ink' in caplog.text and f"asibkd report {s['run']}" in caplog.text
