@@ -67,25 +67,30 @@ def test_papermill(tmp_path):
     for word in ('joint', 'naive', 'task-IL ACC %', 'AIA %', 'BWT', 'after 3', 'near 33 %'): assert word in text, word
     assert text.count('image/png') >= 3
 
-def test_command_line(asibkd, tmp_path):
+def test_command_line(asibkd, tmp_path, monkeypatch, capsys):
     "R, all metrics and the explanation; the loop and the comparison; a folder with both kinds of runs asks which"
+    from asibkd.cli import main
+    def here(*argv): code = main([*argv]); return (code, *capsys.readouterr())         # a new process takes six seconds to begin
     small = [f'{k}={v}' for k, v in SMALL.items() if k != 'log_level']
     r = asibkd('run', *small, 'cl_method=ewc'); assert r.returncode == 0, r.stderr
     for word in ('R, class-IL, ewc', 'R, task-IL, ewc', 'near 33 %', 'That is no bug'): assert word in r.stdout, word
-    r = asibkd('loop', '--methods', 'er asib', '--seeds', '0 1', *small); assert r.returncode == 0, r.stderr
-    for word in ('ACC vs er', 'AIA vs er', 'BWT vs er', 'seeds on which the row beats the column'): assert word in r.stdout, word
+    monkeypatch.chdir(tmp_path)
+    code, out, err = here('loop', '--methods', 'er asib', '--seeds', '0 1', *small); assert code == 0, err
+    for word in ('ACC vs er', 'AIA vs er', 'BWT vs er', 'seeds on which the row beats the column'): assert word in out, word
     assert (tmp_path/'results'/'compare'/'compare.tex').exists()
-    assert asibkd('run', 'preset=quickstart', 'device=cpu', 'method=ce', 'compare=0', 'train_per_class=12', 'student_epochs_per_stage=1', 'num_stages=1').returncode == 0
-    r = asibkd('compare', 'results', '--baseline', 'er'); assert r.returncode == 2 and '--cl 1' in r.stderr
-    assert 'ACC vs er' in asibkd('compare', 'results', '--baseline', 'er', '--cl', '1').stdout
+    assert here('run', 'preset=quickstart', 'device=cpu', 'method=ce', 'compare=0', 'train_per_class=12', 'student_epochs_per_stage=1', 'num_stages=1')[0] == 0
+    code, out, err = here('compare', 'results', '--baseline', 'er'); assert code == 2 and '--cl 1' in err
+    assert 'ACC vs er' in here('compare', 'results', '--baseline', 'er', '--cl', '1')[1]
 
-def test_image_folder_and_uneven_tasks(asibkd, folder):
+def test_image_folder_and_uneven_tasks(asibkd, folder, monkeypatch):
     "Own classes from a folder, five in two tasks, and a streamed size"
+    from asibkd.cli import main
     d = folder('animals', classes=('ant', 'bee', 'cat', 'dog', 'eel'), size=20, train=8, test=3)
     args = ['preset=quickstart', 'cl_mode=1', 'compare=0', 'device=cpu', 'dataset=imagefolder', f'data_root={d}', 'num_tasks=2', 'epochs=1', 'finetune_epochs=1', 'teacher_adapt_epochs=1', 'replay_capacity=7', 'num_workers=0', 'val_frac=.2', 'cl_teachers=expert+snapshot']
     r = asibkd('run', *args, 'exp_id=small'); assert r.returncode == 0, r.stderr
     s = json.loads((d.parent/'results'/'small'/'summary.json').read_text()); assert [len(t) for t in s['tasks']] == [3, 2] and sorted(sum(s['tasks'], [])) == ['ant', 'bee', 'cat', 'dog', 'eel']
-    r = asibkd('run', *args, 'exp_id=big', 'image_size=72', 'teacher1_type=resnet10t', 'batch_size=4', 'task_sizes=1,4', 'data_aug=standard'); assert r.returncode == 0, r.stderr
+    monkeypatch.chdir(d.parent)
+    code = main(['run', *args, 'exp_id=big', 'image_size=72', 'teacher1_type=resnet10t', 'batch_size=4', 'task_sizes=1,4', 'data_aug=standard']); assert code == 0
     s = json.loads((d.parent/'results'/'big'/'summary.json').read_text()); assert [len(t) for t in s['tasks']] == [1, 4]
     assert sum(s['composition'][-1]) == 7 and load_file(d.parent/'results'/'big'/'memory.safetensors')['x'].shape == (7, 3, 72, 72)
 
