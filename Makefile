@@ -18,7 +18,7 @@ demo: env            ## the main job on the embedded digits: table, curves, run 
 
 test: env            ## every notebook, then the tests of doors, faults and the house
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	pytest -q -n 2
+	pytest -q -n 2 --dist worksteal
 	python nbs/_readme.py --check
 
 env: $(READY)
