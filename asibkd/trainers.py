@@ -229,5 +229,5 @@ def fit(
     return fitted
 
 def unprepare(model):
-    "Take accelerate's autocast wrapper off `forward`"
-    model.__dict__.pop('forward', None); model.__dict__.pop('_original_forward', None)
+    "Take accelerate's autocast wrapper off `forward`, and its note that it has put one on: the next `fit` needs it again"
+    for k in ('forward', '_original_forward', '_is_accelerate_prepared'): model.__dict__.pop(k, None)
