@@ -127,7 +127,7 @@ def bench_precision(rounds=5, students=('resnet20', 'resnet8x4'), batch=128, ste
     "Training steps of the student alone"
     data, rows = noise(4*batch, 100), []
     for s in students:
-        cases = {'float32': dict(use_amp=0, channels_last='0'), 'float32, channels_last': dict(use_amp=0, channels_last='1'), 'bfloat16': dict(use_amp=1, amp_dtype='bfloat16', channels_last='0')}
+        cases = {'float32': dict(use_amp=0, channels_last='0'), 'float32, channels_last': dict(use_amp=0, channels_last='1'), 'bfloat16': dict(use_amp=1, amp_dtype='bfloat16', channels_last='0'), 'bfloat16, channels_last': dict(use_amp=1, amp_dtype='bfloat16', channels_last='1')}
         rows += [dict(part='precision', of=s, **r) for r in side_by_side({k: Steps(data, bench_config(batch_size=batch, **kw), 'ce', student=s, steps=steps) for k, kw in cases.items()}, rounds)]
     return rows
 

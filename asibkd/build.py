@@ -53,7 +53,7 @@ def settle(
                student_freeze_level=(cfg.student_freeze_level if cfg.student_freeze_level is not None else
                                      0 if cfg.student_pretrained else -1),
                mbm_type='ib_mbm', epochs=student_epochs(cfg))
-    if cfg.channels_last == 'auto': now['channels_last'] = '1' if device.type == 'cuda' or p == 'no' else '0'
+    if cfg.channels_last == 'auto': now['channels_last'] = '1' if device.type in ('cpu', 'cuda') else '0'
     out = cfg.model_copy(update=now)
     if p == 'no': out = out.model_copy(update=dict(use_amp=False))
     return out

@@ -236,7 +236,7 @@ class Precision(Params):
     amp_dtype:Literal['bfloat16', 'float16'] = P('bfloat16',
         "Half type; typing it on a CPU asks for it even where it is slow.")
     grad_scaler_init_scale:float = P(1024.0, "First loss scale with float16.", gt=0)
-    channels_last:Literal['auto', '0', '1'] = P('auto', "Memory format; auto = on for float32 and on cuda.")
+    channels_last:Literal['auto', '0', '1'] = P('auto', "Memory format; auto = on for CPUs and cuda, where convolutions are faster so.")
     compile:bool = P(False, "torch.compile the networks of training steps (validation stays eager); needs a compiler, and minutes at the start.")
     teacher_cache:Literal['auto', 'off', 'memory', 'disk'] = P('auto',
         "Look a frozen teacher's answers up; auto = on disk, where it is exact and pays (in memory with cl_mode).")

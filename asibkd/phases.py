@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .core import Config, log
-from .runtime import precision_of
+
 from .batches import make_loader
 from .cache import Live, asker, quick
 from .data import Data
@@ -108,8 +108,7 @@ def validator(
 # %% ../nbs/06a_phases.ipynb #07a71353
 def place(cfg:Config, acc, *modules):
     "Move modules to the run's device and memory format"
-    last = cfg.channels_last == '1' or (
-        cfg.channels_last == 'auto' and (acc.device.type == 'cuda' or precision_of(cfg, acc.device) == 'no'))
+    last = cfg.channels_last == '1' or cfg.channels_last == 'auto' and acc.device.type in ('cpu', 'cuda')
     for m in modules:
         m.to(acc.device)
         if last: m.to(memory_format=torch.channels_last)
