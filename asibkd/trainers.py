@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .core import CheckpointError, Config, RunError, log
-from .runtime import atomic_save, bar, seed_of
+from .runtime import atomic_save, bar, reseed, seed_of
 from .methods import When
 
 # %% ../nbs/06_trainers.ipynb #ada98268
@@ -134,7 +134,7 @@ def train_epoch(
         for k, batch in enumerate(bar(phase.loader.epoch(epoch, start), cfg, total=n, initial=start,
                                       desc=f'{phase.name} {epoch + 1}/{phase.epochs}'), start):
             schedule.step_update((phase.offset + epoch if phase.span else epoch)*n + k)
-            torch.manual_seed(seed_of(cfg.seed, phase.name, epoch, k))
+            reseed(seed_of(cfg.seed, phase.name, epoch, k))
             out = model(shard(batch, acc), when)
             opt.zero_grad(); acc.backward(out['loss'])
             if cfg.grad_clip_norm > 0:
