@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'LOOP', 'COMMANDS', 'parse', 'cmd_run', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'cmd_loop',
-           'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_explore', 'cmd_bench', 'usage', 'main']
+           'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_explore', 'cmd_bench', 'usage',
+           'like_ctrl_c', 'main']
 
 # %% ../nbs/12b_cli.ipynb #0ee13bbf
-import argparse, re, sys
+import argparse, contextlib, re, signal, sys, threading
 from pathlib import Path
 
 from .core import ALIASES, AsibError, Config, ConfigError, list_presets, parameter_table, refuse_key, unknown
@@ -201,16 +202,25 @@ def usage()->str:
         '`asibkd COMMAND --help` explains every parameter.'
     ])
 
-def main(argv=None)->int: # Exit code: 0 well, 2 refused or stopped with a message, 130 Ctrl-C
+@contextlib.contextmanager
+def like_ctrl_c():
+    "Inside: SIGTERM (a scheduler whose time is up, a container that closes) stops the command as Ctrl-C does"
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    was = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, was)
+
+def main(argv=None)->int: # Exit code: 0 well, 2 refused or stopped with a message, 130 Ctrl-C or SIGTERM
     "The `asibkd` command"
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'): print(usage()); return 0 if argv else 2
     try:
         if argv[0] not in COMMANDS: raise unknown('command', argv[0], COMMANDS)
-        COMMANDS[argv[0]](argv[1:]); return 0
+        with like_ctrl_c(): COMMANDS[argv[0]](argv[1:])
+        return 0
     except AsibError as e: print(f'asibkd: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt:
-        print('asibkd: stopped by Ctrl-C; the same command goes on from the last checkpoint.', file=sys.stderr)
+        print('asibkd: stopped; the same command goes on from the last checkpoint.', file=sys.stderr)
         return 130
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # `python -m asibkd.cli`, not this notebook

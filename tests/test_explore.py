@@ -125,6 +125,14 @@ def test_jupyterlab(run, page, shots, tmp_path):
         until(page, lambda: drawn(page, 'attention'), bool)
         shots(page, 'lab')
 
+def test_sigterm_takes_voila_along(run, tmp_path):
+    "Whoever ends the command from outside leaves no server behind"
+    from asibkd.serve import answers_on
+    with serving(['asibkd.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:(\d+)/', env={**os.environ, 'PYTHONPATH': str(root)}, cwd=tmp_path) as (p, address):
+        port = int(address.rstrip('/').rsplit(':', 1)[1]); assert answers_on(port)
+        p.terminate(); assert p.wait(40) == 0
+    assert not answers_on(port)
+
 def test_without_voila(run, monkeypatch):
     from asibkd import serve
     from asibkd.core import RunError

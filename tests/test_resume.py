@@ -43,11 +43,12 @@ def test_kill_9(tmp_path, kw):
     assert p.returncode == 0, out[-2000:]
     same(outcome(tmp_path/'whole'), outcome(tmp_path/'cut'))
 
-def test_ctrl_c(tmp_path):
-    "Ctrl-C: a sentence, not a traceback; exit code 130; the same command goes on"
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM], ids=['ctrl-c', 'sigterm'])
+def test_stopped(tmp_path, how):
+    "Ctrl-C, or a scheduler's SIGTERM: a sentence, not a traceback; exit code 130; the same command goes on"
     p = start(tmp_path/'r')
     while not (tmp_path/'r'/'a'/'checkpoint').exists() and p.poll() is None: time.sleep(.05)
-    p.send_signal(signal.SIGINT); out = p.communicate(timeout=200)[0]
+    p.send_signal(how); out = p.communicate(timeout=200)[0]
     assert p.returncode == 130 and 'goes on from the last checkpoint' in out and 'Traceback' not in out, out[-1500:]
 
 def test_finished_run_is_not_run_again(tiny):
