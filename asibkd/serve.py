@@ -40,9 +40,11 @@ def start_voila(
     load_summary(run)                                                            # says what is wrong with the folder
     if find_spec('voila') is None:
         raise RunError(f"Voilà is not installed: pip install voila. Or open {explore_notebook()} in JupyterLab.")
-    argv = [sys.executable, '-m', 'voila', explore_notebook(), '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', '--Voila.port_retries=0']
-    return subprocess.Popen(argv, env=os.environ | dict(ASIBKD_RUN=str(Path(run).absolute())), stdin=subprocess.DEVNULL,
-                            stdout=said, stderr=said, start_new_session=True)
+    notebook = Path(explore_notebook())
+    argv = [sys.executable, '-m', 'voila', str(notebook), '--template=asibkd', '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', '--Voila.port_retries=0']
+    where = os.pathsep.join([str(notebook.parent), *filter(None, [os.environ.get('JUPYTER_PATH')])])          # of the template
+    return subprocess.Popen(argv, env=os.environ | dict(ASIBKD_RUN=str(Path(run).absolute()), JUPYTER_PATH=where),
+                            stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
 
 def answers_on(port:int)->bool:
     "Does somebody listen there?"

@@ -60,6 +60,7 @@ def test_wheel_contents(tmp_path):
     wheel = zipfile.ZipFile(next(tmp_path.glob('*.whl'))); names = wheel.namelist()
     assert 'asibkd/cli.py' in names and 'asibkd/presets/quickstart.yaml' in names and 'asibkd/presets/method/asmb.yaml' in names
     assert wheel.read('asibkd/notebooks/explore.ipynb') == (root/'nbs'/'explore.ipynb').read_bytes()
+    assert 'asibkd/notebooks/voila/templates/asibkd/index.html.j2' in names
     assert not any(n.startswith(('nbs/', 'tests/')) for n in names)
 
 def test_finetune_then_run_then_evaluate(asibkd, tmp_path):

@@ -29,8 +29,8 @@ def page():
         browser = pw.chromium.launch(executable_path=CHROMIUM, args=ARGS)
         page = browser.new_page(viewport=dict(width=1400, height=1500)); page.errors = []; page.set_default_timeout(LONG)
         page.on('pageerror', lambda e: page.errors.append(str(e)))
-        # icons that Voilà's own template fetches from the network are not there offline
-        page.on('console', lambda m: page.errors.append(m.text) if m.type == 'error' and 'cdn.jsdelivr.net' not in m.location.get('url', '') else None)
+        page.on('console', lambda m: page.errors.append(m.text) if m.type == 'error' else None)
+        page.on('request', lambda r: None if re.match(r'(http|ws)://127\.0\.0\.1|data:|blob:', r.url) else page.errors.append(f'asks the network: {r.url}'))
         yield page
         browser.close()
 
