@@ -12,11 +12,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .analysis import collect, load_metrics, load_summary
+from .analysis import COLOURS, collect, load_metrics, load_summary
 from .cl_analysis import r_table
 from .core import ConfigError, RunError, unknown
 from .figures import run_curves
-from .look import COLOURS, panels
+from .look import panels
 
 # %% ../nbs/11a_browse.ipynb #62d3d302
 def run_table(

@@ -9,7 +9,7 @@ __all__ = ['r_table', 'near_chance', 'leak_note', 'explain_cl', 'plot_R', 'plot_
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .analysis import Picture, ahead_of, load_summary
+from .analysis import COLOURS, HATCHES, Picture, ahead_of, load_summary
 from .core import RunError
 
 # %% ../nbs/09a_cl_analysis.ipynb #24a5e010
@@ -92,13 +92,15 @@ def plot_forgetting(
 def plot_memory(
     summary,  # As in `r_table`
 )->Figure:
-    "How many images of each class the memory held after each task"
+    "How many images of each class the memory held after each task: a colour a task, a hatch a class"
     s = _cl(summary)
-    names = [c for t in s['tasks'] for c in t]
-    t = pd.DataFrame([r or [0]*len(names) for r in s['composition']], columns=names)
+    places = [(i, k, c) for i, t in enumerate(s['tasks']) for k, c in enumerate(t)]
+    t = pd.DataFrame([r or [0]*len(places) for r in s['composition']])
     fig = Picture(figsize=(6, 2.8), layout='constrained'); ax = fig.subplots()
-    below, steps = 0, range(1, len(t) + 1)
-    for i, c in enumerate(t): ax.bar(steps, t[c], bottom=below, color=str(.25 + .65*(i % 2)) if len(names) > 20 else f'C{i % 10}', edgecolor='white', lw=.5, label=c.replace('$', r'\$')); below = below + t[c]
+    few, below, steps = len(places) <= 20, 0, range(1, len(t) + 1)
+    for n, (i, k, c) in enumerate(places):
+        name = c.replace('$', r'\$') if few else f'task {i + 1}' if not k else None
+        ax.bar(steps, t[n], bottom=below, color=COLOURS[i % 6], hatch=HATCHES[k % 6] if few else '', edgecolor='white', lw=.5, label=name); below = below + t[n]
     ax.set(xlabel='after task', ylabel='images kept'); ax.set_xticks(steps); ax.spines[['top', 'right']].set_visible(False)
-    if len(names) <= 20: ax.legend(fontsize=7, frameon=False, ncol=2, bbox_to_anchor=(1, 1))
+    ax.legend(fontsize=7, frameon=False, ncol=2, bbox_to_anchor=(1, 1))
     return fig

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from sklearn.metrics import confusion_matrix
 
-from .analysis import Picture, collect, load_metrics, load_summary, student_curves, t_interval
+from .analysis import COLOURS, Picture, collect, load_metrics, load_summary, student_curves, t_interval
 from .core import RunError
 from .metrics import confidence_bins
 
@@ -87,8 +87,8 @@ def plot_front(
     fig = Picture(figsize=(6, 3.6), layout='constrained'); ax = fig.subplots()
     on, off = o[o.front], o[~o.front]
     ax.step(on.cost, on.gain, where='post', color='0.7', lw=1, marker='', zorder=0)
-    for g, mark, fill, say in ((on, 's', '#0072B2', 'Pareto front'), (off, 'o', 'white', 'dominated')):
-        if len(g): ax.plot(g.cost, g.gain, mark, mfc=fill, mec='#0072B2' if g is on else '0.4', ms=6, label=say, clip_on=False)
+    for g, mark, fill, say in ((on, 's', COLOURS[0], 'Pareto front'), (off, 'o', 'white', 'dominated')):
+        if len(g): ax.plot(g.cost, g.gain, mark, mfc=fill, mec=COLOURS[0] if g is on else '0.4', ms=6, label=say, clip_on=False)
     room = .06*(o.gain.max() - o.gain.min())                                              # models of one cost stand above each other
     for at, g in o.groupby('cost'):
         y = float('inf')
@@ -176,8 +176,8 @@ def plot_reliability(
     top, below = fig.subplots(2, len(tables), squeeze=False, sharex=True, height_ratios=(3, 1))
     for a, b, (model, r) in zip(top, below, tables.items()):
         mid, wide = (r.low + r.high)/2, (r.high - r.low)*.92
-        a.bar(mid, r.accuracy, wide, color='#0072B2', label='accuracy')
-        a.bar(mid, r.confidence - r.accuracy, wide, bottom=r.accuracy, color='none', edgecolor='#D55E00', hatch='////', lw=.5, label='gap to confidence')
+        a.bar(mid, r.accuracy, wide, color=COLOURS[0], label='accuracy')
+        a.bar(mid, r.confidence - r.accuracy, wide, bottom=r.accuracy, color='none', edgecolor=COLOURS[1], hatch='////', lw=.5, label='gap to confidence')
         a.plot([0, 1], [0, 1], color='0.4', lw=1, ls='--', marker='')
         a.set(title=f'{model}: ECE {100*calibration_error(r):.1f} %', ylim=(0, 1)); a.title.set_fontsize(9)
         b.bar(mid, r.n, wide, color='0.6'); b.set(xlabel='confidence', xlim=(0, 1))
