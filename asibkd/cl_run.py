@@ -49,7 +49,7 @@ def run_cl(
     own=None, callbacks=(),
 )->tuple: # (summary, row of summary.csv)
     "Teach the method, and with `compare` its rivals, task by task"
-    stream = create_stream(data, cfg.num_tasks, cfg.seed if cfg.class_order_seed is None else cfg.class_order_seed, cfg.task_sizes)
+    stream = create_stream(data, cfg.num_tasks, cfg.seed if cfg.class_order_seed is None else cfg.class_order_seed, cfg.task_sizes, cfg.class_order)
     roles = roles_of(check_cl(cfg, cfg.cl_method))
     if (teachers is not None or cfg.teachers or cfg.teacher1_ckpt or cfg.teacher2_ckpt or cfg.teacher_ckpts) and not {'expert', 'generic'} & {*roles}:
         raise ConfigError(f"Teachers were given, but {cfg.cl_method} asks {', '.join(roles) or 'nobody'}: add cl_teachers=generic (they stay as they are, "

@@ -8,10 +8,10 @@ __all__ = ['ABOUT', 'LOOP', 'COMMANDS', 'parse', 'cmd_run', 'cmd_baseline', 'cmd
            'like_ctrl_c', 'main']
 
 # %% ../nbs/12b_cli.ipynb #0ee13bbf
-import argparse, contextlib, re, signal, sys, threading
+import argparse, contextlib, os, re, signal, sys, threading
 from pathlib import Path
 
-from .core import ALIASES, AsibError, Config, ConfigError, list_presets, parameter_table, refuse_key, unknown
+from .core import ALIASES, AsibError, Config, ConfigError, list_presets, load_plugins, own_params, parameter_table, refuse_key, resolve, unknown
 from .analysis import collect, compare_runs, load_summary, result_table, save_compare, show_table, usual_baseline, win_table
 from .bench import PARTS, run_bench
 from .cl_analysis import explain_cl, r_table
@@ -43,17 +43,22 @@ def _parser(command:str)->argparse.ArgumentParser:
         f'asibkd {command}',
         description=ABOUT[command] + f". Presets: {', '.join(list_presets())}. Methods: {', '.join(list_methods())}.",
         allow_abbrev=False,
-        epilog='Write --key value, --key=value or key=value. default < preset < file < what you type.')
+        epilog='Write --key value, --key=value or key=value. default < preset < file < what you type. In brackets: the default, and what the preset quickstart makes of it where no other is named.',
+        conflict_handler='resolve')
     p.add_argument('-f', '--file', default='', help='YAML file of parameters')
     for k, about in LOOP.items() if command == 'loop' else (): p.add_argument(f'--{k}', metavar='…', help=about)
-    t = parameter_table()
+    t, quick = parameter_table(), resolve()[0].model_dump()
     for name, g in t.groupby('group', sort=False):
         group = p.add_argument_group(name)
         for r in g.itertuples():
             lim = f' ({r.bounds})' if r.bounds else ''
+            now = '' if str(quick[r.key]) == str(Config.model_fields[r.key].default) else f'; quickstart: {quick[r.key]}'
             group.add_argument(f'--{r.key}', metavar='…', nargs='?', const='1',
-                               help=f'{r.about}{lim} [{r.default}]'.replace('%', '%%'))
+                               help=f'{r.about}{lim} [{r.default}{now}]'.replace('%', '%%'))
     for a, k in ALIASES.items(): p.add_argument(f'--{a}', metavar='…', nargs='?', const='1', help=f'alias of --{k}')
+    for m, own in own_params.items():                                            # known by now: a plugin's, too
+        group = p.add_argument_group(f"Of {'cl_' if m.startswith('cl:') else ''}method={m.removeprefix('cl:')}")
+        for k, f in own.model_fields.items(): group.add_argument(f'--{k}', metavar='…', nargs='?', const='1', help=f"{f.description or 'its own parameter'} [{'must be given' if f.is_required() else f.default}]".replace('%', '%%'))
     return p
 
 # %% ../nbs/12b_cli.ipynb #c663c2b3
@@ -65,6 +70,8 @@ def parse(command:str, argv)->tuple: # (YAML file, {key: value})
     "Options into parameters; unknown ones are refused with the nearest name"
     argv = [f"--{a.lstrip('+')}" if re.match(r'\+*[\w.]+=', a) and not bare else a
             for a, bare in zip(argv, [False, *(o.startswith('-') and '=' not in o for o in argv)])]   # not the value of a --key
+    for flag, value in zip(argv, [*argv[1:], '']):                                                    # before --help
+        if flag.partition('=')[0] == '--plugin': load_plugins(flag.partition('=')[2] or value)
     ns, rest = _parser(command).parse_known_args(argv)
     given = {k: v for k, v in vars(ns).items() if v is not None and k != 'file'}
     known = {*Config.model_fields, *ALIASES}
@@ -219,6 +226,8 @@ def main(argv=None)->int: # Exit code: 0 well, 2 refused or stopped with a messa
         with like_ctrl_c(): COMMANDS[argv[0]](argv[1:])
         return 0
     except AsibError as e: print(f'asibkd: {e}', file=sys.stderr); return 2
+    except BrokenPipeError:                                                     # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except KeyboardInterrupt:
         print('asibkd: stopped; the same command goes on from the last checkpoint.', file=sys.stderr)
         return 130

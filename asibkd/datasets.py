@@ -153,8 +153,9 @@ def _imagefolder(cfg):
         raise DataError(f"data_root '{root}' {'holds ' + ', '.join(have[:8]) if have else 'is empty'}. {want}")
     train = _scan(root/'train')
     if not len(train): raise DataError(f"'{root/'train'}' has no class folders. {want}")
-    held = [_scan(root/o, train.classes) for o in ('val', 'test') if o in have]
-    return dict(train=train, val=held[0] if len(held) == 2 else None, test=held[-1])
+    held = {o: _scan(root/o, train.classes) for o in ('val', 'test') if o in have}
+    if len(held) == 1: log.info(f"'{root}' holds {[*held][0]}/ beside train/: it is the test set; validation is val_frac={cfg.val_frac:g} of train/.")
+    return dict(train=train, val=held['val'] if len(held) == 2 else None, test=[*held.values()][-1])
 
 register_dataset('imagefolder')(_imagefolder)
 register_dataset('imagenet100')(_imagefolder);
@@ -216,6 +217,7 @@ def create_data(
     for k, ds in sets.items(): as_labels(ds.y, len(classes), k)
     if (k := cfg.train_per_class) and len(t := sets['train']):
         sets['train'] = t.subset(at_most(t.y, k, cfg.seed, 'train_per_class'))
+        if n := len(t) - len(sets['train']): log.info(f"train_per_class={k} leaves out {n} of {len(t)} training images; 0 takes all.")
     shape, bad = settle_shape(sets.values(), cfg.image_size, cfg.skip_corrupt), []
     for k, ds in sets.items():
         sets[k], b = load(ds, shape, bool(cfg.image_size), cfg.skip_corrupt, memory_gb)

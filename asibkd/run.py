@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Taught', 'teach', 'teach_all', 'target_of', 'copies', 'some_train', 'judge', 'table_rows', 'strongest', 'summarise',
-           'save_results', 'tracker', 'effective', 'run_experiment', 'close', 'parameters_set']
+           'save_results', 'named', 'code_hash', 'check_name', 'preset_says', 'tracker', 'effective', 'run_experiment',
+           'close', 'parameters_set']
 
 # %% ../nbs/12_run.ipynb #a0a84341
-import copy, json
+import ast, copy, hashlib, inspect, json, textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,20 +16,21 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .core import Config, ConfigError, RunError, log, resolve
+from .core import Config, ConfigError, RunError, layers_of, log, resolve
 from .runtime import Run, atomic_write, create_accelerator, environment, forked_rng, set_deterministic, setup_log
 from .batches import Loader, make_loader
 from .cache import asker, fixed, tally
 from .build import (build_student, build_teacher, check_plan, fingerprint, freeze_teachers, save_teacher, settle,
                           teacher_specs, train_teacher)
 from .cl import check_cl
+from .cl_methods import check_cl_method, cl_methods
 from .cl_run import run_cl
 from .data import Data
 from .datasets import create_data
 from .deploy import save_state, save_student, student_card
 from .eval import answers, paired_difference, teacher_report, verdict
 from .freeze import freeze_report
-from .methods import average, check_method, create_method, tuned
+from .methods import average, check_method, create_method, methods, tuned
 from .metrics import accuracy, scores
 from .report import save_report
 from .teachers import model_costs
@@ -150,13 +152,16 @@ def judge(
     return z, y
 
 # %% ../nbs/12_run.ipynb #8311e029
-def table_rows(z:dict, y:dict, taught:dict, specs, teachers, student, costs:dict, cfg:Config)->list:
+def table_rows(z:dict, y:dict, taught:dict, specs, teachers, student, costs:dict, cfg:Config,
+    known=(),   # What is known of the teachers' weights, from `build_teacher` or `train_teacher`
+)->list:
     "The rows of the result table, as plain numbers"
     acc = {s: {k: accuracy(v, y[s]) for k, v in z[s].items()
                if v.ndim == 2 and v.shape[1] == z[s][cfg.method].shape[1] and k != 'share'}
            for s in z}
+    tuned_here = {s['name'] for s, k in zip(specs, known) if k['weights'] == 'fine-tuned in this run'}
     def taught_by(s):
-        if not isinstance(s['what'], str): return 'given'
+        if not isinstance(s['what'], str): return 'given, labels' if s['name'] in tuned_here else 'given'
         return 'labels' if s['classes'] is None else f"labels of {len(s['classes'])} classes"
     rows = [dict(key=s['name'], model=t.name, role='teacher', taught_by=taught_by(s), **costs[s['name']])
             for s, t in zip(specs, teachers)]
@@ -188,11 +193,12 @@ def summarise(z, y, taught, gates, specs, came, student, known, data:Data, cfg:C
     "summary.json: everything a table or a comparison needs; all that depends on the clock stands under `time`"
     def cost(m): c = model_costs(m, data.shape); lat = c.pop('latency_ms'); return c, lat
     measured = {s['name']: cost(t) for s, t in zip(specs, came)} | {'student': cost(student)}
-    rows = table_rows(z, y, taught, specs, came, student, {k: c for k, (c, _) in measured.items()}, cfg)
+    rows = table_rows(z, y, taught, specs, came, student, {k: c for k, (c, _) in measured.items()}, cfg, known)
     mine = next(r for r in rows if r['key'] == cfg.method)
     mine_keys = [k for k in ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc',
                              'params', 'macs') if k in mine]
-    out = dict(exp_id=run.id, method=cfg.method, dataset=data.name, seed=cfg.seed, rows=rows, gates=gates, own=extra)
+    out = dict(exp_id=run.id, method=cfg.method, dataset=data.name, seed=cfg.seed, rows=rows, gates=gates, own=extra,
+               verdict=f"No baseline was run beside {cfg.method}: there is nothing to judge it by.")
     out |= {k: mine[k] for k in mine_keys}
     out |= dict(images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')}, n_class=data.n_class)
     out |= dict(student=scores(z['test'][cfg.method], y['test']), notes=dict(data.notes))
@@ -213,11 +219,51 @@ def save_results(run, student, taught, method, teachers, specs, moved:bool, z, y
     card = student_card('' if given_student is not None else cfg.student_type, data, cfg.small_input == '1')
     save_student(run.path, bare(t.best), card); save_student(run.path, bare(t.last), card, 'student_last')
     if hasattr(method, 'synergy'): save_state(method.synergy.state_dict(), run/'bridge.safetensors')
+    if own := {k: p.detach() for k, p in method.named_parameters() if not k.startswith('synergy.')}: save_state(own, run/'method.safetensors')
     for s, m in zip(specs, teachers):
         if moved or m.adapter is not None: save_teacher(m, run/f"{s['name']}_adapted.pth", data, m.name, -1.)
     said = {k: v for k, v in z['test'].items() if v.ndim == 2 and k != 'share'}
     save_state({k: v.argmax(1).to(torch.int32) for k, v in said.items()} | {'labels': y['test']}
                | {f'confidence.{k}': v.softmax(1).amax(1).half() for k, v in said.items()}, run/'predictions.safetensors')
+
+# %% ../nbs/12_run.ipynb #fe897591
+def named(
+    yours:dict,   # teachers, student, train, … as given; what turns out to be a name is taken out
+    params:dict,
+)->dict: # Parameters
+    "Names among the objects become parameters, and a dataset of your own a name"
+    t = yours.get('teachers')
+    if isinstance(t, nn.Module): yours['teachers'] = [t]
+    elif isinstance(t, str) or t and all(isinstance(o, str) for o in t): params, yours['teachers'] = params | dict(teachers=t), None
+    if isinstance(s := yours.get('student'), str): params, yours['student'] = params | dict(student_type=s), None
+    return params if yours.get('train') is None else params | dict(dataset=type(yours['train']).__name__, data_root='')
+
+def code_hash(cls:type)->str: # '' for the package's own
+    "A short hash of the functions and plain values of a method's classes that are not the package's"
+    def code(f):
+        try: return ast.dump(ast.parse(textwrap.dedent(inspect.getsource(f))))
+        except (OSError, TypeError, SyntaxError): return f.__code__.co_code.hex()                      # typed where no file is
+    mine = [c for c in cls.__mro__ if c.__module__.partition('.')[0] not in ('asibkd', 'torch', 'builtins')]
+    said = [(k, code(v) if inspect.isfunction(v) else repr(v)) for c in mine for k, v in sorted(vars(c).items())
+            if inspect.isfunction(v) or isinstance(v, (str, int, float, tuple, dict)) and not k.startswith('__')]
+    return 'code:' + hashlib.blake2b(repr(said).encode(), digest_size=4).hexdigest() if mine else ''
+
+def check_name(
+    cfg:Config,
+    name=None,   # Another one than the configuration's
+)->type:
+    "The class of the method, continual or not; one of the other kind is refused with the right key"
+    name = name or (cfg.cl_method if cfg.cl_mode else cfg.method)
+    if name in cl_methods and name not in methods and not cfg.cl_mode: raise ConfigError(f"'{name}' is a way to learn a sequence of tasks: say cl_mode=1 cl_method={name}.")
+    if cfg.cl_mode and cfg.method in cl_methods and cfg.method not in methods: raise ConfigError(f"method={cfg.method} with cl_mode=1: say cl_method={cfg.method}.")
+    if name in methods and name not in cl_methods and cfg.cl_mode: raise ConfigError(f"'{name}' knows no tasks: leave cl_mode out and say method={name}.")
+    return check_cl_method(name) if cfg.cl_mode else check_method(name)
+
+def preset_says(_file, params:dict)->str: # 'student_lr=0.01, …'
+    "What presets decided, and nobody else"
+    *layers, filed, given = layers_of(_file, **params)
+    said = {k: v for d in layers for k, v in d.items() if k not in filed and k not in given}
+    return ', '.join(f'{k}={v}' for k, v in said.items()) or 'decides nothing'
 
 # %% ../nbs/12_run.ipynb #5dfac152
 def tracker(cfg:Config, run)->list: # Callbacks for `fit`
@@ -256,17 +302,16 @@ def run_experiment(
     **params,                          # Any parameter of `Config`
 )->dict: # The summary, as in summary.json, with `run`: the folder
     "Run one experiment end to end; the same call again resumes it, or returns what it had found"
-    if isinstance(teachers, nn.Module): teachers = [teachers]
-    if isinstance(teachers, str) or teachers and all(isinstance(t, str) for t in teachers):
-        params, teachers = params | dict(teachers=teachers), None      # names: a parameter like any other
-    if isinstance(student, str): params, student = params | dict(student_type=student), None
+    yours = dict(teachers=teachers, student=student, train=train, val=val, test=test)
+    params = named(yours, params); teachers, student, train, val, test = yours.values()
     cfg, extra = resolve(_file, **params)
-    check_method(cfg.method)
+    cls = check_name(cfg)
     if teachers is not None and not len(teachers): raise ConfigError("teachers=[]: give at least one teacher.")
     own = [o for o in (*(teachers or ()), student, train, val, test) if o is not None]
-    run = Run(cfg, extra, '+'.join(map(fingerprint, own)))
+    run = Run(cfg, extra, '+'.join(filter(None, [*map(fingerprint, own), code_hash(cls)])))
     with run:
         setup_log(cfg, run.path)
+        log.info(f"preset {cfg.preset}: {preset_says(_file, params)}")
         if run.finished: log.info(f"{run.path} is finished: nothing was run again (resume=0 starts anew)")
         else:
             # your modules stay as they are: the same call must find the same start again

@@ -8,14 +8,14 @@ __all__ = ['seed_of', 'generator', 'reseed', 'forked_rng', 'seed_everything', 's
            'atomic_write', 'atomic_save', 'environment', 'exp_name', 'Run', 'watched', 'bar', 'setup_log']
 
 # %% ../nbs/00a_runtime.ipynb #f16cce3c
-import contextlib, hashlib, json, logging, os, platform, subprocess, sys, warnings
+import contextlib, hashlib, json, logging, os, platform, shutil, subprocess, sys, warnings
 from pathlib import Path
 
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
-from .core import Config, ConfigError, RunError, log
+from .core import AsibError, Config, ConfigError, RunError, log
 
 # %% ../nbs/00a_runtime.ipynb #1d29c9c9
 def seed_of(*key)->int: # In [0, 2**63)
@@ -250,12 +250,14 @@ def _aside(self:Run):
         if f.name != '.lock': f.rename(to/f.name)
     log.info(f"resume=0: the earlier run was moved to {to}")
 
-def _close(self:Run):
-    "Give the lock back"
-    if self._lock is not None: self._lock.release(); self._lock = None
+def _close(self:Run, error=None):
+    "Give the lock back; a run that was refused before it had begun leaves no folder"
+    if self._lock is None: return
+    self._lock.release(); self._lock = None
+    if isinstance(error, AsibError) and {f.name for f in self.path.iterdir()} <= {'.lock', 'config.json', 'env.json', self.cfg.log_filename}: shutil.rmtree(self.path, ignore_errors=True)
 
 Run._differs, Run._aside, Run.close = _differs, _aside, _close
-Run.__enter__, Run.__exit__ = Run.open, lambda self, *a: self.close()
+Run.__enter__, Run.__exit__ = Run.open, lambda self, kind, error, trace: self.close(error)
 
 # %% ../nbs/00a_runtime.ipynb #07fd8f1f
 def _log_row(self:Run, **row):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_finetune', 'run_evaluate', 'add_rows', 'demo_run', 'unless', 'split_list', 'share_teachers', 'run_loop',
-           'cl_compare']
+           'compare_methods', 'cl_compare']
 
 # %% ../nbs/12a_tasks.ipynb #cd4af0d4
 import json, os, re
@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from .analysis import collect, compare_runs, plot_compare, win_table
+from .analysis import collect, compare_runs, plot_compare, usual_baseline, win_table
 from .cl import check_cl
 from .cl_methods import check_cl_method
 from .core import ConfigError, is_on, last_word, layers_of, log, own_params, read_yaml, resolve
@@ -25,7 +25,7 @@ from .eval import answers, load_synergy, report_splits
 from .methods import check_method
 from .metrics import accuracy
 from .phases import place
-from .run import effective, run_experiment, tracker
+from .run import check_name, effective, named, run_experiment, tracker
 from .students import create_student
 from .teachers import create_teacher, load_into, load_weights
 
@@ -131,35 +131,44 @@ def run_loop(
     methods='',        # Names, as a list or 'asmb, ce fitnet'; empty = the environment's METHOD_LIST, else asmb
     seeds='0 1 2',     # Numbers, likewise
     _file='',          # A YAML file of parameters
-    **params,          # Any parameter of `Config` but method, seed and exp_id
+    **params,          # Any parameter of `Config` but method, seed and exp_id; your own teachers, student, train, val, test, as in `run_experiment`
 )->list: # Summaries, seed by seed
     "`run_experiment` for every method and seed, with the same teachers within a seed"
-    given = (read_yaml(_file) if _file else {}) | params
+    yours = {k: params.pop(k) for k in ('teachers', 'student', 'train', 'val', 'test', 'callbacks') if k in params}
+    given = named(yours, (read_yaml(_file) if _file else {}) | params)
     cl = is_on(last_word(layers_of(**given), 'cl_mode'))
     key = 'cl_method' if cl else 'method'
     methods = split_list(methods or os.environ.get('METHOD_LIST', dict(method='asmb', cl_method='asib')[key]))
-    for m in methods: dict(method=check_method, cl_method=check_cl_method)[key](m)
+    for m in methods: check_name(resolve(cl_mode=cl)[0], m)
     if bad := [k for k in (key, 'seed', 'exp_id') if k in given]:
         raise ConfigError(f"'{bad[0]}' is what the loop varies. Use --methods and --seeds; run folders get automatic names.")
     if not methods or not split_list(seeds): raise ConfigError("The loop needs at least one method and one seed: --methods 'asmb ce' --seeds '0 1'.")
-    theirs = {k: m for m, p in own_params.items() for k in p.model_fields}         # a method's own keys go to it alone
-    plans = []
+    # a key of their own goes to those methods that have it; one that no listed method has is refused by `resolve`
+    theirs = {m: {*own_params[o].model_fields} if (o := ('cl:' if cl else '') + m) in own_params else set() for m in methods}
+    somebody, plans = set().union(*theirs.values()), []
     for seed in split_list(seeds):
         for method in methods:
-            p = {k: v for k, v in (dict(compare=0) | given).items() if k not in theirs or theirs[k] == ('cl:' if cl else '') + method}
+            p = {k: v for k, v in (dict(compare=0) | given).items() if k in theirs[method] or k not in somebody}
             p |= {key: method, 'seed': seed}
             cfg = resolve(**p)[0]                                                   # every plan is checked before the first run
-            plans.append(p | (share_teachers(cfg) if key == 'method' else check_cl(cfg, method) and {}))
-    return [run_experiment(**p) for p in plans]
+            plans.append(p | (check_cl(cfg, method) and {} if cl else {} if 'teachers' in yours else share_teachers(cfg)))
+    return [run_experiment(**p, **yours) for p in plans]
+
+def compare_methods(
+    methods,              # As in `run_loop`
+    seeds='0 1 2',
+    baseline='',          # That the others are compared with; '' = avgz or derpp when it is there, else the first
+    _file='', **params,   # As in `run_loop`
+)->dict: # table, wins (DataFrames; wins where there is continual learning), figure, runs (a row a method and seed)
+    "Methods over seeds: mean ± t-interval, paired differences"
+    runs = collect(*(s['run'] for s in run_loop(methods, seeds, _file, **params)))
+    return dict(table=compare_runs(runs, baseline or usual_baseline(runs)), wins=win_table(runs) if 'ACC' in runs else None, figure=plot_compare(runs), runs=runs)
 
 def cl_compare(
-    methods='naive er derpp asib joint',  # As in `run_loop`
+    methods='naive er derpp asib joint',
     seeds='0 1 2',
-    baseline='derpp',                     # That the others are compared with
-    _file='', **params,                   # Any parameter; cl_mode=1 is implied
-)->dict: # table, wins (DataFrames), figure, runs (a row a method and seed)
-    "Continual methods over seeds: mean ± t-interval, paired differences, who wins how often"
-    methods = split_list(methods)
-    if baseline not in methods: baseline = methods[0]
-    runs = collect(*(s['run'] for s in run_loop(methods, seeds, _file, **params | dict(cl_mode=1))))
-    return dict(table=compare_runs(runs, baseline), wins=win_table(runs), figure=plot_compare(runs), runs=runs)
+    baseline='',
+    _file='', **params,
+)->dict: # As `compare_methods`, and who wins how often
+    "Continual methods over seeds: `compare_methods` with cl_mode=1"
+    return compare_methods(methods, seeds, baseline, _file, **params | dict(cl_mode=1))

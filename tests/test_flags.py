@@ -22,7 +22,7 @@ OPEN = dict(teacher1_freeze_level=-1, teacher2_freeze_level=-1)
 CL = dict(cl_mode=1, num_stages=1, num_tasks=2, epochs=1, replay_capacity=20, replay_ratio=1, student_type='mlp', teacher1_type='mlp', bridge_objective='ce', data_aug=0)
 EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50., epochs=4), dict(CL, cl_method='si', num_tasks=3, si_c=50., epochs=4)
 CHANGES = dict(
-    cl_mode=(1, dict(num_stages=1)), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
+    cl_mode=(1, dict(num_stages=1)), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), class_order=('9,8,7,6,5,4,3,2,1,0', CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
     cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(5., CL), cl_der_loss=('kl', CL), cl_old_kd=(9., dict(CL, teacher_adapt_epochs=4)), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
     store=('synergy', CL), lambda_ewc=(99., CL), fisher=('empirical', EWC3), fisher_n=(5, EWC3), ewc_mode=('separate', EWC3), ewc_gamma=(.1, EWC3), si_c=(5., SI3), si_xi=(9., SI3),
     preset=('method/asmb_original', {}), method=('avgz', {}), compare=(1, {}), report_oracle=(1, {}), seed=(1, {}), batch_size=(12, {}), data_aug=('0', {}), image_size=(12, {}),
@@ -45,7 +45,7 @@ CHANGES = dict(
     logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
     crd_momentum=(.9, CRD), teacher_cache=('off', FIXED), cache_gb=(1e-6, FIXED), cache_views=(1, {}), dkd_alpha=(3., DKD), dkd_beta=(1., DKD), dkd_warmup=(9, DKD))
 ELSEWHERE = dict(
-    allow_leak='test_cl.py::test_a_teacher_that_saw_the_future',
+    allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', plugin='test_plugin.py::test_every_door',
     compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
     checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00a_runtime.ipynb', track='test_track',
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01b_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',

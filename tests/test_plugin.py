@@ -1,0 +1,72 @@
+"A file of one's own (`plugin=mine.py`) gives methods, models and datasets a name at every door."
+import html, json, re, shlex, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parents[1]
+MINE = '''
+import torch
+from pydantic import BaseModel, Field
+from torch import nn
+from torchvision.datasets import FakeData
+from asibkd.datasets import register_dataset
+from asibkd.methods import Method, register_method, weighted
+from asibkd.teachers import register_model
+
+class Mine(BaseModel, extra='forbid'):
+    sharpness:float = Field(2., description='How much the surest teacher is preferred.')
+
+@register_method('surest', Mine)
+class Surest(Method):
+    "Image by image, listen to the teacher that is surest of itself"
+    def loss(self, batch, s_out, t_outs, when):
+        z = torch.stack([o['logit'] for o in t_outs])
+        best = z.softmax(-1).amax(-1).argmax(0)
+        kd = self.soften(s_out['logit'], z[best, torch.arange(len(best))], when)
+        return weighted(ce=(1., self.hard_ce(batch, s_out)), kd=(self.own.sharpness, kd))
+
+@register_model('tiny_net')
+def tiny_net(n_class=10): return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, n_class))
+
+@register_dataset('colours')
+def colours(cfg): return dict(train=FakeData(60, (3, 16, 16), 3), test=FakeData(30, (3, 16, 16), 3))
+'''
+SHORT = ['--plugin', 'mine.py', '--method', 'surest', 'dataset=colours', 'teacher1_type=tiny_net', 'teacher2_type=mlp', 'student_type=tiny_net', 'small_input=0', 'compare=0', 'finetune_epochs=1', 'student_epochs_per_stage=1', 'num_stages=1', 'device=cpu', 'batch_size=16']
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path/'mine.py').write_text(MINE); monkeypatch.chdir(tmp_path)
+    return tmp_path/'mine.py'
+
+def here(*argv): return subprocess.run([sys.executable, '-m', *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+def test_every_door(mine):
+    "In fresh processes: a run, its help, the command its report gives, papermill"
+    r = here('asibkd.cli', 'run', *SHORT, '--sharpness', '3'); assert r.returncode == 0, r.stderr[-2000:]
+    run, = (f.parent for f in Path('results').glob('*/summary.json')); s = json.loads((run/'summary.json').read_text())
+    assert (s['own'], s['dataset'], s['n_class']) == ({'sharpness': 3.0}, 'colours', 3)
+    h = here('asibkd.cli', 'run', '--plugin=mine.py', '--help').stdout; assert 'How much the surest teacher is preferred. [2.0]' in h and 'Of method=surest' in h
+    command = html.unescape(re.search(r'asibkd (run [^<]*method=surest[^<]*)', (run/'report.html').read_text())[1])
+    again = here('asibkd.cli', *shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
+    r = here('papermill', str(root/'nbs'/'run_experiment.ipynb'), 'out.ipynb', *(o for k in SHORT[4:] for o in ('-p', *k.split('='))), '-p', 'plugin', 'mine.py', '-p', 'method', 'surest', '-p', 'results_dir', 'pm')
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert json.loads(next(Path('pm').glob('*/summary.json')).read_text())['method'] == 'surest'
+
+def test_an_edited_method_is_another_run(mine, monkeypatch):
+    from asibkd import core, methods
+    from asibkd.run import run_experiment
+    monkeypatch.setattr(methods, 'methods', dict(methods.methods)); monkeypatch.setattr(core, 'own_params', core.own_params)
+    given = dict(o.removeprefix('--').split('=') for o in SHORT[4:]) | dict(plugin='mine.py', method='surest', log_level='ERROR')
+    a = run_experiment(**given); assert run_experiment(**given)['run'] == a['run']
+    mine.write_text(MINE.replace('"Image by image', '# a remark\n    "Image by image')); assert run_experiment(**given)['run'] == a['run']
+    mine.write_text(MINE.replace('ce=(1.,', 'ce=(7.,')); b = run_experiment(**given)
+    loss = lambda s: json.loads((Path(s['run'])/'metrics.jsonl').read_text().splitlines()[-1])['train_loss']
+    assert b['run'] != a['run'] and loss(b) > 2*loss(a)
+
+def test_refusals(mine):
+    from asibkd.core import ConfigError, resolve
+    with pytest.raises(ConfigError, match="plugin='yours.py': no such file"): resolve(plugin='yours.py')
+    with pytest.raises(ConfigError, match='plugin=FILE.py names the file'): resolve(method='surest_of_all', sharpnes=3)
+    mine.write_text('import no_such_module_at_all')
+    with pytest.raises(ConfigError, match="plugin='mine.py' failed: ModuleNotFoundError"): resolve(plugin='mine.py')
