@@ -80,7 +80,11 @@ def snapshot(modules:dict)->dict: # {name: state dict on the CPU}
 
 def restore(modules:dict, state:dict):
     "Put a snapshot back"
-    for k, m in modules.items(): m.load_state_dict(state[k])
+    for k, m in modules.items():
+        try: m.load_state_dict(state[k])
+        except RuntimeError as e:
+            raise CheckpointError(f"What this run saved does not fit its {k}: {' '.join(str(e).split())[:300]}. "
+                                  "Its code has changed since, or it made layers while training. resume=0 starts anew.") from None
 
 # %% ../nbs/06_trainers.ipynb #2c718702
 def load_state(path)->dict:
