@@ -7,7 +7,7 @@ __all__ = ['tally', 'WORTH', 'Table', 'weights_hash', 'identity', 'kept_as', 'us
            'quick', 'Live', 'Answer', 'LookedUp', 'fixed', 'asker']
 
 # %% ../nbs/02b_cache.ipynb #32c810c6
-import contextlib, hashlib, json, os, shutil
+import contextlib, hashlib, json, logging, os, shutil
 from collections import Counter
 from pathlib import Path
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -140,10 +140,11 @@ def open_table(
     "The table of that name, made or taken up; one that is damaged is made anew"
     rows, width, dtype = me['n']*me['views'], sum(me['width']), getattr(torch, me['dtype'].removeprefix('torch.'))
     need = Table.size(rows, width, dtype)
-    say = f"{me['n']:,} images × {me['views']} views × {me['width'][0]} logits + {me['width'][1]} features"
+    versions = f" × {me['views']} augmented versions" if me['views'] > 1 else ''
+    def say(where): log.log(logging.INFO if need >= 256e6 else logging.DEBUG, f"teacher_cache: {who}'s answers to {me['n']:,} images{versions} are kept, up to {need/1e6:,.0f} MB {where}")
     if folder is None:
         if need > gb*1e9: return None, f"its table may grow to {need/1e9:.2g} GB, cache_gb={gb:g}"
-        log.info(f"teacher_cache: {who}: {say}, up to {need/1e6:.0f} MB in memory")
+        say('in memory')
         return Table(rows, width, dtype), ''
     name = hashlib.blake2b(json.dumps(me, sort_keys=True).encode(), digest_size=12).hexdigest()
     f = Path(folder).resolve()/f'{name}.json'; file = f.with_suffix('.rows')
@@ -153,11 +154,11 @@ def open_table(
             if str(file) in _used: return _used[str(file)], ''
             try: whole = json.loads(f.read_text(encoding='utf-8')) == me and file.stat().st_size == need
             except (OSError, ValueError): whole = False
-            if whole: os.utime(f); log.info(f"teacher_cache: {who}: {say}, from {file}")
+            if whole: os.utime(f); say(f'in {file}, which is there already')
             else:
                 if f.exists() or file.exists(): log.warning(f"teacher_cache: {file} is damaged and is made anew"); drop_table(f)
                 if why := make_room(f.parent, need, gb): return None, why
-                log.info(f"teacher_cache: {who}: {say}, up to {need/1e6:.0f} MB in {file}")
+                say(f'in {file}')
                 file.touch(); os.truncate(file, need); atomic_write(f, json.dumps(me, indent=1))
             t = _used[str(file)] = Table(rows, width, dtype, file)
             return t, ''

@@ -17,7 +17,7 @@ from .core import Config, ConfigError, own_params, unknown
 from .fisher import EWC, SI
 from .kdmodel import FOREIGN
 from .losses import ce_loss, kd_loss, up
-from .methods import ASMB, AvgZ, Method, tuned, weighted
+from .methods import ASMB, AvgZ, Method, check_class, check_name, check_params, tuned, weighted
 
 # %% ../nbs/07d_cl_methods.ipynb #95505876
 @dataclass
@@ -32,11 +32,13 @@ class Now:
 cl_methods:dict[str, type] = {}
 
 def register_cl_method(
-    name:str,      # As `cl_method=` takes it
+    name:str=None, # As `cl_method=` takes it
     params=None,   # Its own parameters, a pydantic model
 ):
-    "Class decorator; registering a name again replaces it"
+    "Class decorator; registering a name of your own again replaces it"
+    check_name('cl_method', name); check_params(name, params)
     def _reg(cls):
+        check_class(name, cls, cl_methods, ('cfg', 'student', 'teachers', 'own', 'now'))
         cl_methods[name] = cls
         own_params.pop(f'cl:{name}', None)
         if params is not None: own_params[f'cl:{name}'] = params
