@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'CL_COLUMNS', 'PERCENT', 'COLOURS', 'HATCHES', 'INK', 'MEASURES', 'COSTS', 'load_summary', 'load_config',
-           'load_metrics', 'result_table', 'cell', 'show_table', 'Picture', 'student_curves', 'plot_curves',
+           'load_metrics', 'result_table', 'cell', 'show_table', 'short', 'Picture', 'student_curves', 'plot_curves',
            't_interval', 'paired', 'judged', 'facts', 'load_runs', 'ahead_of', 'labelled', 'collect', 'compare_runs',
            'measure_of', 'usual_baseline', 'compare_notes', 'win_table', 'plot_compare', 'ablation_table',
            'save_compare']
@@ -83,6 +83,8 @@ def show_table(t:pd.DataFrame)->str:
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')   # Okabe & Ito (2008)
 HATCHES = ('', '//', '..', '\\\\', 'xx', '--')
 INK = cycler(color=[*COLOURS, '#000000'], marker=list('osD^vPX'))
+
+def short(name, most=24)->str: "A name that leaves room for the picture"; name = str(name); return name if len(name) <= most else name[:most - 1] + '…'
 
 class Picture(Figure):
     "A matplotlib `Figure` that needs no pyplot to be seen in a notebook, with colours for everybody"

@@ -9,7 +9,7 @@ __all__ = ['r_table', 'newest_wins', 'leak_note', 'memory_lines', 'explain_cl', 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .analysis import COLOURS, HATCHES, Picture, ahead_of, load_summary
+from .analysis import COLOURS, HATCHES, Picture, ahead_of, load_summary, short
 from .core import RunError
 
 # %% ../nbs/09a_cl_analysis.ipynb #24a5e010
@@ -76,8 +76,6 @@ def explain_cl(
                                    f"The memory of {s['method']} held" if kept else '', *kept]))
 
 # %% ../nbs/09a_cl_analysis.ipynb #618dd3ac
-def _short(name:str, most=24)->str: "A name that leaves room for the picture"; return name if len(name) <= most else name[:most - 1] + '…'
-
 def plot_R(
     summary,       # As in `r_table`
     methods=None,  # Rows of the result table; None = all
@@ -124,7 +122,7 @@ def plot_memory(
     fig = Picture(figsize=(6, 2.8), layout='constrained'); ax = fig.subplots()
     few, below, steps = len(places) <= 20, 0, range(1, len(t) + 1)
     for n, (i, k, c) in enumerate(places):
-        name = _short(c).replace('$', r'\$') if few else f'task {i + 1}' if not k else None
+        name = short(c).replace('$', r'\$') if few else f'task {i + 1}' if not k else None
         ax.bar(steps, t[n], bottom=below, color=COLOURS[i % 6], hatch=HATCHES[k % 6] if few else '', edgecolor='white', lw=.5, label=name); below = below + t[n]
     ax.set(xlabel='after task', ylabel='images kept'); ax.set_xticks(steps); ax.spines[['top', 'right']].set_visible(False)
     ax.legend(fontsize=7, frameon=False, ncol=2, bbox_to_anchor=(1, 1))
