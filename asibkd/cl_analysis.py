@@ -62,7 +62,7 @@ def memory_lines(
     s = _cl(summary); classes = [c for t in s['tasks'] for c in t]
     def held(r):
         kept = {c: n for c, n in zip(classes, r) if n}
-        if len(kept) <= most: return ', '.join(f'{c} {n}' for c, n in kept.items()) or 'nothing'
+        if len(kept) <= most: return ', '.join(f'{c} ({n})' for c, n in kept.items()) or 'nothing'
         return f'{sum(kept.values())} images of {len(kept)} classes, {min(kept.values())} to {max(kept.values())} of each'
     return [f'after task {i}: {held(r)}' for i, r in enumerate(s['composition'], 1)] if any(map(sum, s['composition'])) else []
 
@@ -73,7 +73,7 @@ def explain_cl(
     s = _cl(summary); kept = memory_lines(s)
     behind = [f"{s['method']} is BEHIND {k} in ACC in this run." for k in list(ahead_of(s))[:1]]
     return '\n'.join(filter(None, [newest_wins(s), *behind, leak_note(s), "One seed; cl_compare or `asibkd loop --cl_mode 1` gives intervals.",
-                                   f"The memory of {s['method']} held" if kept else '', *kept]))
+                                   f"The memory of {s['method']} held, class (images):" if kept else '', *kept]))
 
 # %% ../nbs/09a_cl_analysis.ipynb #618dd3ac
 def plot_R(
