@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'CL_COLUMNS', 'PERCENT', 'COLOURS', 'HATCHES', 'INK', 'MEASURES', 'COSTS', 'load_summary', 'load_config',
-           'load_metrics', 'result_table', 'cell', 'show_table', 'Picture', 'student_curves', 'plot_curves',
-           't_interval', 'paired', 'load_runs', 'ahead_of', 'collect', 'compare_runs', 'measure_of', 'usual_baseline',
-           'win_table', 'plot_compare', 'ablation_table', 'save_compare']
+           'load_metrics', 'result_table', 'cell', 'show_table', 'short', 'Picture', 'student_curves', 'plot_curves',
+           't_interval', 'paired', 'judged', 'facts', 'load_runs', 'ahead_of', 'labelled', 'collect', 'compare_runs',
+           'measure_of', 'usual_baseline', 'compare_notes', 'win_table', 'plot_compare', 'ablation_table',
+           'save_compare']
 
 # %% ../nbs/09_analysis.ipynb #c523c9a3
 import io, json
@@ -62,6 +63,8 @@ def result_table(
     for k in ('params', 'macs'): t[k] = (t[k].astype(float)/1e6).round(3)
     for k in ('memory_mb', 'logits_mb'):
         if k in t: t[k] = t[k].astype(float).round(4)
+    if 'memory_mb' in t and (whole := t.learned_with == 'all data so far').any():
+        t['memory_mb'] = t.memory_mb.astype(object).where(~whole, 'all')
     t['latency_ms'], t['seconds'] = t['latency_ms'].astype(float).round(2), t['seconds'].astype(float).round(1)
     names = CL_COLUMNS if s.get('kind') == 'cl' else COLUMNS
     t = t[[k for k in names if k in t]].rename(columns=names)
@@ -80,6 +83,8 @@ def show_table(t:pd.DataFrame)->str:
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')   # Okabe & Ito (2008)
 HATCHES = ('', '//', '..', '\\\\', 'xx', '--')
 INK = cycler(color=[*COLOURS, '#000000'], marker=list('osD^vPX'))
+
+def short(name, most=24)->str: "A name that leaves room for the picture"; name = str(name); return name if len(name) <= most else name[:most - 1] + '…'
 
 class Picture(Figure):
     "A matplotlib `Figure` that needs no pyplot to be seen in a notebook, with colours for everybody"
@@ -137,6 +142,12 @@ def paired(
     d = (pd.Series(a) - pd.Series(b)).dropna()
     return (*t_interval(d, level), len(d))
 
+def judged(m:float, half:float, n:int)->str:
+    "A word for what `paired` found; differences without any spread are a coincidence of few seeds, no certainty"
+    if n < 2: return 'one seed' if n else 'no common seed'
+    if half < 1e-9: return f'not decided (same in all {n} seeds)'
+    return 'better' if m > half else 'worse' if m < -half else 'not decided'
+
 # %% ../nbs/09_analysis.ipynb #33aba590
 MEASURES = {False: dict(val_acc='val %', test_acc_val_selected='test % (selected)', test_acc_last='test % (last)'),     # one-shot runs
             True: dict(val_acc='val ACC %', ACC='ACC %', AIA='AIA %', BWT='BWT', forgetting='forgetting', task_ACC='task-IL ACC %')}
@@ -144,11 +155,21 @@ COSTS = ('params', 'macs')
 
 def _measures(row:dict, cl:bool): return {k: float('nan') if row[k] is None else 100*row[k] for k in MEASURES[cl]}
 
+def facts(
+    s:dict,  # summary.json
+    c:dict,  # config.json
+)->dict:
+    "The parameters; where a run was given modules or data of its own, the summary says what took the place of names"
+    if not c.get('own'): return c
+    named = {r['key']: r['model'] for r in s['rows'] if 'model' in r}
+    types = dict(student_type=s['method'], teacher1_type='teacher1', teacher2_type='teacher2')
+    return c | dict(dataset=s['dataset']) | {k: named[v] for k, v in types.items() if v in named}
+
 def _finished(paths):
     "Folder, summary and parameters of the finished runs at or below `paths`"
     dirs = [d for p in map(Path, paths) for d in ([p] if (p/'summary.json').exists() else
                                                   sorted(f.parent for f in p.glob('*/summary.json')))]
-    out = [(d, s, load_config(d)) for d in dirs if '~' not in d.name and 'rows' in (s := load_summary(d))]  # no fine-tuning, nothing set aside
+    out = [(d, s, facts(s, load_config(d))) for d in dirs if '~' not in d.name and 'rows' in (s := load_summary(d))]  # no fine-tuning, nothing set aside
     if not out: raise RunError(f"No finished run in {', '.join(map(str, paths))}. Start one with `asibkd run`.")
     return out
 
@@ -183,10 +204,20 @@ _ASMB = {*Bridge.model_fields, *Freezing.model_fields, 'teacher_adapt_epochs', '
          'synergy_ce_alpha', 'synergy_kd_alpha', 'teacher_adapt_kd_warmup', 'hybrid_beta',
          'ce_alpha', 'kd_alpha', 'store', 'lambda_ewc', 'allow_leak', *(k for k in Continual.model_fields if k.startswith('cl_')),
          *(k for k in Guidance.model_fields if k.startswith(('feat_', 'reg_', 'mbm_', 'use_', 'disagree_')))}   # nothing to a baseline
+def labelled(
+    t:pd.DataFrame,  # label: a method; settings: the parameters in which its runs differ, 'k=v k=v'
+    most=40,         # Longer settings are numbered
+)->pd.DataFrame: # settings is kept where a number stands for it
+    "Settings become part of the label, or a number: 'asmb ib_beta=0', 'ce [2]'"
+    long = t.groupby('label').settings.transform(lambda v: v.str.len().max()) > most
+    number = t.groupby('label').settings.transform(lambda v: pd.factorize(v)[0] + 1)
+    short = (t.label + ' ' + t.settings).str.strip()
+    return t.assign(label=short.where(~long, t.label + ' [' + number.astype(str) + ']'), settings=t.settings.where(long, ''))
+
 def collect(
     *paths,  # Run folders, or folders of run folders
     cl=None, # True: continual runs, False: one-shot runs; None = whichever there are
-)->pd.DataFrame: # label, seed, params, run, and `MEASURES` in per cent
+)->pd.DataFrame: # label, settings, seed, params, run, and `MEASURES` in per cent
     "A row of every student of every finished run"
     runs = _finished(paths)
     kinds = {s.get('kind') == 'cl' for _, s, _ in runs}
@@ -201,11 +232,11 @@ def collect(
     for (d, s, c), given in zip(runs, table.to_dict('records')):
         for r in s['rows']:
             if not r['role'].startswith('student'): continue
-            own = ''.join(f' {k}={v}' for k, v in given.items() if many.loc[s['method'], k]
-                          and (r['key'] == s['method'] or k not in _ASMB))
-            rows.append(dict(label=r['key'] + own, main=r['key'] == s['method'], seed=s['seed'], params=r['params'], run=str(d),
+            own = ' '.join(f'{k}={v}' for k, v in given.items() if many.loc[s['method'], k]
+                           and (r['key'] == s['method'] or k not in _ASMB))
+            rows.append(dict(label=r['key'], settings=own, main=r['key'] == s['method'], seed=s['seed'], params=r['params'], run=str(d),
                              **_measures(r, cl)))
-    t = pd.DataFrame(rows).sort_values('main', ascending=False, kind='stable')     # a run of its own before one of compare=1
+    t = labelled(pd.DataFrame(rows)).sort_values('main', ascending=False, kind='stable')     # a run of its own before one of compare=1
     return t.drop_duplicates(['label', 'seed']).drop(columns='main').sort_index().reset_index(drop=True)
 
 def compare_runs(
@@ -218,15 +249,14 @@ def compare_runs(
     if baseline not in set(t.label): raise unknown('baseline', baseline, t.label.unique())
     cl, by = 'ACC' in t, by or measure_of(t)
     base = t[t.label == baseline].set_index('seed')
-    show = lambda m, half, sign='': f'{m:{sign}.2f}' + ('' if half != half else f' ± {half:.2f}')
+    show = lambda m, half, sign='': '' if m != m else f'{m:{sign}.2f}' + (f' ± {half:.2f}' if half > 1e-9 else '')
     rows = []
     for label, g in t.groupby('label', sort=False):
         g = g.set_index('seed'); m, half, n = paired(g[by], base[by])
-        word = 'one seed' if half != half else 'better' if m > half else 'worse' if m < -half else 'not decided'
         against = {f'{k} vs {baseline}': k for k in ('ACC', 'AIA', 'BWT')} if cl else {f'vs {baseline}': by}
         rows.append(dict(method=label, seeds=len(g), **{say: show(*t_interval(g[k])) for k, say in MEASURES[cl].items()},
                          **{say: '' if label == baseline else show(*paired(g[k], base[k])[:2], '+') for say, k in against.items()},
-                         verdict='' if label == baseline else word, mean=g[by].mean()))
+                         verdict='' if label == baseline else judged(m, half, n), mean=g[by].mean()))
     return pd.DataFrame(rows).sort_values('mean', ascending=False).drop(columns='mean').reset_index(drop=True)
 
 def measure_of(t:pd.DataFrame)->str: "What decides"; return 'ACC' if 'ACC' in t else 'test_acc_val_selected'
@@ -234,6 +264,17 @@ def measure_of(t:pd.DataFrame)->str: "What decides"; return 'ACC' if 'ACC' in t 
 def usual_baseline(runs:pd.DataFrame)->str:
     "The label that others are compared with when nobody says: avgz or derpp where it is there, else the first"
     return next((k for k in ('avgz', 'derpp') if k in set(runs.label)), runs.label[0])
+
+def compare_notes(
+    runs:pd.DataFrame,  # From `collect`
+)->list: # of sentences
+    "What stands below a comparison: numbers spelled out, how little two seeds say, and which bounds are missing"
+    numbered = runs[runs.settings != ''].drop_duplicates('label')
+    out = [f'{k}: {v}' for k, v in zip(numbered.label, numbered.settings)]
+    if (runs.groupby('label').size() == 2).any(): out.append('2 seeds: the t-interval is 12.7 standard errors wide; use three or more.')
+    if 'ACC' in runs and not {'naive', 'joint'} & set(runs.label.str.split().str[0]):
+        out.append('Neither naive nor joint was run: there is no lower and no upper bound beside these methods.')
+    return out
 
 def win_table(
     runs,    # As in `compare_runs`
@@ -243,7 +284,8 @@ def win_table(
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
     p = t.pivot(index='seed', columns='label', values=by or measure_of(t))
     order = p.mean().sort_values(ascending=False).index
-    cell = lambda a, b: '' if a == b else f"{(p[a] > p[b]).sum()}/{(p[a].notna() & p[b].notna()).sum()}"
+    both = lambda a, b: (p[a].notna() & p[b].notna()).sum()
+    cell = lambda a, b: '' if a == b or not both(a, b) else f"{(p[a] > p[b]).sum()}/{both(a, b)}"
     return pd.DataFrame([{'method': a} | {b: cell(a, b) for b in order} for a in order])
 
 def plot_compare(
@@ -254,7 +296,7 @@ def plot_compare(
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
     by = by or measure_of(t)
     order = t.groupby('label')[by].mean().sort_values().index
-    fig = Picture(figsize=(7, .6 + .4*len(order)), layout='constrained')
+    fig = Picture(figsize=(5.5 + .08*max(map(len, order)), .6 + .4*len(order)), layout='constrained')
     ax = fig.subplots()
     for i, label in enumerate(order):
         v = t[t.label == label][by]; m, half = t_interval(v)
@@ -300,7 +342,7 @@ def save_compare(
     t, runs = compare_runs(runs, baseline), runs if isinstance(runs, pd.DataFrame) else collect(runs)
     out = [Path(folder)/f'compare{e}' for e in ('.csv', '.md', '.tex', '.png', '.pdf', '_runs.csv')]
     out[0].parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out[0], t.to_csv(index=False)); atomic_write(out[1], show_table(t) + '\n')
+    atomic_write(out[0], t.to_csv(index=False)); atomic_write(out[1], '\n'.join([show_table(t), *(f'\n{o}' for o in compare_notes(runs))]) + '\n')
     tex = t.map(lambda v: str(v).replace('±', r'$\pm$').replace('_', r'\_')).rename(columns=lambda c: c.replace('%', r'\%').replace('_', r'\_'))
     atomic_write(out[2], tex.to_latex(index=False)); atomic_write(out[5], runs.to_csv(index=False))
     for f in out[3:5]:

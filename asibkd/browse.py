@@ -35,14 +35,14 @@ OPS = {'>=': operator.ge, '<=': operator.le, '!=': operator.ne, '=': operator.eq
 
 def filter_runs(
     t:pd.DataFrame,    # From `run_table`
-    text='',           # Words that must all hold: `seed=1`, `val_acc>90`, or a part of the label or the run's name
+    text='',           # Words that must all hold: `seed=1`, `val_acc>90`, or a part of the label, its settings or the run's name
     by='',             # Column to sort by; '' = as it is
     descending=True,
 )->pd.DataFrame:
     "The rows that the words name, in order"
     for word in text.split():
         m = re.fullmatch(r'(\w+)(>=|<=|!=|=|>|<)(.+)', word)
-        named = (t.label + ' ' + t.run).str.contains(word, regex=False)
+        named = (t.label + ' ' + t.settings + ' ' + t.run).str.contains(word, regex=False)
         if m and m[1] in t: t = t[OPS[m[2]](t[m[1]], _as(t[m[1]], m[3]))]
         elif m and not named.any() and len(t): raise unknown('column', m[1], t.columns)
         else: t = t[named]

@@ -16,7 +16,7 @@ from .cl_methods import check_cl_method
 from .cl_metrics import cl_metrics
 from .data import Data
 from .deploy import save_state, save_student, student_card
-from .eval import paired_difference, verdict
+from .eval import differences, verdict
 from .streams import Stream, create_stream
 from .teachers import model_costs
 
@@ -79,10 +79,11 @@ def run_cl(
     return out, dict(method=cfg.cl_method, dataset=data.name, seed=cfg.seed, student=l.student.name,
                      **{k: me[k] for k in ('val_acc', 'ACC', 'AIA', 'BWT', 'task_ACC', 'params', 'macs')}, baseline=out.get('baseline'))
 
-def judge_cl(done:dict, key:str, stream:Stream)->dict: # baseline, difference, verdict; or nothing
-    "The method against the best rival that, like it, does not keep all data"
+def judge_cl(done:dict, key:str, stream:Stream)->dict: # baseline, difference, verdict, differences; or nothing
+    "The method against the best rival that, like it, does not keep all data, and against each of them"
     others = {k: cl_metrics(o.class_il)['ACC'] for k, o in done.items() if k != key and not check_cl_method(k).cumulative}
     if not others: return {}
     base = max(others, key=others.get)
-    d = paired_difference(*(torch.tensor(done[k].final) for k in (key, base)), stream.until(len(stream) - 1).test.y)
-    return dict(baseline=base, difference=d, verdict=verdict(key, base, d))
+    every = differences(key, others, {k: torch.tensor(o.final) for k, o in done.items()}, stream.until(len(stream) - 1).test.y)
+    d = next({k: v for k, v in o.items() if k != 'baseline'} for o in every if o['baseline'] == base)
+    return dict(baseline=base, difference=d, verdict=verdict(key, base, d), differences=every)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from sklearn.metrics import confusion_matrix
 
-from .analysis import COLOURS, Picture, collect, load_metrics, load_summary, student_curves, t_interval
+from .analysis import COLOURS, Picture, collect, load_metrics, load_summary, short, student_curves, t_interval
 from .core import RunError
 from .metrics import confidence_bins
 
@@ -47,9 +47,9 @@ def plot_seeds(
     "Accuracy over epochs or tasks: mean over seeds and the band of its 95 % t-interval"
     cl = isinstance(runs, pd.DataFrame) and 'ACC' in runs
     t = runs if isinstance(runs, pd.DataFrame) and 'half' in runs else seed_curves(runs)
-    fig = Picture(figsize=(7, 3.4), layout='constrained'); ax = fig.subplots()
+    fig = Picture(figsize=(7, max(3.4, 1 + .17*t.label.nunique())), layout='constrained'); ax = fig.subplots()
     for label, g in t.groupby('label', sort=False):
-        line, = ax.plot(g.step, g['mean'], ms=3, lw=1.3, label=label)
+        line, = ax.plot(g.step, g['mean'], ms=3, lw=1.3, label=short(label, 40))
         ax.fill_between(g.step, g['mean'] - g.half, g['mean'] + g.half, color=line.get_color(), alpha=.15, lw=0)
     ax.set(xlabel='task' if cl else 'epoch', ylabel='accuracy on the classes seen (%)' if cl else 'validation accuracy (%)')
     ax.xaxis.get_major_locator().set_params(integer=True); ax.set_ylim(max(0, ax.get_ylim()[0]), min(105, ax.get_ylim()[1]))
@@ -93,7 +93,7 @@ def plot_front(
     for at, g in o.groupby('cost'):
         y = float('inf')
         for r in g.to_dict('records'):
-            y = min(r['gain'], y - room); ax.annotate(r['name'], (at, y), xytext=(7, 0), textcoords='offset points', va='center', fontsize=8)
+            y = min(r['gain'], y - room); ax.annotate(short(r['name'], 40), (at, y), xytext=(7, 0), textcoords='offset points', va='center', fontsize=8)
     if log := o.cost.min() > 0 and o.cost.max() > 20*o.cost.min(): ax.set_xscale('log')
     ax.margins(x=.25, y=.15)
     if not log: ax.set_xlim(left=max(0, ax.get_xlim()[0]))
@@ -145,9 +145,9 @@ def plot_confusion(
         for i, row in enumerate(c.to_numpy()):
             for j, v in enumerate(row):
                 if v: ax.text(j, i, v, ha='center', va='center', fontsize=7, color='white' if share[i, j] > 60 else 'black')
-        plain = dict(fontsize=8, parse_math=False)                                # a class may be called $x$
-        ax.set_xticks(range(n), c.columns, rotation=90 if max(map(len, c.columns)) > 2 else 0, **plain)
-        ax.set_yticks(range(n), c.index, **plain)
+        plain, names = dict(fontsize=8, parse_math=False), list(map(short, c.index))                                # a class may be called $x$
+        ax.set_xticks(range(n), names, rotation=90 if max(map(len, names)) > 2 else 0, **plain)
+        ax.set_yticks(range(n), names, **plain)
     ax.set(xlabel='answer', ylabel='class', title=title)
     return fig
 
@@ -204,7 +204,8 @@ def plot_disagreement(
     fig.colorbar(ax.imshow(d, cmap='Blues', vmin=0, vmax=top), ax=ax, shrink=.8, label=f'% of {of}')
     for i, row in enumerate(d.to_numpy()):
         for j, v in enumerate(row): ax.text(j, i, f'{v:.1f}', ha='center', va='center', fontsize=8, color='white' if v > .6*top else 'black')
-    ax.set_xticks(range(n), d.columns, rotation=90, fontsize=8); ax.set_yticks(range(n), d.index, fontsize=8)
+    names = list(map(short, d))
+    ax.set_xticks(range(n), names, rotation=90, fontsize=8); ax.set_yticks(range(n), names, fontsize=8)
     return fig
 
 # %% ../nbs/09b_figures.ipynb #407588a2

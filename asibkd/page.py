@@ -47,7 +47,7 @@ def table(
     "A table of a page; the first column names the row"
     columns = [same_decimals(t.iloc[:, i]) for i in range(t.shape[1])]
     rows = list(map(list, zip(*columns)))
-    number = [i > 0 and (pd.api.types.is_numeric_dtype(t.iloc[:, i]) or any(re.search(r'\d\.\d', v) for v in c) and all(re.match(r'[-+]?\d|$', v) for v in c))
+    number = [i > 0 and (pd.api.types.is_numeric_dtype(t.iloc[:, i]) or any(re.search(r'\d\.\d', v) for v in c) and all(re.match(r'[-+]?\d|all$|$', v) for v in c))
               for i, c in enumerate(columns)]
     return dict(kind='table', caption=caption, head=list(map(str, t.columns)), rows=rows, number=number,
                 mine=list(mine) or [False]*len(rows), links=links or ['']*len(rows))

@@ -219,7 +219,7 @@ class CLExplorer(Explorer):
             self.R, self.lost = w.Image(format='png'), w.HTML()
             kept = [drawn(plot_memory(s))] if any(s['composition']) else [w.HTML(f"{html.escape(s['method'])} kept no images.")]
             self.children = [self.said, row(self.method, self.which), row(self.R, self.lost),
-                             row(drawn(plot_forgetting(s)), *kept), w.HTML(f'<p style="max-width:70em">{html.escape(explain_cl(s))}</p>')]
+                             row(drawn(plot_forgetting(s)), *kept), w.HTML(f'<p style="max-width:70em; white-space:pre-line">{html.escape(explain_cl(s))}</p>')]
             self.on(self.show, self.method, self.which); self.show()
 
     def show(self):
@@ -247,7 +247,8 @@ class RunBrowser(Explorer):
     def show(self):
         "The rows that are left, in order"
         t = filter_runs(self.all, self.words.value, self.by.value, self.down.value)
-        self.table.value = table_html(t.drop(columns='folder').round(2).dropna(axis=1, how='all')) if len(t) else 'No run fits this filter.'
+        told = [c for c in t if c != 'folder' and (t[c].notna() & (t[c] != '')).any()]
+        self.table.value = table_html(t[told].round(2)) if len(t) else 'No run fits this filter.'
         options = list(dict(zip(t.run, t.folder)).items())
         if options != list(self.runs.options): self.runs.options, self.runs.value = options, tuple(f for _, f in options[:3])
 

@@ -125,6 +125,35 @@ def test_jupyterlab(run, page, shots, tmp_path):
         until(page, lambda: drawn(page, 'attention'), bool)
         shots(page, 'lab')
 
+def executed(run, monkeypatch):
+    "What explore.ipynb shows of a run: its text, and the values of its widgets"
+    nbclient, nbformat = pytest.importorskip('nbclient'), pytest.importorskip('nbformat')
+    for k, v in dict(ASIBKD_RUN=str(run), PYTHONPATH=str(root), OMP_NUM_THREADS='1').items(): monkeypatch.setenv(k, v)
+    nb = nbclient.NotebookClient(nbformat.read(root/'nbs'/'explore.ipynb', 4), timeout=200, kernel_name='python3').execute()
+    outputs = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == 'error']
+    data = [o.data for o in outputs if 'data' in o]
+    state = nb.metadata.widgets['application/vnd.jupyter.widget-state+json']['state'].values()
+    return '\n'.join(o['text/markdown'] for o in data if 'text/markdown' in o), '\n'.join(str(o['state'].get('value', '')) for o in state), data
+
+def test_a_continual_run_has_its_own_screen(tmp_path, monkeypatch):
+    "No dead screens above it, and nothing went wrong"
+    import json
+    row = lambda k: dict(key=k, role=f'student: {k}', learned_with='9 kept images', params=9, **dict.fromkeys(('val_acc', 'ACC', 'AIA', 'BWT', 'forgetting', 'task_ACC'), .5))
+    R = dict(class_il=[[.98], [.5, .9]], task_il=[[1.], [1., 1.]])
+    s = dict(kind='cl', method='asib', seed=1, tasks=[['a', 'b'], ['c', 'd']], composition=[[5, 5, 0, 0], [3, 3, 2, 2]], rows=[row('er'), row('asib')], R=dict(er=R, asib=R))
+    d = tmp_path/'results'/'cl'; d.mkdir(parents=True)
+    (d/'summary.json').write_text(json.dumps(s)); (d/'config.json').write_text('{"seed": 1}')
+    text, values, data = executed(d, monkeypatch)
+    assert '## The tasks' in text and 'no bridge' in text and 'One image' not in text and 'The bottleneck' not in text
+    assert 'after task 2: a (3), b (3), c (2), d (2)' in values and 'forgotten' in values and 'role="alert"' not in values
+    assert len([o for o in data if 'application/vnd.jupyter.widget-view+json' in o]) == 2                # this screen, and all runs
+
+def test_a_one_shot_run_has_no_continual_screen(run, monkeypatch):
+    text, values, data = executed(run, monkeypatch)
+    assert '## One image' in text and '## The bottleneck' in text and 'The tasks' not in text
+    assert 'teacher1' in values and 'cl_mode=1' not in ''.join(str(o) for o in data) and len([o for o in data if 'application/vnd.jupyter.widget-view+json' in o]) == 3
+
 def test_sigterm_takes_voila_along(run, tmp_path):
     "Whoever ends the command from outside leaves no server behind"
     from asibkd.serve import answers_on

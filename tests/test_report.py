@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asibkd.analysis import load_config, load_summary
-from asibkd.report import save_compare_report, save_report
+from asibkd.report import run_page, save_compare_report, save_report
 from asibkd.run import run_experiment
 from asibkd.tasks import run_loop
 from conftest import TINY
@@ -78,6 +78,52 @@ def test_continual(runs):
     assert 'asib is BELOW er' in edited(run, accuracy(run, 'er', 'ACC', 2.)) and 'asib is BELOW' not in edited(run, accuracy(run, 'asib', 'ACC', 1.))
     assert 'asib is BELOW' not in edited(run, lambda s: (accuracy(run, 'asib', 'ACC', .99)(s), accuracy(run, 'joint', 'ACC', 1.)(s | dict(difference=0))))
     assert 'SAW FUTURE' in edited(run, lambda s: s['rows'][-1].update(leak='yes')) and 'SAW FUTURE' not in text
+    assert 'against every baseline' in text and 'all data so far' in text
+    names = lambda s: {r['key']: r for r in s['rows']}
+    def last(row, *who):
+        return lambda s: [s['R'][k]['class_il'].__setitem__(-1, [v/100 for v in row]) for k in who]
+    assert 'newest task only' not in edited(run, last([50, 44], *names(load_summary(run))))               # near 1/T, and nothing forgotten
+    lost = edited(run, last([0, 97], *names(load_summary(run))))
+    assert 'naive: class-IL knows the newest task only' in lost and 'er knows the newest task only (last row of R), although it replays 20 kept images' in lost
+    assert 'joint knows' not in lost and 'joint:' not in lost
+
+def test_a_method_with_a_required_parameter(tmp_path):
+    "Its report is written, and shows what it was given"
+    from pydantic import BaseModel
+    from asibkd.core import own_params
+    from asibkd.methods import methods, register_method
+    class Must(BaseModel): must:float
+    register_method('must', Must)(type('Must', (methods['avgz'],), {}))
+    try: s = run_experiment(**TINY | dict(method='must', must=.5, results_dir=str(tmp_path)))
+    finally: del methods['must'], own_params['must']
+    text = check(Path(s['run'], 'report.html').read_text(encoding='utf-8'))
+    assert "method='must', " in text and 'must=0.5)   # where' in text and 'where the method is registered' in text and "the method's own" in text
+
+def test_only_what_is_read(tmp_path):
+    "A method without a bridge lists no parameter of the bridge, and three classes have no top-5"
+    three = dict(TINY, results_dir=str(tmp_path), feat_kd_alpha='1', hybrid_beta='.3')
+    parts = lambda s: {t['caption']: t for o in run_page(s['run'])['sections'] for t in o['parts'] if t['kind'] == 'table'}
+    kd, asmb = (parts(run_experiment(**three, method=m)) for m in ('vanilla_kd', 'asmb'))
+    listed = lambda p: {r[0] for r in p['Parameters that differ from the defaults']['rows']}
+    bridge = {'feat_kd_alpha', 'hybrid_beta', 'teacher_adapt_epochs'}
+    assert not bridge & listed(kd) and bridge <= listed(asmb)
+    assert 'top-5 %' in kd['Scores on the test images']['head']
+
+def test_the_summary_is_believed(tmp_path):
+    "Own data: not the dataset that the parameters name; and no figure of a comparison warns"
+    import warnings
+    from torchvision.datasets import FakeData
+    train, test = FakeData(60, (3, 16, 16), num_classes=3), FakeData(30, (3, 16, 16), num_classes=3)
+    own = TINY | dict(results_dir=str(tmp_path), method='avgz', train_per_class='0', finetune_epochs='1', batch_size='16')
+    runs = [run_experiment(train=train, test=test, **own | dict(seed=i, val_frac=f'.{i}', tau_start=i, student_lr=f'.00{i}', min_lr=f'.000{i}')) for i in (1, 2)]
+    page = run_page(runs[0]['run']); text = check(Path(runs[0]['run'], 'report.html').read_text(encoding='utf-8'))
+    shown = {r[0]: r[1] for o in page['sections'] for t in o['parts'] if t.get('caption') == 'Parameters that differ from the defaults' for r in t['rows']}
+    assert load_config(runs[0]['run'])['dataset'] == 'digits' and shown['dataset'] == 'FakeData' and 'top-5' not in text
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        said = check(save_compare_report(tmp_path, tmp_path/'c.html', 'avgz [1]').read_text(encoding='utf-8'))
+    for word in ('2 methods on FakeData', 'avgz [2]: val_frac=0.2', 'no common seed'): assert word in said, word
+    assert 'nan' not in said.split('Who wins')[0]
 
 def test_comparison(runs, tmp_path):
     d = runs('loop'); out = tmp_path/'deep'/'report.html'
