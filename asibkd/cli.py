@@ -17,7 +17,7 @@ from .bench import PARTS, run_bench
 from .cl_analysis import explain_cl, r_table
 from .deploy import export_student
 from .methods import list_methods
-from .report import save_compare_report, save_report
+from .report import UNSAID, save_compare_report, save_report, warnings_of
 from .run import run_experiment
 from .runtime import atomic_write
 from .serve import serve
@@ -91,6 +91,8 @@ def _report(s:dict):
     "The table, the verdict and where everything is"
     print(show_table(result_table(s)))
     if 'verdict' in s: print(f"\n{s['verdict']}")
+    for o in s.get('differences', ()): print(f"  {s['method']} − {o['baseline']}: {100*o['diff']:+.2f} points [{100*o['low']:+.2f}, {100*o['high']:+.2f}]")
+    for o in warnings_of(s, UNSAID): print(f'\nBeware: {o}')
     if s.get('kind') == 'cl':
         print('\n' + explain_cl(s))
         for k, name in dict(class_il='class-IL', task_il='task-IL').items():

@@ -23,7 +23,7 @@ from .batches import Loader, apply_views, normalise, padding
 from .build import build_student, build_teacher, find_weights, save_teacher, settle, teacher_specs
 from .core import Config, DataError, RunError, resolve, unknown
 from .data import Data
-from .datasets import create_data
+from .datasets import create_data, list_datasets
 from .deploy import save_state, save_student, student_card
 from .eval import answers, load_synergy
 from .ib_mbm import Synergy, build_from_teachers
@@ -90,7 +90,7 @@ def _teacher(run:Path, spec:dict, summary:dict, data:Data, cfg:Config)->KDModel:
     "As the bridge heard it last"
     name, came = spec['name'], summary['weights'][spec['name']]
     row = next(r for r in summary['rows'] if r['key'] == name)
-    if isinstance(spec['what'], str) and row['taught_by'] == 'given':
+    if isinstance(spec['what'], str) and row['taught_by'].startswith('given'):
         raise RunError(f"{name} ({row['model']}) was a module of your own, which no folder can rebuild. "
                        "Give fresh ones: open_run(run, teachers=[…]).")
     file = next((f for f in (run/f'{name}_adapted.pth', run/f'{name}.pth') if f.exists()), '')
@@ -126,7 +126,7 @@ def open_run(
     if 'rows' not in s: raise RunError(f"'{run}' holds a fine-tuned teacher, no student. Name the folder of a run.")
     cfg = resolve(run/'config.json')[0]; cfg = tuned(cfg, cfg.method)
     teachers, student = copy.deepcopy(teachers), copy.deepcopy(student)          # yours stay as they are
-    if train is None and s['dataset'] != cfg.dataset:
+    if train is None and (s['dataset'] != cfg.dataset or cfg.dataset not in list_datasets()):
         raise RunError(f"The images were a dataset of your own ({s['dataset']}). Give it again: open_run(run, train=…, test=…).")
     data = create_data(cfg, train, val, test)
     now = {k: len(getattr(data, k)) for k in s['images']}

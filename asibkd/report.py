@@ -121,8 +121,9 @@ def package_method(c:dict)->type|None:
 def command_of(c:dict)->str:
     "The command that repeats a run; in Python where objects were given that no command can name"
     given = typed(c); call = f"run_experiment({', '.join(f'{k}={v!r}' for k, v in given.items())}"
-    if c.get('own'): return f"{call}, …)   # and the modules and data you gave: {c['own']}"
-    if not package_method(c): return f'{call})   # where the method is registered'
+    own = '+'.join(o for o in (c.get('own') or '').split('+') if o and not o.startswith('code:'))       # a method's code is no object
+    if own: return f"{call}, …)   # and the modules and data you gave: {own}"
+    if not (package_method(c) or c.get('plugin')): return f'{call})   # where the method is registered'
     word = lambda v: 'none' if v is None else str(int(v)) if isinstance(v, bool) else ','.join(map(str, v)) if isinstance(v, list) else str(v)
     return ' '.join(['asibkd run', *(shlex.quote(f'{k}={word(v)}') for k, v in given.items())])
 

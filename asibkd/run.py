@@ -28,7 +28,7 @@ from .cl_run import run_cl
 from .data import Data
 from .datasets import create_data
 from .deploy import save_state, save_student, student_card
-from .eval import answers, paired_difference, teacher_report, verdict
+from .eval import answers, differences, teacher_report, verdict
 from .freeze import freeze_report
 from .methods import average, check_method, create_method, methods, tuned
 from .metrics import accuracy, scores
@@ -205,8 +205,9 @@ def summarise(z, y, taught, gates, specs, came, student, known, data:Data, cfg:C
     out['weights'] = {s['name']: k['weights'] for s, k in zip(specs, known)}
     if len(specs): out['teachers'] = teacher_report(z['test'], y['test'], [s['name'] for s in specs], cfg.method)
     if base := strongest(z, y, taught, cfg):
-        d = paired_difference(z['test'][cfg.method], z['test'][base], y['test'])
-        out |= dict(baseline=base, difference=d, verdict=verdict(cfg.method, base, d))
+        every = differences(cfg.method, [k for k in taught if k != cfg.method], z['test'], y['test'])
+        d = next({k: v for k, v in o.items() if k != 'baseline'} for o in every if o['baseline'] == base)
+        out |= dict(baseline=base, difference=d, differences=every, verdict=verdict(cfg.method, base, d))
     seconds = {k: t.seconds for k, t in taught.items()} | {s['name']: k.get('seconds') for s, k in zip(specs, known)}
     latency = {k: v[1] for k, v in measured.items() if k != 'student'} | {k: measured['student'][1] for k in taught}
     out['time'] = dict(seconds=seconds, latency_ms=latency, teacher_images=dict(tally))
