@@ -79,10 +79,10 @@ def run_cl(
     return out, dict(method=cfg.cl_method, dataset=data.name, seed=cfg.seed, student=l.student.name,
                      **{k: me[k] for k in ('val_acc', 'ACC', 'AIA', 'BWT', 'task_ACC', 'params', 'macs')}, baseline=out.get('baseline'))
 
-def judge_cl(done:dict, key:str, stream:Stream)->dict: # baseline, difference, verdict, differences; or nothing
+def judge_cl(done:dict, key:str, stream:Stream)->dict: # verdict, and where there are rivals baseline, difference, differences
     "The method against the best rival that, like it, does not keep all data, and against each of them"
     others = {k: cl_metrics(o.class_il)['ACC'] for k, o in done.items() if k != key and not check_cl_method(k).cumulative}
-    if not others: return {}
+    if not others: return dict(verdict=f"No baseline was run beside {key}: there is nothing to judge it by.")
     base = max(others, key=others.get)
     every = differences(key, others, {k: torch.tensor(o.final) for k, o in done.items()}, stream.until(len(stream) - 1).test.y)
     d = next({k: v for k, v in o.items() if k != 'baseline'} for o in every if o['baseline'] == base)

@@ -17,7 +17,7 @@ from .bench import PARTS, run_bench
 from .cl_analysis import explain_cl, r_table
 from .deploy import export_student
 from .methods import list_methods
-from .report import UNSAID, save_compare_report, save_report, warnings_of
+from .report import UNSAID, gate_lines, save_compare_report, save_report, warnings_of
 from .run import run_experiment
 from .runtime import atomic_write
 from .serve import serve
@@ -98,8 +98,7 @@ def _report(s:dict):
         for k, name in dict(class_il='class-IL', task_il='task-IL').items():
             print(f"\nR, {name}, {s['method']} (per cent):\n" + show_table(r_table(s, which=k).reset_index(names='')))
     else:
-        for g in s.get('gates', ()): print(f"stage {g['stage']}: synergy gate {'open' if g['gate'] else 'closed'} "
-              f"(validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})")
+        for o in gate_lines(s): print(o)
     if 'run' in s:
         page = Path(s['run'])/'report.html'
         print(f"\nEverything is in {s['run']}" + (f"; to read: {page}" if page.exists() else ''))

@@ -240,7 +240,7 @@ def adapt(
            'open' if opens else 'closed: the student hears the plain average')
     log.info(f"{name or f'stage {stage + 1}'}: gate {say} (validation NLL: synergy {now['val_nll']:.4f}, "
              f"average {came['val_avg_nll']:.4f}; accuracy {now['val_acc']:.4f}, {came['val_avg_acc']:.4f})")
-    return dict(stage=stage + 1, gate=bool(opens), epoch=now['epoch'], synergy_nll=now['val_nll'],
+    return dict(stage=stage + 1, gate=bool(opens), asked=cfg.synergy_gate, epoch=now['epoch'], synergy_nll=now['val_nll'],
                 average_nll=came['val_avg_nll'], synergy_acc=now['val_acc'], average_acc=came['val_avg_acc'],
                 recon=now['val_recon'])
 

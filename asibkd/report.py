@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARNINGS', 'UNSAID', 'BRIDGED', 'CL_COSTS', 'OURS', 'in_words', 'warn_behind', 'warn_leak', 'warn_untrained',
-           'warn_gate', 'warn_oracle', 'warn_alone', 'warn_seed', 'warnings_of', 'asked_for', 'typed', 'package_method',
-           'command_of', 'config_parts', 'env_part', 'time_parts', 'curve_picture', 'front_picture',
+           'warn_gate', 'gate_lines', 'warn_oracle', 'warn_alone', 'warn_seed', 'warnings_of', 'asked_for', 'typed',
+           'package_method', 'command_of', 'config_parts', 'env_part', 'time_parts', 'curve_picture', 'front_picture',
            'information_picture', 'confusion_section', 'calibration_section', 'disagreement_section',
            'prediction_sections', 'score_table', 'difference_table', 'cl_sections', 'result_section', 'figure_sections',
            'run_page', 'save_report', 'compare_warnings', 'compare_verdict', 'run_list', 'compare_page',
@@ -22,6 +22,7 @@ import pandas as pd
 from . import crd, multi, single    # they register their methods
 from .analysis import (MEASURES, ahead_of, cell, collect, compare_notes, compare_runs, facts, judged, load_config, load_metrics, load_summary,
                              measure_of, paired, plot_compare, plot_curves, result_table, student_curves, usual_baseline, win_table)
+from .build import hardly_learnt
 from .cl_analysis import leak_note, newest_wins, plot_forgetting, plot_memory, plot_R, r_table
 from .cl_methods import cl_methods
 from .core import Bridge, Config, RunError, resolve
@@ -64,7 +65,7 @@ def warn_untrained(s)->str:
     weights, chance = s.get('weights', {}), 1/s['n_class']
     low = [f"{r['key']} ({r['model']}, {weights.get(r['key'], 'adapted')}, {100*r['test_acc_val_selected']:.1f} % on the test images)"
            for r in s['rows'] if r['role'] == 'teacher' and
-           ('untrained' in weights.get(r['key'], '') or r['test_acc_val_selected'] < 1.5*chance)]
+           ('untrained' in weights.get(r['key'], '') or hardly_learnt(r['test_acc_val_selected'], s['n_class']))]
     return low and (f"UNTRAINED TEACHER, or one hardly above chance ({100*chance:.1f} %): {joined(low)}. What it teaches is noise. "
                     "Fine-tune it (finetune_epochs) or give it weights.") or ''
 
@@ -74,6 +75,11 @@ def warn_gate(s)->str:
     shut = [f"task {o['task']}" if 'task' in o else f"stage {o['stage']}" for o in g if not o['gate']]
     return shut and (f"The synergy gate was CLOSED in {joined(shut)} ({len(shut)} of {len(g)}): on validation images the bridge's logits were "
                      "no better than the teachers' plain average, so the student was taught by the average there.") or ''
+
+def gate_lines(s)->list:
+    "What the gate of each stage saw and decided"
+    def say(g): return 'not asked (synergy_gate=0)' if not g.get('asked', True) else 'open' if g['gate'] else 'closed'
+    return [f"stage {g['stage']}: synergy gate {say(g)} (validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})" for g in s.get('gates', ())]
 
 def warn_oracle(s)->str:
     "What choosing on the test set would have shown"
@@ -91,7 +97,7 @@ def warn_seed(s)->str:
     return f"ONE SEED ({s['seed']}): what another would give is not known. `asibkd loop` runs several and gives intervals."
 
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_alone, warn_seed)
-UNSAID = (warn_untrained, warn_gate, warn_oracle, warn_alone)   # what neither `verdict` nor `explain_cl` says: for a terminal that prints these
+UNSAID = (warn_untrained, warn_gate, warn_oracle)   # what neither `verdict` nor `explain_cl` says: for a terminal that prints these
 
 def warnings_of(
     s:dict,          # summary.json
@@ -282,7 +288,7 @@ def run_page(
     sections = [result_section(s), *figure_sections(run, s), *prediction_sections(run, s), section('Parameters', *config_parts(facts(s, c))), section('Time', *time_parts(s)),
                 section('Environment', env_part(run)), section('Repeat it', code(command_of(c)), text(again))]
     return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=in_words(s), warnings=warnings_of(s),
-                verdict=s.get('verdict', f"No baseline was run beside {s['method']}: there is nothing to judge it by."),
+                verdict=s.get('verdict', ''),
                 sections=[o for o in sections if o and o['parts']])
 
 def save_report(
