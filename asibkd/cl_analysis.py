@@ -39,7 +39,7 @@ def newest_wins(
     bare = [k for k in low if rows[k]['learned_with'].startswith('0 ')]
     say = [f"{k} knows the newest task only (last row of R), although it replays {rows[k]['learned_with']}: they are too few, or "
            "replayed too seldom (replay_capacity, replay_ratio)." for k in low if k not in bare]
-    if bare: say.insert(0, f"{', '.join(bare)}: class-IL knows the newest task only (last row of R). That is no bug: without old images nothing ties "
+    if bare: say.insert(0, f"{', '.join(bare)}: class-IL knows the newest task only (last row of R), so its average is near {100/len(s['tasks']):.0f} % at best. That is no bug: without old images nothing ties "
         "the logits of different tasks together, so the newest classes win every comparison, whatever a penalty on the weights keeps. "
         "What it keeps shows in task-IL: " + ', '.join(f"{k} {100*rows[k]['task_ACC']:.1f} %" for k in bare) + '.')
     return '\n'.join(say)
@@ -57,14 +57,14 @@ def leak_note(
 def memory_lines(
     summary,  # As in `r_table`
     most=10,  # More classes are summed up
-)->list: # A line a task; [] where nothing was kept
+)->list: # A line a task, named as in `r_table`; [] where nothing was kept
     "What the memory of the run's method held"
     s = _cl(summary); classes = [c for t in s['tasks'] for c in t]
     def held(r):
         kept = {c: n for c, n in zip(classes, r) if n}
         if len(kept) <= most: return ', '.join(f'{c} ({n})' for c, n in kept.items()) or 'nothing'
         return f'{sum(kept.values())} images of {len(kept)} classes, {min(kept.values())} to {max(kept.values())} of each'
-    return [f'after task {i}: {held(r)}' for i, r in enumerate(s['composition'], 1)] if any(map(sum, s['composition'])) else []
+    return [f'after {i}: {held(r)}' for i, r in enumerate(s['composition'], 1)] if any(map(sum, s['composition'])) else []
 
 def explain_cl(
     summary,  # As in `r_table`
@@ -73,7 +73,7 @@ def explain_cl(
     s = _cl(summary); kept = memory_lines(s)
     behind = [f"{s['method']} is BEHIND {k} in ACC in this run." for k in list(ahead_of(s))[:1]]
     return '\n'.join(filter(None, [newest_wins(s), *behind, leak_note(s), "One seed; cl_compare or `asibkd loop --cl_mode 1` gives intervals.",
-                                   f"The memory of {s['method']} held, class (images):" if kept else '', *kept]))
+                                   f"The memory of {s['method']} after each task, class (images):" if kept else '', *kept]))
 
 # %% ../nbs/09a_cl_analysis.ipynb #618dd3ac
 def plot_R(

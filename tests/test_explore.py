@@ -146,7 +146,7 @@ def test_a_continual_run_has_its_own_screen(tmp_path, monkeypatch):
     (d/'summary.json').write_text(json.dumps(s)); (d/'config.json').write_text('{"seed": 1}')
     text, values, data = executed(d, monkeypatch)
     assert '## The tasks' in text and 'no bridge' in text and 'One image' not in text and 'The bottleneck' not in text
-    assert 'after task 2: a (3), b (3), c (2), d (2)' in values and 'forgotten' in values and 'role="alert"' not in values
+    assert 'after 2: a (3), b (3), c (2), d (2)' in values and 'forgotten' in values and 'role="alert"' not in values
     assert len([o for o in data if 'application/vnd.jupyter.widget-view+json' in o]) == 2                # this screen, and all runs
 
 def test_a_one_shot_run_has_no_continual_screen(run, monkeypatch):
