@@ -12,7 +12,7 @@ import argparse, contextlib, os, re, signal, sys, threading
 from pathlib import Path
 
 from .core import ALIASES, AsibError, Config, ConfigError, list_presets, load_plugins, own_params, parameter_table, refuse_key, resolve, unknown
-from .analysis import collect, compare_runs, load_summary, result_table, save_compare, show_table, usual_baseline, win_table
+from .analysis import collect, compare_notes, compare_runs, load_summary, result_table, save_compare, show_table, usual_baseline, win_table
 from .bench import PARTS, run_bench
 from .cl_analysis import explain_cl, r_table
 from .deploy import export_student
@@ -130,6 +130,7 @@ def _compare(runs, baseline, out):
     baseline = baseline or usual_baseline(runs)
     print(show_table(compare_runs(runs, baseline)))
     if 'ACC' in runs: print('\nseeds on which the row beats the column:\n' + show_table(win_table(runs)))
+    for o in compare_notes(runs): print(f'\n{o}')
     print('\nmean ± half-width of the 95 % t-interval over seeds; paired differences. Written: '
           + ', '.join(map(str, [*save_compare(runs, out, baseline), save_compare_report(runs, Path(out)/'report.html', baseline)])))
 

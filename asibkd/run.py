@@ -362,7 +362,7 @@ def close(run, summary:dict, row:dict):
     if 'verdict' in summary: log.info(summary['verdict'])
     try: save_report(run.path)
     except Exception as e:                                     # a page that cannot be drawn loses no run
-        log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {e}. Everything else is there; `asibkd report {run.path}` tries again.")
+        log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {str(e).rstrip('.')}. Everything else is there; `asibkd report {run.path}` tries again.")
 
 # %% ../nbs/12_run.ipynb #dbfc31ef
 def parameters_set(
