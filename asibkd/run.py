@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Taught', 'teach', 'teach_all', 'target_of', 'copies', 'some_train', 'judge', 'table_rows', 'strongest', 'summarise',
-           'save_results', 'named', 'code_hash', 'check_name', 'preset_says', 'tracker', 'effective', 'run_experiment',
-           'close', 'parameters_set']
+           'save_results', 'named', 'code_hash', 'method_class', 'preset_says', 'tracker', 'effective',
+           'run_experiment', 'close', 'parameters_set']
 
 # %% ../nbs/12_run.ipynb #a0a84341
 import ast, copy, hashlib, inspect, json, textwrap
@@ -249,7 +249,7 @@ def code_hash(cls:type)->str: # '' for the package's own
             if inspect.isfunction(v) or isinstance(v, (str, int, float, tuple, dict)) and not k.startswith('__')]
     return 'code:' + hashlib.blake2b(repr(said).encode(), digest_size=4).hexdigest() if mine else ''
 
-def check_name(
+def method_class(
     cfg:Config,
     name=None,   # Another one than the configuration's
 )->type:
@@ -306,7 +306,7 @@ def run_experiment(
     yours = dict(teachers=teachers, student=student, train=train, val=val, test=test)
     params = named(yours, params); teachers, student, train, val, test = yours.values()
     cfg, extra = resolve(_file, **params)
-    cls = check_name(cfg)
+    cls = method_class(cfg)
     if teachers is not None and not len(teachers): raise ConfigError("teachers=[]: give at least one teacher.")
     own = [o for o in (*(teachers or ()), student, train, val, test) if o is not None]
     run = Run(cfg, extra, '+'.join(filter(None, [*map(fingerprint, own), code_hash(cls)])))

@@ -25,7 +25,7 @@ from .eval import answers, load_synergy, report_splits
 from .methods import check_method
 from .metrics import accuracy
 from .phases import place
-from .run import check_name, effective, named, run_experiment, tracker
+from .run import method_class, effective, named, run_experiment, tracker
 from .students import create_student
 from .teachers import create_teacher, load_into, load_weights
 
@@ -139,7 +139,7 @@ def run_loop(
     cl = is_on(last_word(layers_of(**given), 'cl_mode'))
     key = 'cl_method' if cl else 'method'
     methods = split_list(methods or os.environ.get('METHOD_LIST', dict(method='asmb', cl_method='asib')[key]))
-    for m in methods: check_name(resolve(cl_mode=cl)[0], m)
+    for m in methods: method_class(resolve(cl_mode=cl)[0], m)
     if bad := [k for k in (key, 'seed', 'exp_id') if k in given]:
         raise ConfigError(f"'{bad[0]}' is what the loop varies. Use --methods and --seeds; run folders get automatic names.")
     if not methods or not split_list(seeds): raise ConfigError("The loop needs at least one method and one seed: --methods 'asmb ce' --seeds '0 1'.")
