@@ -64,6 +64,7 @@ class Experiment(Params):
     plugin:str | list[str] = P('',
         "Python file(s) or module(s) of your own, run first: the methods, models and datasets they register have names at every door.")
     compare:bool = P(False, "Also run ce, vanilla_kd and avgz (with cl_mode naive, er and joint) with the same teachers and equal student steps.")
+    report:bool = P(True, "Write report.html when the run is over (a second or two); `asibkd report` does it later.")
     report_oracle:bool = P(False,
         "Watch the test set every epoch; its best is reported as test_acc_oracle and never used to choose.")
     seed:int = P(42, "Seed of everything random: split, order, augmentation, initial weights.", ge=0)

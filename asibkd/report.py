@@ -115,8 +115,8 @@ def typed(c:dict)->dict:
     "What has to be given so that the presets and it resolve to these parameters"
     c = asked_for(c)
     plain = lambda **kw: json.loads(json.dumps({k: v for o in resolve(**kw) for k, v in (o if isinstance(o, dict) else o.model_dump()).items()}))
-    head = ('preset', 'cl_mode', 'method', 'cl_method')
-    before, after = plain(preset=c['preset']), plain(preset=c['preset'], cl_mode=c['cl_mode'])   # that switch brings values of its own
+    head = ('preset', 'cl_mode', 'dataset', 'method', 'cl_method')
+    before, after = plain(preset=c['preset']), plain(preset=c['preset'], cl_mode=c['cl_mode'], dataset=c['dataset'])   # these bring values of their own
     return {k: v for k, v in c.items() if k == 'preset' or (before if k in head else after).get(k, ...) != v}
 
 def package_method(c:dict)->type|None:

@@ -356,10 +356,11 @@ def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks)
     close(run, summary, row)
 
 def close(run, summary:dict, row:dict):
-    "The run is over: summary.json, a row of summary.csv, and nothing left to resume"
+    "The run is over: summary.json, a row of summary.csv, a report, and nothing left to resume"
     run.finish(summary, row | dict(difference=(summary.get('difference') or {}).get('diff')))
     for f in (run/'checkpoint').glob('*.pt'): f.unlink()
     if 'verdict' in summary: log.info(summary['verdict'])
+    if not run.cfg.report: return
     try: save_report(run.path)
     except Exception as e:                                     # a page that cannot be drawn loses no run
         log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {str(e).rstrip('.')}. Everything else is there; `asibkd report {run.path}` tries again.")

@@ -174,7 +174,7 @@ def environment(device=None)->dict:
 
 def exp_name(cfg, extra=(), salt='')->str: # e.g. 'asmb-digits-s42-1f2e3d4c'
     "The automatic `exp_id`: readable, and the same for the same parameters"
-    skip = {'exp_id', 'results_dir', 'resume', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose', 'preset'}
+    skip = {'exp_id', 'results_dir', 'resume', 'report', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose', 'preset'}
     body = {k: v for k, v in cfg.model_dump().items() if k not in skip} | dict(extra)
     tag = hashlib.blake2b((json.dumps(body, sort_keys=True, default=str) + salt).encode(), digest_size=4).hexdigest()
     return f"{f'cl-{cfg.cl_method}' if cfg.cl_mode else cfg.method}-{cfg.dataset}-s{cfg.seed}-{tag}"
@@ -235,7 +235,7 @@ Run.open, Run._settle = _open, _settle
 # %% ../nbs/00a_runtime.ipynb #a5004e5c
 def _differs(self:Run, old:dict)->list:
     "Keys in which the folder's run differs from this one, those aside that cannot change a result"
-    free = {'resume', 'results_dir', 'exp_id', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose',
+    free = {'resume', 'results_dir', 'exp_id', 'report', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose',
             'num_workers', 'checkpoint_steps', 'preset'}
     # compare what was asked for, not what it was settled to
     old, new = {**old, **old.get('_requested', {})}, json.loads(json.dumps(self.params))

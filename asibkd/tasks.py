@@ -15,7 +15,6 @@ from filelock import FileLock
 
 from .analysis import collect, compare_runs, plot_compare, usual_baseline, win_table
 from .cl import check_cl
-from .cl_methods import check_cl_method
 from .core import ConfigError, is_on, last_word, layers_of, log, own_params, read_yaml, resolve
 from .runtime import Run, atomic_write, create_accelerator, exp_name, set_deterministic, setup_log
 from .batches import make_loader
@@ -25,7 +24,7 @@ from .eval import answers, load_synergy, report_splits
 from .methods import check_method
 from .metrics import accuracy
 from .phases import place
-from .run import method_class, effective, named, run_experiment, tracker
+from .run import effective, method_class, named, run_experiment, tracker
 from .students import create_student
 from .teachers import create_teacher, load_into, load_weights
 
@@ -151,7 +150,7 @@ def run_loop(
             p = {k: v for k, v in (dict(compare=0) | given).items() if k in theirs[method] or k not in somebody}
             p |= {key: method, 'seed': seed}
             cfg = resolve(**p)[0]                                                   # every plan is checked before the first run
-            plans.append(p | (check_cl(cfg, method) and {} if cl else {} if 'teachers' in yours else share_teachers(cfg)))
+            plans.append(p | (check_cl(cfg, method) and {} if cl else {} if yours.get('teachers') is not None else share_teachers(cfg)))
     return [run_experiment(**p, **yours) for p in plans]
 
 def compare_methods(

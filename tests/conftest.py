@@ -6,7 +6,7 @@ import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # the tests run in parallel on two cores
 root = Path(__file__).parents[1]
-TINY = dict(preset='quickstart', device='cpu', compare='0', train_per_class='12', finetune_epochs='1', teacher_adapt_epochs='1', student_epochs_per_stage='1', num_stages='1', log_level='WARNING')
+TINY = dict(preset='quickstart', device='cpu', compare='0', train_per_class='12', finetune_epochs='1', teacher_adapt_epochs='1', student_epochs_per_stage='1', num_stages='1', log_level='WARNING', report='0')
 
 @pytest.fixture
 def tiny(tmp_path): return dict(TINY, results_dir=str(tmp_path/'results'))

@@ -12,7 +12,7 @@ from asibkd.run import run_experiment
 from asibkd.tasks import run_finetune
 
 root = Path(__file__).parents[1]
-SMALL = dict(cl_mode=1, compare=0, device='cpu', train_per_class=30, num_tasks=3, epochs=3, finetune_epochs=2, teacher_adapt_epochs=1, replay_capacity=30, log_level='ERROR')
+SMALL = dict(report=0, cl_mode=1, compare=0, device='cpu', train_per_class=30, num_tasks=3, epochs=3, finetune_epochs=2, teacher_adapt_epochs=1, replay_capacity=30, log_level='ERROR')
 
 def numbers(s, drop=('time', 'run')): return {k: v for k, v in s.items() if k not in drop}
 
@@ -42,7 +42,7 @@ def test_every_method(method, tmp_path):
 
 def test_kill_9_in_task_3(tmp_path):
     "R, what the memory holds, and every weight equal the uninterrupted run's"
-    args = dict(preset='quickstart', device='cpu', cl_mode=1, compare=0, lambda_ewc=.4, checkpoint_steps=5, exp_id='a', train_per_class=60, epochs=10, store='both', cl_teachers='expert+snapshot')
+    args = dict(preset='quickstart', device='cpu', cl_mode=1, compare=0, report=0, lambda_ewc=.4, checkpoint_steps=5, exp_id='a', train_per_class=60, epochs=10, store='both', cl_teachers='expert+snapshot')
     def start(d): return subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *(f'{k}={v}' for k, v in args.items()), f'results_dir={tmp_path/d}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     p = start('whole'); out = p.communicate(timeout=300)[0]; assert p.returncode == 0, out[-2000:]
     log = tmp_path/'cut'/'a'/'metrics.jsonl'

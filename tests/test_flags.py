@@ -15,7 +15,7 @@ from asibkd.run import run_experiment
 root = Path(__file__).parents[1]
 BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug='standard', train_per_class=8, val_frac=.25, teacher1_type='resnet8', teacher2_type='resnet14',
             student_type='resnet8', finetune_epochs=1, num_stages=2, teacher_adapt_epochs=1, student_epochs_per_stage=1, bridge_objective='both', teacher_lr=.01, student_lr=.01, finetune_lr=.01,
-            mbm_lr_factor=1., teacher1_freeze_level=1, ib_beta=.01, log_level='ERROR')
+            mbm_lr_factor=1., teacher1_freeze_level=1, ib_beta=.01, log_level='ERROR', report=0)
 FEAT, WEIGH, STEP, CRD, DKD = dict(feat_kd_alpha=1.), dict(use_disagree_weight=1, disagree_lambda_high=5.), dict(lr_schedule='step'), dict(method='crd', crd_nce_k=16), dict(method='dkd', dkd_warmup=1)
 FIXED = dict(bridge_objective='distil')
 OPEN = dict(teacher1_freeze_level=-1, teacher2_freeze_level=-1)
@@ -45,7 +45,7 @@ CHANGES = dict(
     logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
     crd_momentum=(.9, CRD), teacher_cache=('off', FIXED), cache_gb=(1e-6, FIXED), cache_views=(1, {}), dkd_alpha=(3., DKD), dkd_beta=(1., DKD), dkd_warmup=(9, DKD))
 ELSEWHERE = dict(
-    allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', plugin='test_plugin.py::test_every_door',
+    allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
     compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
     checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00a_runtime.ipynb', track='test_track',
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01b_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',

@@ -68,7 +68,7 @@ def teachers(tmp_path_factory):
     run_experiment(**SMALL, **keep, method='avgz', finetune_epochs=12, student_epochs_per_stage=1, results_dir=str(d))
     return dict(teacher1_ckpt=keep['finetune_ckpt1'], teacher2_ckpt=keep['finetune_ckpt2'])
 
-SMALL = dict(preset='quickstart', compare=0, device='cpu', num_stages=1, teacher_adapt_epochs=1, log_level='ERROR', crd_nce_k=256, dkd_warmup=2)
+SMALL = dict(preset='quickstart', compare=0, report=0, device='cpu', num_stages=1, teacher_adapt_epochs=1, log_level='ERROR', crd_nce_k=256, dkd_warmup=2)
 
 @pytest.mark.parametrize('method', METHODS)
 def test_learns_on_digits(method, teachers, tmp_path):

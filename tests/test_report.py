@@ -8,7 +8,9 @@ from asibkd.analysis import load_config, load_summary
 from asibkd.report import run_page, save_compare_report, save_report
 from asibkd.run import run_experiment
 from asibkd.tasks import run_loop
-from conftest import TINY
+from conftest import TINY as SHORT
+
+TINY = SHORT | dict(report='1')
 
 html5lib = pytest.importorskip('html5lib')
 CL = dict(cl_mode=1, compare=1, device='cpu', train_per_class=20, num_tasks=2, epochs=2, finetune_epochs=1, teacher_adapt_epochs=1, replay_capacity=20, log_level='ERROR')
@@ -176,3 +178,10 @@ def test_a_page_that_cannot_be_drawn_loses_no_run(tmp_path, monkeypatch, caplog)
     s = run_experiment(**TINY | dict(method='ce', results_dir=str(tmp_path)))
     assert s['test_acc_last'] > 0 and Path(s['run'], 'summary.json').exists() and not Path(s['run'], 'report.html').exists()
     assert 'ZeroDivisionError: no ink' in caplog.text and f"asibkd report {s['run']}" in caplog.text
+
+def test_left_out_and_written_later(tmp_path):
+    "report=0 saves a second a run; the same run asked for with a report is the same run"
+    from asibkd.report import save_report
+    s = run_experiment(**SHORT | dict(method='ce', results_dir=str(tmp_path))); page = Path(s['run'], 'report.html'); assert not page.exists()
+    assert run_experiment(**TINY | dict(method='ce', results_dir=str(tmp_path)))['run'] == s['run']
+    assert save_report(s['run']) == page and page.exists()

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 root = Path(__file__).parents[1]
-ARGS = dict(preset='quickstart', device='cpu', compare=1, train_per_class=30, finetune_epochs=2, teacher_adapt_epochs=1, student_epochs_per_stage=2, num_stages=2, checkpoint_steps=2, exp_id='a', mbm_dropout=.1)
+ARGS = dict(preset='quickstart', device='cpu', compare=1, train_per_class=30, finetune_epochs=2, teacher_adapt_epochs=1, student_epochs_per_stage=2, num_stages=2, checkpoint_steps=2, exp_id='a', mbm_dropout=.1, report=0)
 
 def start(results, **kw):
     args = [f'{k}={v}' for k, v in dict(ARGS, results_dir=results, **kw).items()]
