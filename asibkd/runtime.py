@@ -237,10 +237,10 @@ def _differs(self:Run, old:dict)->list:
     "Keys in which the folder's run differs from this one, those aside that cannot change a result"
     free = {'resume', 'results_dir', 'exp_id', 'report', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose',
             'num_workers', 'checkpoint_steps', 'preset'}
-    # compare what was asked for, not what it was settled to
-    old, new = {**old, **old.get('_requested', {})}, json.loads(json.dumps(self.params))
-    old = {k: v for k, v in old.items() if k != '_requested'}
-    return [f'{k}: {old.get(k)!r} → {new.get(k)!r}' for k in sorted({*old, *new} - free) if old.get(k) != new.get(k)]
+    # what was asked for counts; so does what it was settled to, which config.json (a parameter file, too) says again
+    settled, new = {k: v for k, v in old.items() if k != '_requested'}, json.loads(json.dumps(self.params))
+    asked = {**settled, **old.get('_requested', {})}
+    return [f'{k}: {asked.get(k)!r} → {new.get(k)!r}' for k in sorted({*asked, *new} - free) if new.get(k) not in (asked.get(k), settled.get(k))]
 
 def _aside(self:Run):
     "Move what the folder holds to `<exp_id>~n`: starting anew loses nothing"

@@ -49,6 +49,8 @@ def test_every_door(mine):
     h = here('asibkd.cli', 'run', '--plugin=mine.py', '--help').stdout; assert 'How much the surest teacher is preferred. [2.0]' in h and 'Of method=surest' in h
     command = html.unescape(re.search(r'asibkd (run [^<]*method=surest[^<]*)', (run/'report.html').read_text())[1])
     again = here('asibkd.cli', *shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
+    same = here('asibkd.cli', 'run', '-f', str(run/'config.json')); assert same.returncode == 0 and 'nothing was run again' in same.stdout, same.stderr[-1000:]
+    other = here('asibkd.cli', 'run', '-f', str(run/'config.json'), 'seed=7'); assert other.returncode == 2 and 'seed: 42 → 7' in other.stderr
     r = here('papermill', str(root/'nbs'/'run_experiment.ipynb'), 'out.ipynb', *(o for k in SHORT[4:] for o in ('-p', *k.split('='))), '-p', 'plugin', 'mine.py', '-p', 'method', 'surest', '-p', 'results_dir', 'pm')
     assert r.returncode == 0, r.stderr[-2000:]
     assert json.loads(next(Path('pm').glob('*/summary.json')).read_text())['method'] == 'surest'
