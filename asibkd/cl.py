@@ -134,6 +134,7 @@ class Learned:
     leak: str = ''
     seconds: float = 0.
 
+# %% ../nbs/07e_cl.ipynb #2c3b8815
 class Learner:
     "One student, its teachers and its memory on their way through the tasks"
     def __init__(self, key:str, stream:Stream, cfg:Config, acc,

@@ -16,7 +16,7 @@ from .cl_methods import check_cl_method
 from .cl_metrics import cl_metrics
 from .data import Data
 from .deploy import save_state, save_student, student_card
-from .eval import differences, verdict
+from .eval import judgement
 from .streams import Stream, create_stream
 from .teachers import model_costs
 
@@ -82,8 +82,4 @@ def run_cl(
 def judge_cl(done:dict, key:str, stream:Stream)->dict: # verdict, and where there are rivals baseline, difference, differences
     "The method against the best rival that, like it, does not keep all data, and against each of them"
     others = {k: cl_metrics(o.class_il)['ACC'] for k, o in done.items() if k != key and not check_cl_method(k).cumulative}
-    if not others: return dict(verdict=f"No baseline was run beside {key}: there is nothing to judge it by.")
-    base = max(others, key=others.get)
-    every = differences(key, others, {k: torch.tensor(o.final) for k, o in done.items()}, stream.until(len(stream) - 1).test.y)
-    d = next({k: v for k, v in o.items() if k != 'baseline'} for o in every if o['baseline'] == base)
-    return dict(baseline=base, difference=d, verdict=verdict(key, base, d), differences=every)
+    return judgement(key, others, {k: torch.tensor(o.final) for k, o in done.items()}, stream.until(len(stream) - 1).test.y, max(others, key=others.get, default=''))

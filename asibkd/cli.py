@@ -70,8 +70,8 @@ def parse(command:str, argv)->tuple: # (YAML file, {key: value})
     "Options into parameters; unknown ones are refused with the nearest name"
     argv = [f"--{a.lstrip('+')}" if re.match(r'\+*[\w.]+=', a) and not bare else a
             for a, bare in zip(argv, [False, *(o.startswith('-') and '=' not in o for o in argv)])]   # not the value of a --key
-    for flag, value in zip(argv, [*argv[1:], '']):                                                    # before --help
-        if flag.partition('=')[0] == '--plugin': load_plugins(flag.partition('=')[2] or value)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False); first.add_argument('--plugin', nargs='?', const='', default='')
+    load_plugins(first.parse_known_args(argv)[0].plugin)                                              # its parameters stand in --help, too
     ns, rest = _parser(command).parse_known_args(argv)
     given = {k: v for k, v in vars(ns).items() if v is not None and k != 'file'}
     known = {*Config.model_fields, *ALIASES}

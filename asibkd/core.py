@@ -13,7 +13,7 @@ __all__ = ['log', 'GROUPS', 'PRESETS', 'BLOCKS', 'ALIASES', 'HYDRA', 'ELSEWHERE'
 # %% ../nbs/00_core.ipynb #f5cf8676
 import difflib, hashlib, importlib, importlib.util, logging, os, sys
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 import pandas as pd
 import yaml
@@ -277,7 +277,7 @@ class Continual(Params):
     cl_mode:bool = P(False, "Learn the classes as a sequence of tasks.")
     num_tasks:int = P(5, "Number of tasks; classes that do not divide evenly go to the first ones.", ge=1)
     task_sizes:list[int] | None = P(None, "Classes of each task, in order (e.g. 50,10,10,10,10,10); replaces num_tasks.")
-    class_order:list[str] | None = P(None, "Classes in the order of their coming, names or numbers (e.g. cat,dog,bird); empty = drawn.")
+    class_order:list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = P(None, "Classes in the order of their coming, names or numbers (e.g. cat,dog,bird); empty = drawn.")
     class_order_seed:int | None = P(None, "Seed of a drawn class order; empty = seed.", ge=0)
     cl_method:str = P('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, or one you registered.")
     cl_teachers:str | None = P(None,
@@ -331,9 +331,7 @@ class Config(*GROUPS[::-1]):   # reversed: pydantic collects fields from the las
 
     @field_validator('teachers', 'teacher_ckpts', 'milestones', 'task_sizes', 'class_order', mode='before')
     @classmethod
-    def _listed(cls, v):
-        if isinstance(v, str): return [o.strip() for o in v.strip('[]').split(',') if o.strip()]
-        return [str(o) if isinstance(o, int) else o for o in v] if isinstance(v, (list, tuple)) else v
+    def _listed(cls, v): return [o.strip() for o in v.strip('[]').split(',') if o.strip()] if isinstance(v, str) else v
 
 # %% ../nbs/00_core.ipynb #c08da038
 PRESETS = Path(__file__).parent/'presets' if '__file__' in globals() else Path('../asibkd/presets')
@@ -452,7 +450,9 @@ def load_plugins(
     for name in filter(None, (o.strip() for o in (names.split(',') if isinstance(names, str) else names or ()))):
         try:
             if name.endswith('.py'):
-                path = Path(name).expanduser().resolve(); text = path.read_bytes(); tag = hashlib.blake2b(text, digest_size=8).hexdigest()
+                path = Path(name).expanduser().resolve()
+                if not path.is_file(): raise ConfigError(f"no such file, seen from {Path.cwd()}. Give the path of a Python file, or the name of a module.")
+                text = path.read_bytes(); tag = hashlib.blake2b(text, digest_size=8).hexdigest()
                 if plugins.get(str(path)) == tag: continue
                 if str(path.parent) not in sys.path: sys.path.append(str(path.parent))
                 spec = importlib.util.spec_from_file_location(f'plugin_{path.stem}', path)         # a name of its own: nobody's `random.py` replaces Python's
@@ -460,7 +460,6 @@ def load_plugins(
                 exec(compile(text, str(path), 'exec'), vars(module))                              # not through a .pyc: two edits within a second are two
                 plugins[str(path)] = tag
             else: importlib.import_module(name)
-        except FileNotFoundError: raise ConfigError(f"plugin='{name}': no such file, seen from {Path.cwd()}. Give the path of a Python file, or the name of a module.") from None
         except AsibError as e: raise ConfigError(f"plugin='{name}': {e}") from e
         except Exception as e: raise ConfigError(f"plugin='{name}' failed: {type(e).__name__}: {e}") from e
 

@@ -51,6 +51,7 @@ def weighted(
     if not terms: raise ConfigError("Every weight of the loss is 0: there is nothing to learn from. Raise ce_alpha or kd_alpha.")
     return dict(loss=sum(w*v for w, v in terms.values()), parts={k: v.detach() for k, (w, v) in terms.items()})
 
+# %% ../nbs/05a_methods.ipynb #56306941
 class Method(nn.Module):
     "Base of every method"
     teachers_used = 'all'   # 'all', 'one' or 'none'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Taught', 'teach', 'teach_all', 'target_of', 'copies', 'some_train', 'judge', 'table_rows', 'strongest', 'summarise',
-           'save_results', 'named', 'code_hash', 'method_class', 'preset_says', 'tracker', 'effective',
-           'run_experiment', 'close', 'parameters_set']
+           'save_results', 'named', 'code_hash', 'method_class', 'preset_says', 'tracker', 'effective', 'close',
+           'run_experiment', 'parameters_set']
 
 # %% ../nbs/12_run.ipynb #a0a84341
 import ast, copy, hashlib, inspect, json, textwrap
@@ -28,7 +28,7 @@ from .cl_run import run_cl
 from .data import Data
 from .datasets import create_data
 from .deploy import save_state, save_student, student_card
-from .eval import answers, differences, teacher_report, verdict
+from .eval import answers, judgement, teacher_report
 from .freeze import freeze_report
 from .methods import average, check_method, create_method, methods, tuned
 from .metrics import accuracy, scores
@@ -197,17 +197,13 @@ def summarise(z, y, taught, gates, specs, came, student, known, data:Data, cfg:C
     mine = next(r for r in rows if r['key'] == cfg.method)
     mine_keys = [k for k in ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc',
                              'params', 'macs') if k in mine]
-    out = dict(exp_id=run.id, method=cfg.method, dataset=data.name, seed=cfg.seed, rows=rows, gates=gates, own=extra,
-               verdict=f"No baseline was run beside {cfg.method}: there is nothing to judge it by.")
+    out = dict(exp_id=run.id, method=cfg.method, dataset=data.name, seed=cfg.seed, rows=rows, gates=gates, own=extra)
     out |= {k: mine[k] for k in mine_keys}
     out |= dict(images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')}, n_class=data.n_class)
     out |= dict(student=scores(z['test'][cfg.method], y['test']), notes=dict(data.notes))
     out['weights'] = {s['name']: k['weights'] for s, k in zip(specs, known)}
     if len(specs): out['teachers'] = teacher_report(z['test'], y['test'], [s['name'] for s in specs], cfg.method)
-    if base := strongest(z, y, taught, cfg):
-        every = differences(cfg.method, [k for k in taught if k != cfg.method], z['test'], y['test'])
-        d = next({k: v for k, v in o.items() if k != 'baseline'} for o in every if o['baseline'] == base)
-        out |= dict(baseline=base, difference=d, differences=every, verdict=verdict(cfg.method, base, d))
+    out |= judgement(cfg.method, [k for k in taught if k != cfg.method], z['test'], y['test'], strongest(z, y, taught, cfg))
     seconds = {k: t.seconds for k, t in taught.items()} | {s['name']: k.get('seconds') for s, k in zip(specs, known)}
     latency = {k: v[1] for k, v in measured.items() if k != 'student'} | {k: measured['student'][1] for k in taught}
     out['time'] = dict(seconds=seconds, latency_ms=latency, teacher_images=dict(tally))
@@ -249,16 +245,11 @@ def code_hash(cls:type)->str: # '' for the package's own
             if inspect.isfunction(v) or isinstance(v, (str, int, float, tuple, dict)) and not k.startswith('__')]
     return 'code:' + hashlib.blake2b(repr(said).encode(), digest_size=4).hexdigest() if mine else ''
 
-def method_class(
-    cfg:Config,
-    name=None,   # Another one than the configuration's
-)->type:
+def method_class(name:str, cl_mode)->type:
     "The class of the method, continual or not; one of the other kind is refused with the right key"
-    name = name or (cfg.cl_method if cfg.cl_mode else cfg.method)
-    if name in cl_methods and name not in methods and not cfg.cl_mode: raise ConfigError(f"'{name}' is a way to learn a sequence of tasks: say cl_mode=1 cl_method={name}.")
-    if cfg.cl_mode and cfg.method in cl_methods and cfg.method not in methods: raise ConfigError(f"method={cfg.method} with cl_mode=1: say cl_method={cfg.method}.")
-    if name in methods and name not in cl_methods and cfg.cl_mode: raise ConfigError(f"'{name}' knows no tasks: leave cl_mode out and say method={name}.")
-    return check_cl_method(name) if cfg.cl_mode else check_method(name)
+    if name in cl_methods and name not in methods and not cl_mode: raise ConfigError(f"'{name}' is a way to learn a sequence of tasks: say cl_mode=1 cl_method={name}.")
+    if name in methods and name not in cl_methods and cl_mode: raise ConfigError(f"'{name}' knows no tasks: leave cl_mode out and say method={name}.")
+    return check_cl_method(name) if cl_mode else check_method(name)
 
 def preset_says(_file, params:dict)->str: # 'student_lr=0.01, …'
     "What presets decided, and nobody else"
@@ -293,6 +284,16 @@ def effective(run, cfg:Config, acc):
         atomic_write(run/'env.json',
                      json.dumps(environment(acc.device) | dict(precision=acc.mixed_precision), indent=1))
 
+def close(run, summary:dict, row:dict):
+    "The run is over: summary.json, a row of summary.csv, a report, and nothing left to resume"
+    run.finish(summary, row | dict(difference=(summary.get('difference') or {}).get('diff')))
+    for f in (run/'checkpoint').glob('*.pt'): f.unlink()
+    if 'verdict' in summary: log.info(summary['verdict'])
+    if not run.cfg.report: return
+    try: save_report(run.path)
+    except Exception as e:                                     # a page that cannot be drawn loses no run
+        log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {str(e).rstrip('.')}. Everything else is there; `asibkd report {run.path}` tries again.")
+
 # %% ../nbs/12_run.ipynb #a884252e
 def run_experiment(
     _file='',                          # A YAML file of parameters (the command line's -f)
@@ -306,7 +307,7 @@ def run_experiment(
     yours = dict(teachers=teachers, student=student, train=train, val=val, test=test)
     params = named(yours, params); teachers, student, train, val, test = yours.values()
     cfg, extra = resolve(_file, **params)
-    cls = method_class(cfg)
+    cls = method_class(cfg.cl_method if cfg.cl_mode else cfg.method, cfg.cl_mode)
     if teachers is not None and not len(teachers): raise ConfigError("teachers=[]: give at least one teacher.")
     own = [o for o in (*(teachers or ()), student, train, val, test) if o is not None]
     run = Run(cfg, extra, '+'.join(filter(None, [*map(fingerprint, own), code_hash(cls)])))
@@ -354,16 +355,6 @@ def _run(run, cfg:Config, extra, teachers, student, train, val, test, callbacks)
     keys = 'method dataset seed val_acc test_acc_val_selected test_acc_last train_acc params macs baseline'.split()
     row = {k: summary.get(k) for k in keys} | dict(student=st.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views)
     close(run, summary, row)
-
-def close(run, summary:dict, row:dict):
-    "The run is over: summary.json, a row of summary.csv, a report, and nothing left to resume"
-    run.finish(summary, row | dict(difference=(summary.get('difference') or {}).get('diff')))
-    for f in (run/'checkpoint').glob('*.pt'): f.unlink()
-    if 'verdict' in summary: log.info(summary['verdict'])
-    if not run.cfg.report: return
-    try: save_report(run.path)
-    except Exception as e:                                     # a page that cannot be drawn loses no run
-        log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {str(e).rstrip('.')}. Everything else is there; `asibkd report {run.path}` tries again.")
 
 # %% ../nbs/12_run.ipynb #dbfc31ef
 def parameters_set(

@@ -126,6 +126,7 @@ def share_teachers(cfg)->dict: # finetune_ckpt1, finetune_ckpt2, where they are 
     return {k: str(folder/f"{i}-{re.sub(r'[^-.0-9A-Za-z_]', '-', t)}.pth")
             for i, (k, t) in enumerate(zip(('finetune_ckpt1', 'finetune_ckpt2'), types), 1) if not getattr(cfg, k)}
 
+# %% ../nbs/12a_tasks.ipynb #46ba7f0b
 def run_loop(
     methods='',        # Names, as a list or 'asmb, ce fitnet'; empty = the environment's METHOD_LIST, else asmb
     seeds='0 1 2',     # Numbers, likewise
@@ -138,7 +139,7 @@ def run_loop(
     cl = is_on(last_word(layers_of(**given), 'cl_mode'))
     key = 'cl_method' if cl else 'method'
     methods = split_list(methods or os.environ.get('METHOD_LIST', dict(method='asmb', cl_method='asib')[key]))
-    for m in methods: method_class(resolve(cl_mode=cl)[0], m)
+    for m in methods: method_class(m, cl)
     if bad := [k for k in (key, 'seed', 'exp_id') if k in given]:
         raise ConfigError(f"'{bad[0]}' is what the loop varies. Use --methods and --seeds; run folders get automatic names.")
     if not methods or not split_list(seeds): raise ConfigError("The loop needs at least one method and one seed: --methods 'asmb ce' --seeds '0 1'.")
@@ -150,9 +151,12 @@ def run_loop(
             p = {k: v for k, v in (dict(compare=0) | given).items() if k in theirs[method] or k not in somebody}
             p |= {key: method, 'seed': seed}
             cfg = resolve(**p)[0]                                                   # every plan is checked before the first run
-            plans.append(p | (check_cl(cfg, method) and {} if cl else {} if yours.get('teachers') is not None else share_teachers(cfg)))
+            if cl: check_cl(cfg, method)
+            elif yours.get('teachers') is None: p |= share_teachers(cfg)
+            plans.append(p)
     return [run_experiment(**p, **yours) for p in plans]
 
+# %% ../nbs/12a_tasks.ipynb #3415ab9d
 def compare_methods(
     methods,              # As in `run_loop`
     seeds='0 1 2',

@@ -118,17 +118,18 @@ def kept(run)->str: # '' where nothing was saved yet
     there = run is not None and any((run/'checkpoint').glob('*.pt'))
     return f"The last good checkpoint is kept in {run/'checkpoint'}. " if there else ''
 
-def stop_if_bad(losses, phase:Phase, epoch:int, start:int, run,
-    names=(), steps=(),  # 'loss' and the terms, and their values in each of these steps
+def stop_if_bad(
+    names, steps,    # 'loss' and the terms, and their values in each of these steps
+    phase:Phase, epoch:int, start:int, run,
 ):
     "The run ends at the first loss that is not finite"
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    if bad:
-        terms = [repr(k) for k, v in zip(names[1:], steps[bad[0]][1:].tolist()) if not math.isfinite(v)] if len(steps) else []
-        where = f", in term{'s'*(len(terms) > 1)} {', '.join(terms)}" if terms else ''
-        raise RunError(f"Loss is {losses[bad[0]].item()} in phase {phase.name}, epoch {epoch + 1}, "
-                       f"step {start + bad[0] + 1}{where}. {kept(run)}"
-                       "Lower the learning rate, set grad_clip_norm, or try use_amp=0.")
+    losses = torch.stack([s[0] for s in steps]).tolist() if steps else []
+    i = next((i for i, v in enumerate(losses) if not math.isfinite(v)), None)
+    if i is None: return
+    terms = [repr(k) for k, v in zip(names[1:], steps[i][1:].tolist()) if not math.isfinite(v)]
+    where = f", in term{'s'*(len(terms) > 1)} {', '.join(terms)}" if terms else ''
+    raise RunError(f"Loss is {losses[i]} in phase {phase.name}, epoch {epoch + 1}, step {start + i + 1}{where}. {kept(run)}"
+                   "Lower the learning rate, set grad_clip_norm, or try use_amp=0.")
 
 # %% ../nbs/06_trainers.ipynb #0c682f9b
 def train_epoch(
@@ -140,8 +141,9 @@ def train_epoch(
 )->dict: # Mean of each part, and the loss
     "All steps of one epoch from `start` on"
     n, when, names = len(phase.loader), phase.when(epoch), list(sums or {})
-    losses, checked, steps = torch.zeros(n, device=acc.device), start, []
-    zero, total = losses.new_zeros(()), torch.stack([sums[k].to(acc.device) for k in names]) if sums else losses[:0]
+    checked, steps = start, []            # steps: the loss and its terms since the last look at them, on the device
+    zero = torch.zeros((), device=acc.device)
+    total = torch.stack([sums[k].to(acc.device) for k in names]) if sums else zero.expand(0)
     model.train()
     cuda = [acc.device.index or 0] if acc.device.type == 'cuda' else []
     with torch.random.fork_rng(devices=cuda):
@@ -156,15 +158,15 @@ def train_epoch(
                 nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], cfg.grad_clip_norm)
             opt.step()
             if phase.stepped: phase.stepped()
-            losses[k], parts = out['loss'].detach(), out['parts']
-            names += [p for p in ('loss', *parts) if p not in names]
-            steps.append(torch.stack([losses[k], *(parts.get(p, zero).detach().float() for p in names[1:])]))
+            now = dict(out['parts'], loss=out['loss'])
+            names += [p for p in ('loss', *out['parts']) if p not in names]
+            steps.append(torch.stack([now.get(p, zero).detach().float() for p in names]))
             total = torch.cat([total, zero.expand(len(names) - len(total))]) + steps[-1]
             save = every and cfg.checkpoint_steps and (k + 1) % cfg.checkpoint_steps == 0 and k + 1 < n
             if save or (k + 1) % 50 == 0:
-                stop_if_bad(losses[checked:k + 1], phase, epoch, checked, run, names, steps); checked, steps = k + 1, []
+                stop_if_bad(names, steps, phase, epoch, checked, run); checked, steps = k + 1, []
             if save: every(k + 1, dict(zip(names, total)))
-    stop_if_bad(losses[checked:], phase, epoch, checked, run, names, steps)
+    stop_if_bad(names, steps, phase, epoch, checked, run)
     return dict(zip(names, (total/n).tolist()))
 
 def shard(batch, acc):
