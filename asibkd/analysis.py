@@ -239,6 +239,7 @@ def collect(
     t = labelled(pd.DataFrame(rows)).sort_values('main', ascending=False, kind='stable')     # a run of its own before one of compare=1
     return t.drop_duplicates(['label', 'seed']).drop(columns='main').sort_index().reset_index(drop=True)
 
+# %% ../nbs/09_analysis.ipynb #3973f8d6
 def compare_runs(
     runs,                           # From `collect`, or a folder
     baseline='avgz',                # Label that all are compared with
@@ -276,6 +277,7 @@ def compare_notes(
         out.append('Neither naive nor joint was run: there is no lower and no upper bound beside these methods.')
     return out
 
+# %% ../nbs/09_analysis.ipynb #f83f9e81
 def win_table(
     runs,    # As in `compare_runs`
     by='',   # As there
