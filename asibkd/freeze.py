@@ -12,8 +12,8 @@ import contextlib, fnmatch
 import pandas as pd
 from torch import nn
 
-from .core import ConfigError, unknown
-from .kdmodel import KDModel
+from .core.config import ConfigError, unknown_name
+from .models.kdmodel import KDModel
 
 # %% ../nbs/03_freeze.ipynb #f81e2030
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -50,7 +50,7 @@ def open_by_scope(m:KDModel, scope:str)->set:
         if part in short and part not in names: out |= short[part]; continue
         hit = {n for n in names if n and (n == part or n.startswith(part + '.') or fnmatch.fnmatchcase(n, part))}
         if not hit:
-            err = unknown('freeze scope', part, [*short, *(n for n in names if n and n.count('.') < 2)])
+            err = unknown_name('freeze scope', part, [*short, *(n for n in names if n and n.count('.') < 2)])
             raise ConfigError(f"Freeze scope '{part}' matches nothing in '{m.name}'. {err}")
         out |= hit | {n for n in names if any(n.startswith(h + '.') for h in hit)}
     return out

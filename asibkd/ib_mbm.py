@@ -11,8 +11,8 @@ import math
 import torch
 from torch import nn, Tensor
 
-from .core import Config, ConfigError
-from .kdmodel import FOREIGN
+from .core.config import Config, ConfigError
+from .core.runtime import FOREIGN
 
 # %% ../nbs/04_ib_mbm.ipynb #76d1050a
 class Tokens(nn.Module):

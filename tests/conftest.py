@@ -15,7 +15,7 @@ def tiny(tmp_path): return dict(TINY, results_dir=str(tmp_path/'results'))
 def asibkd(tmp_path):
     "The command, in an empty folder"
     def run(*argv, **kw):
-        return subprocess.run([sys.executable, '-m', 'asibkd.cli', *map(str, argv)], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)}, **kw)
+        return subprocess.run([sys.executable, '-m', 'asibkd.run.cli', *map(str, argv)], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)}, **kw)
     return run
 
 @pytest.fixture

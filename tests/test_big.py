@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from asibkd.run import run_experiment
+from asibkd.run.experiment import run_experiment
 
 class Noise(torch.utils.data.Dataset):
     "A few images of 32×32"

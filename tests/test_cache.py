@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from asibkd.batches import make_loader
-from asibkd.build import settle
-from asibkd.core import ConfigError, resolve
-from asibkd.datasets import create_data
-from asibkd.run import run_experiment
+from asibkd.data.batches import make_loader
+from asibkd.trainers.build import settle_config
+from asibkd.core.config import ConfigError, resolve
+from asibkd.data.datasets import create_data
+from asibkd.run.experiment import run_experiment
 
 root = Path(__file__).parents[1]
 BASE = dict(report=0, preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug='standard', train_per_class=12, method='vanilla_kd', teacher_type='resnet8', student_type='resnet8', finetune_epochs=1,
@@ -39,7 +39,7 @@ def test_second_run(go):
 
 def rows_of(seed, results, **kw):
     "Every (image, view) that phase B of a seed asks for"
-    cfg, _ = resolve(**BASE | dict(seed=seed, results_dir=results) | kw); data = create_data(cfg); cfg = settle(cfg, data)
+    cfg, _ = resolve(**BASE | dict(seed=seed, results_dir=results) | kw); data = create_data(cfg); cfg = settle_config(cfg, data)
     ld = make_loader(cfg, data, 'train', 'B1')
     return {r for e in range(cfg.epochs) for b in ld.epoch(e) for r in b.row.tolist()}
 
@@ -66,7 +66,7 @@ def test_every_stage_of_the_bridge(tmp_path):
 def test_two_processes(tmp_path):
     "Two runs fill one table at once and leave the same student"
     args = [f'{k}={v}' for k, v in (BASE | dict(results_dir=tmp_path, train_per_class=30)).items()]
-    ps = [subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *args, f'exp_id={n}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in 'ab']
+    ps = [subprocess.Popen([sys.executable, '-m', 'asibkd.run.cli', 'run', *args, f'exp_id={n}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in 'ab']
     for p in ps: out = p.communicate(timeout=300)[0]; assert p.returncode == 0, out[-2000:]
     a, b = (load_file(tmp_path/n/'student.safetensors') for n in 'ab')
     assert all(v.equal(b[k]) for k, v in a.items())

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from asibkd.cl_methods import list_cl_methods
-from asibkd.core import CheckpointError, ConfigError, RunError
-from asibkd.run import run_experiment
-from asibkd.tasks import run_finetune
+from asibkd.cl.methods import list_cl_methods
+from asibkd.core.config import CheckpointError, ConfigError, RunError
+from asibkd.run.experiment import run_experiment
+from asibkd.run.tasks import run_finetune
 
 root = Path(__file__).parents[1]
 SMALL = dict(report=0, cl_mode=1, compare=0, device='cpu', train_per_class=30, num_tasks=3, epochs=3, finetune_epochs=2, teacher_adapt_epochs=1, replay_capacity=30, log_level='ERROR')
@@ -43,7 +43,7 @@ def test_every_method(method, tmp_path):
 def test_kill_9_in_task_3(tmp_path):
     "R, what the memory holds, and every weight equal the uninterrupted run's"
     args = dict(preset='quickstart', device='cpu', cl_mode=1, compare=0, report=0, lambda_ewc=.4, checkpoint_steps=5, exp_id='a', train_per_class=60, epochs=10, store='both', cl_teachers='expert+snapshot')
-    def start(d): return subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *(f'{k}={v}' for k, v in args.items()), f'results_dir={tmp_path/d}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def start(d): return subprocess.Popen([sys.executable, '-m', 'asibkd.run.cli', 'run', *(f'{k}={v}' for k, v in args.items()), f'results_dir={tmp_path/d}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     p = start('whole'); out = p.communicate(timeout=300)[0]; assert p.returncode == 0, out[-2000:]
     log = tmp_path/'cut'/'a'/'metrics.jsonl'
     for phase, epoch in (('t3-A', 2), ('t3-B', random.Random(0).randint(2, 8))):                    # in the bridge, and in the student, of task 3
@@ -69,7 +69,7 @@ def test_papermill(tmp_path):
 
 def test_command_line(asibkd, tmp_path, monkeypatch, capsys):
     "R, all metrics and the explanation; the loop and the comparison; a folder with both kinds of runs asks which"
-    from asibkd.cli import main
+    from asibkd.run.cli import main
     def here(*argv): code = main([*argv]); return (code, *capsys.readouterr())         # a new process takes six seconds to begin
     small = [f'{k}={v}' for k, v in SMALL.items() if k != 'log_level']
     r = asibkd('run', *small, 'cl_method=ewc'); assert r.returncode == 0, r.stderr
@@ -84,7 +84,7 @@ def test_command_line(asibkd, tmp_path, monkeypatch, capsys):
 
 def test_image_folder_and_uneven_tasks(asibkd, folder, monkeypatch):
     "Own classes from a folder, five in two tasks, and a streamed size"
-    from asibkd.cli import main
+    from asibkd.run.cli import main
     d = folder('animals', classes=('ant', 'bee', 'cat', 'dog', 'eel'), size=20, train=8, test=3)
     args = ['preset=quickstart', 'cl_mode=1', 'compare=0', 'device=cpu', 'dataset=imagefolder', f'data_root={d}', 'num_tasks=2', 'epochs=1', 'finetune_epochs=1', 'teacher_adapt_epochs=1', 'replay_capacity=7', 'num_workers=0', 'val_frac=.2', 'cl_teachers=expert+snapshot']
     r = asibkd('run', *args, 'exp_id=small'); assert r.returncode == 0, r.stderr

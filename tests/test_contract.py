@@ -3,12 +3,12 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from asibkd.cl_methods import cl_methods, register_cl_method
-from asibkd.core import CheckpointError, ConfigError, RunError, own_params, resolve
-from asibkd.methods import AvgZ, Method, methods, register_method, tuned, weighted
-from asibkd.run import run_experiment
-from asibkd.students import create_student
-from asibkd.tasks import run_finetune
+from asibkd.cl.methods import cl_methods, register_cl_method
+from asibkd.core.config import CheckpointError, ConfigError, RunError, method_params, resolve
+from asibkd.distil.methods import AvgZ, Method, methods, register_method, with_method_defaults, weighted
+from asibkd.run.experiment import run_experiment
+from asibkd.models.students import create_student
+from asibkd.run.tasks import run_finetune
 
 @pytest.fixture
 def mine(tiny):
@@ -29,7 +29,7 @@ def mine(tiny):
     (lambda m, b, s, t: dict(loss=m.hard_ce(b, s)), "a dict without 'parts'"),
     (lambda m, b, s, t: dict(loss=s['logit'].logsumexp(1), parts=dict(z=s['logit'].mean())), r'a loss of shape \('),
     (lambda m, b, s, t: weighted(ce=(1., m.hard_ce(b, s).detach())), 'a loss without gradient'),
-    (lambda m, b, s, t: weighted(ce=(1., s['feat'].mean())), "asked for 'feat'.*dict of logit, feat_2d, feat_4d, stages, distill_feat.*01d_kdmodel"),
+    (lambda m, b, s, t: weighted(ce=(1., s['feat'].mean())), "asked for 'feat'.*dict of logit, feat_2d, feat_4d, stages, distill_feat.*02_models/01_kdmodel"),
     (lambda m, b, s, t: weighted(ce=(1., m.hard_ce(b, s)), bad=(1., s['logit'].mean()*float('nan'))), "step 1, in term 'bad'\\. Lower")],
     ids=['tensor', 'none', 'no-parts', 'unreduced', 'detached', 'key', 'nan'])
 def test_a_loss_that_is_none(mine, f, says):
@@ -54,7 +54,7 @@ def test_terms_that_come_and_go(mine):
 # --- the registry -----------------------------------------------------------------------------------------------------
 def test_own_weights_over_the_base():
     class Part(AvgZ): defaults = dict(ce_alpha=1.)
-    assert (lambda c: (c.ce_alpha, c.kd_alpha, c.rkd_loss_weight))(tuned(resolve(preset='none')[0], Part)) == (1., .9, 0.)
+    assert (lambda c: (c.ce_alpha, c.kd_alpha, c.rkd_loss_weight))(with_method_defaults(resolve(preset='none')[0], Part)) == (1., .9, 0.)
 
 class Gamma(BaseModel): gamma:float = 2.
 class Seed(BaseModel): cutmix_alpha:float = 2.
@@ -63,14 +63,14 @@ class Mine(Method):
 
 @pytest.mark.parametrize('register', [register_method, register_cl_method])
 def test_what_the_registry_refuses(register):
-    whole = type('Whole', (Method,), {}); before = dict(methods), dict(cl_methods), dict(own_params)
+    whole = type('Whole', (Method,), {}); before = dict(methods), dict(cl_methods), dict(method_params)
     for make, says in ((lambda: register(whole), 'needs a name.*got the class Whole'), (lambda: register()(whole), 'needs a name'), (lambda: register('a b')(whole), 'needs a name'),
                        (lambda: register('sp')(dict), 'subclass of Method'), (lambda: register('sp', dict)(whole), 'BaseModel'),
                        (lambda: register('sp', Gamma)(whole), r"Parameter 'gamma' of method sp: Config has one of that name \(Factor of each drop\.\)\. Choose another, e\.g\. sp_gamma"),
                        (lambda: register('sp', Seed)(whole), "Parameter 'cutmix_alpha'"), (lambda: register('sp')(Mine), 'must take .cfg, student, teachers, own, '),
                        (lambda: register('sp')(type('Two', (Method,), dict(teachers_used='two'))), "'all', 'one' or 'none'"), (lambda: register('avgz')(whole), "'avgz' is the package's own; choose another name")):
         with pytest.raises(ConfigError, match=says): make()
-    assert before == (methods, cl_methods, own_params)
+    assert before == (methods, cl_methods, method_params)
     try:
         for _ in range(2): register('sp')(type('Whole', (Method,), {}))      # a cell that is run again
     finally: methods.pop('sp', None); cl_methods.pop('sp', None)

@@ -28,7 +28,7 @@ def test_command_line_outside_the_repository(asibkd, tmp_path):
     r = asibkd('export'); assert r.returncode == 0 and 'answers alike' in r.stdout
 
 def test_help(asibkd):
-    from asibkd.core import Config
+    from asibkd.core.config import Config
     text = asibkd('run', '--help').stdout
     for k, f in Config.model_fields.items(): assert f'--{k}' in text
     for group in ('Data', 'Bridge', 'Distillation', 'Precision'): assert f'\n{group}' in text
@@ -42,10 +42,10 @@ def test_image_folder_from_the_command_line(asibkd, folder):
 
 def test_load_student(tiny):
     import torch
-    from asibkd.deploy import load_student
-    from asibkd.datasets import create_data
-    from asibkd.core import resolve
-    from asibkd.run import run_experiment
+    from asibkd.eval.deploy import load_student
+    from asibkd.data.datasets import create_data
+    from asibkd.core.config import resolve
+    from asibkd.run.experiment import run_experiment
     s = run_experiment(**tiny)
     model, preprocess, classes = load_student(s['run'])
     data = create_data(resolve(**tiny)[0])

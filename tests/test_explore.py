@@ -11,7 +11,7 @@ LONG = 90_000   # ms: two kernels start beside other tests
 
 @pytest.fixture
 def run(tmp_path):
-    from asibkd.look import untrained_run
+    from asibkd.explore.opened import untrained_run
     return untrained_run(tmp_path/'results')
 
 @pytest.fixture
@@ -65,14 +65,14 @@ def shares(page): return [float(v) for v in re.findall(r'[01](?:\.\d+)?(?=\s|$)'
 
 def test_voila(run, page, shots, tmp_path):
     "An image is chosen, a slider is moved, and what is shown is what the functions say"
-    from asibkd.look import attention_table, everybody, hear, look_at, open_run, top_classes
-    from asibkd.serve import answers_on
+    from asibkd.explore.opened import attention_table, all_logits, bridge_outputs, image_outputs, open_run, top_classes
+    from asibkd.explore.serve import answers_on
     o = open_run(run, device='cpu')
-    seen = look_at(o, 7)
-    def expected(toward): s = hear(o, seen, toward); return attention_table(o, s['attn'], seen['teachers'])[0], top_classes(everybody(o, seen, s), o.data.classes)
+    seen = image_outputs(o, 7)
+    def expected(toward): s = bridge_outputs(o, seen, toward); return attention_table(o, s['attn'], seen['teachers'])[0], top_classes(all_logits(o, seen, s), o.data.classes)
     near = lambda table: lambda got: len(got) == 2 and all(abs(a - b) < 6e-4 for a, b in zip(got, table.iloc[0]))
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-    with serving(['asibkd.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:\d+/', env=env, cwd=tmp_path) as (p, address):
+    with serving(['asibkd.run.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:\d+/', env=env, cwd=tmp_path) as (p, address):
         page.goto(address)
         page.locator('.asibkd-shares tbody').wait_for()
         before = {n: until(page, lambda: drawn(page, n), bool) for n in ('image', 'attention')}
@@ -111,7 +111,7 @@ def test_jupyterlab(run, page, shots, tmp_path):
     shutil.copy(root/'nbs'/'explore.ipynb', tmp_path/'explore.ipynb')
     home = {k: str(tmp_path/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_WORKSPACES_DIR', 'JUPYTERLAB_SETTINGS_DIR', 'IPYTHONDIR')}
     env = {**os.environ, **home, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ASIBKD_RUN': run}
-    from asibkd.serve import answers_on, free_port
+    from asibkd.explore.serve import answers_on, free_port
     argv = ['jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={(port := free_port())}', f'--ServerApp.root_dir={tmp_path}', '--IdentityProvider.token=here', '--LabApp.news_url=None',
             '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--ServerApp.shutdown_no_activity_timeout=300']
     with serving(argv, r'http://127\.0\.0\.1:\d+/lab', env=env, cwd=tmp_path) as (p, address):
@@ -156,22 +156,22 @@ def test_a_one_shot_run_has_no_continual_screen(run, monkeypatch):
 
 def test_sigterm_takes_voila_along(run, tmp_path):
     "Whoever ends the command from outside leaves no server behind"
-    from asibkd.serve import answers_on
-    with serving(['asibkd.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:(\d+)/', env={**os.environ, 'PYTHONPATH': str(root)}, cwd=tmp_path) as (p, address):
+    from asibkd.explore.serve import answers_on
+    with serving(['asibkd.run.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:(\d+)/', env={**os.environ, 'PYTHONPATH': str(root)}, cwd=tmp_path) as (p, address):
         port = int(address.rstrip('/').rsplit(':', 1)[1]); assert answers_on(port)
         p.terminate(); assert p.wait(40) == 0
     assert not answers_on(port)
 
 def test_without_voila(run, monkeypatch):
     from asibkd import serve
-    from asibkd.core import RunError
+    from asibkd.core.config import RunError
     monkeypatch.setattr(serve, 'find_spec', lambda name: None)
     with pytest.raises(RunError, match='pip install voila'): serve.serve(run, browser=False)
 
 def test_refusals(run, capsys):
     "An occupied port and a folder that holds no run are answered in a line"
     import socket
-    from asibkd.cli import main
+    from asibkd.run.cli import main
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); s.listen()
         for argv, says in (([run, '--port', str(s.getsockname()[1])], 'Name another one'), (['nothing_here'], 'not the folder of a finished run')):
@@ -179,12 +179,12 @@ def test_refusals(run, capsys):
 
 def test_the_notebook_comes_along():
     "What the package serves is the notebook that people read (that a wheel holds it: test_door)"
-    from asibkd.serve import explore_notebook
+    from asibkd.explore.serve import explore_notebook
     assert Path(explore_notebook()).read_bytes() == (root/'nbs'/'explore.ipynb').read_bytes()
 
 def test_a_monitor_never_breaks_a_run(tiny, monkeypatch):
     from asibkd import widgets
-    from asibkd.run import run_experiment
+    from asibkd.run.experiment import run_experiment
     monkeypatch.setattr(widgets, 'plot_parts', lambda rows: 1/0)
     live = widgets.LiveMonitorCB(show=True)
     s = run_experiment(callbacks=[live], **tiny)
@@ -195,10 +195,10 @@ def test_own_modules_and_data_are_given_again(tmp_path):
     import copy, torch
     from torch import nn
     from torchvision.datasets import FakeData
-    from asibkd.core import RunError
-    from asibkd.look import open_run, survey
-    from asibkd.metrics import accuracy
-    from asibkd.run import run_experiment
+    from asibkd.core.config import RunError
+    from asibkd.explore.opened import open_run, split_outputs
+    from asibkd.distil.metrics import accuracy
+    from asibkd.run.experiment import run_experiment
     def net(width): return nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4*width, 4))
     torch.manual_seed(0)
     train, test, ts, student = FakeData(80, (3, 16, 16), num_classes=4), FakeData(40, (3, 16, 16), num_classes=4), [net(8), 'resnet8'], net(4)
@@ -208,7 +208,7 @@ def test_own_modules_and_data_are_given_again(tmp_path):
         with pytest.raises(RunError, match=says): open_run(s['run'], **given)
     mine, theirs = net(4), [net(8), 'resnet8']; before = copy.deepcopy(mine.state_dict())
     o = open_run(s['run'], train=train, test=test, teachers=theirs, student=mine, device='cpu')
-    z, y = survey(o)
+    z, y = split_outputs(o)
     rows = {r['key']: r['test_acc_val_selected'] for r in s['rows']}
     assert accuracy(z['student'], y) == pytest.approx(s['test_acc_val_selected']) and accuracy(z['synergy'], y) == pytest.approx(rows['synergy'])
     assert all(torch.equal(v, before[k]) for k, v in mine.state_dict().items())

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from asibkd.core import CheckpointError, Config, ConfigError, DataError, RunError, resolve
-from asibkd.runtime import Run
-from asibkd.datasets import create_data
-from asibkd.run import run_experiment
-from asibkd.students import create_student
-from asibkd.teachers import create_teacher, load_into, load_weights
+from asibkd.core.config import CheckpointError, Config, ConfigError, DataError, RunError, resolve
+from asibkd.core.runtime import Run
+from asibkd.data.datasets import create_data
+from asibkd.run.experiment import run_experiment
+from asibkd.models.students import create_student
+from asibkd.models.teachers import create_teacher, load_into, load_weights
 
 root = Path(__file__).parents[1]
 
@@ -150,7 +150,7 @@ def test_full_disk(tmp_path):
     args = [f'{k}={v}' for k, v in dict(preset='quickstart', device='cpu', compare=0, train_per_class=12, finetune_epochs=1, teacher_adapt_epochs=1, student_epochs_per_stage=1,
             num_stages=1, results_dir=tmp_path/'r', exp_id='a').items()]
     def limit(): import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    cmd = [sys.executable, '-m', 'asibkd.cli', 'run', *args]
+    cmd = [sys.executable, '-m', 'asibkd.run.cli', 'run', *args]
     r = subprocess.run(cmd, capture_output=True, text=True, preexec_fn=limit, cwd=root)
     assert r.returncode == 2 and 'Is the disk full' in r.stderr and 'Traceback' not in r.stderr, r.stderr[-800:]
     assert not (tmp_path/'r'/'a'/'summary.json').exists() and not list((tmp_path/'r'/'a').rglob('*.tmp'))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from asibkd.core import CheckpointError, Config, ConfigError, RunError
-from asibkd.run import run_experiment
+from asibkd.core.config import CheckpointError, Config, ConfigError, RunError
+from asibkd.run.experiment import run_experiment
 
 root = Path(__file__).parents[1]
 BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug='standard', train_per_class=8, val_frac=.25, teacher1_type='resnet8', teacher2_type='resnet14',
@@ -47,11 +47,11 @@ CHANGES = dict(
 ELSEWHERE = dict(
     allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
     compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
-    checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00a_runtime.ipynb', track='test_track',
-    dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01b_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',
+    checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/01_runtime.ipynb', track='test_track',
+    dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01_data/02_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',
     teacher1_ckpt='test_checkpoints', teacher2_ckpt='test_checkpoints', teacher_ckpts='test_checkpoints', teacher_ckpt='test_checkpoints', student_ckpt='test_checkpoints', finetune_ckpt1='test_checkpoints',
     finetune_ckpt2='test_checkpoints', teacher1_pretrained='test_pretrained', teacher2_pretrained='test_pretrained', student_pretrained='test_pretrained', amp_dtype='test_precision',
-    grad_scaler_init_scale='test_precision', channels_last='test_precision', eval_mode='nbs/12a_tasks.ipynb', ckpt_path='nbs/12a_tasks.ipynb', mbm_ckpt='nbs/12a_tasks.ipynb', head_ckpt='nbs/08_eval.ipynb')
+    grad_scaler_init_scale='test_precision', channels_last='test_precision', eval_mode='nbs/11_run/02_tasks.ipynb', ckpt_path='nbs/11_run/02_tasks.ipynb', mbm_ckpt='nbs/11_run/02_tasks.ipynb', head_ckpt='nbs/08_eval/00_evaluate.ipynb')
 
 def test_the_table_is_complete():
     assert {*CHANGES} | {*ELSEWHERE} == set(Config.model_fields) and not {*CHANGES} & {*ELSEWHERE}
@@ -140,7 +140,7 @@ def test_pretrained(tmp_path, monkeypatch, kw):
 
 def test_precision(tmp_path, monkeypatch):
     from asibkd import runtime
-    from asibkd.phases import place
+    from asibkd.trainers.phases import to_device
     with pytest.raises(ConfigError, match='needs a GPU'): run(tmp_path, use_amp=1, amp_dtype='float16')
     monkeypatch.setattr(runtime, 'pick_device', lambda *a: torch.device('cuda'))                        # as on a GPU: the scaler gets its scale
     made = []
@@ -149,5 +149,5 @@ def test_precision(tmp_path, monkeypatch):
     monkeypatch.undo()
     acc = runtime.create_accelerator(Config(device='cpu', use_amp=0))
     for on in '01':
-        m = torch.nn.Conv2d(3, 8, 3); place(Config(device='cpu', use_amp=0, channels_last=on), acc, m)
+        m = torch.nn.Conv2d(3, 8, 3); to_device(Config(device='cpu', use_amp=0, channels_last=on), acc, m)
         assert m.weight.is_contiguous(memory_format=torch.channels_last) == (on == '1')

@@ -93,7 +93,7 @@ def test_every_module_imports():
     subprocess.run([sys.executable, '-c', '; '.join(f'import asibkd.{m}' for m in reversed(order))], check=True, cwd=root)
 
 def test_presets_resolve():
-    from asibkd.core import list_presets, resolve
+    from asibkd.core.config import list_presets, resolve
     assert {'quickstart', 'base', 'res152_effi_l2'} <= set(list_presets())
     for p in list_presets(): resolve(preset=p)
 

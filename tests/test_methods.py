@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from asibkd import run as door     # importing it registers every method of the package
-from asibkd.core import resolve
-from asibkd.methods import When, create_method, list_methods
-from asibkd.run import run_experiment
-from asibkd.students import create_student
-from asibkd.teachers import create_teacher
+from asibkd.core.config import resolve
+from asibkd.core.runtime import When
+from asibkd.distil.methods import create_method, list_methods
+from asibkd.run.experiment import run_experiment
+from asibkd.models.students import create_student
+from asibkd.models.teachers import create_teacher
 
 METHODS = list_methods()
 K, B, N = 4, 8, 40
@@ -87,7 +88,7 @@ def test_resumes(method, teachers, tmp_path):
     def outcome(s): return {k: v for k, v in s.items() if k not in ('time', 'run')}, (Path(s['run'])/'student_last.safetensors').read_bytes()
     whole = run_experiment(**args, results_dir=str(tmp_path/'whole'))
     class Stop(Exception): pass
-    import asibkd.trainers as trainers
+    import asibkd.trainers.loop as trainers
     real, seen = trainers.shard, []
     def cut(batch, acc):
         seen.append(1)
@@ -105,7 +106,7 @@ JPEG = Path('~/.cache/asibkd-dev').expanduser()
 @pytest.mark.parametrize('method', METHODS)
 def test_learns_on_photographs(method, tmp_path):
     "5,000 images of CIFAR-10 (JPEG) through dataset=imagefolder"
-    from asibkd.tasks import run_loop
+    from asibkd.run.tasks import run_loop
     home = Path(os.environ['ASIBKD_SLOW_RESULTS']) if 'ASIBKD_SLOW_RESULTS' in os.environ else tmp_path
     s, = run_loop(method, '1', preset='method/asmb', dataset='imagefolder', data_root=str(JPEG), train_per_class=500, data_aug='standard', batch_size=64, teacher1_type='resnet20',
                   teacher2_type='resnet14', student_type='resnet8', finetune_epochs=8, finetune_lr=.01, student_lr=.01, lr_warmup_epochs=1, num_stages=1, teacher_adapt_epochs=1,

@@ -9,8 +9,8 @@ import torchvision
 from torch import nn
 
 from asibkd.freeze import apply_freeze, freeze_report
-from asibkd.students import create_student
-from asibkd.teachers import create_teacher, model_costs
+from asibkd.models.students import create_student
+from asibkd.models.teachers import create_teacher, model_costs
 
 
 def plain():

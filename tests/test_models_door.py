@@ -5,7 +5,7 @@ import pytest
 import torchvision
 from torch import nn
 
-from asibkd.run import run_experiment
+from asibkd.run.experiment import run_experiment
 
 def plain():
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),

@@ -1,7 +1,7 @@
 "Two teachers who know different classes, one student of all."
 import pytest
 
-from asibkd.run import run_experiment
+from asibkd.run.experiment import run_experiment
 
 @pytest.mark.parametrize('method', ['asmb', 'aver', 'camkd'])
 def test_no_common_class(tmp_path, method):

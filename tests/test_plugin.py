@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import nn
 from torchvision.datasets import FakeData
-from asibkd.datasets import register_dataset
-from asibkd.methods import Method, register_method, weighted
-from asibkd.teachers import register_model
+from asibkd.data.datasets import register_dataset
+from asibkd.distil.methods import Method, register_method, weighted
+from asibkd.models.teachers import register_model
 
 class Mine(BaseModel, extra='forbid'):
     sharpness:float = Field(2., description='How much the surest teacher is preferred.')
@@ -23,8 +23,8 @@ class Surest(Method):
     def loss(self, batch, s_out, t_outs, when):
         z = torch.stack([o['logit'] for o in t_outs])
         best = z.softmax(-1).amax(-1).argmax(0)
-        kd = self.soften(s_out['logit'], z[best, torch.arange(len(best))], when)
-        return weighted(ce=(1., self.hard_ce(batch, s_out)), kd=(self.own.sharpness, kd))
+        kd = self.kd_term(s_out['logit'], z[best, torch.arange(len(best))], when)
+        return weighted(ce=(1., self.hard_ce(batch, s_out)), kd=(self.params.sharpness, kd))
 
 @register_model('tiny_net')
 def tiny_net(n_class=10): return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, n_class))
@@ -43,21 +43,21 @@ def here(*argv): return subprocess.run([sys.executable, '-m', *argv], capture_ou
 
 def test_every_door(mine):
     "In fresh processes: a run, its help, the command its report gives, papermill"
-    r = here('asibkd.cli', 'run', *SHORT, '--sharpness', '3'); assert r.returncode == 0, r.stderr[-2000:]
+    r = here('asibkd.run.cli', 'run', *SHORT, '--sharpness', '3'); assert r.returncode == 0, r.stderr[-2000:]
     run, = (f.parent for f in Path('results').glob('*/summary.json')); s = json.loads((run/'summary.json').read_text())
     assert (s['own'], s['dataset'], s['n_class']) == ({'sharpness': 3.0}, 'colours', 3)
-    h = here('asibkd.cli', 'run', '--plugin=mine.py', '--help').stdout; assert 'How much the surest teacher is preferred. [2.0]' in h and 'Of method=surest' in h
+    h = here('asibkd.run.cli', 'run', '--plugin=mine.py', '--help').stdout; assert 'How much the surest teacher is preferred. [2.0]' in h and 'Of method=surest' in h
     command = html.unescape(re.search(r'asibkd (run [^<]*method=surest[^<]*)', (run/'report.html').read_text())[1])
-    again = here('asibkd.cli', *shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
-    same = here('asibkd.cli', 'run', '-f', str(run/'config.json')); assert same.returncode == 0 and 'nothing was run again' in same.stdout, same.stderr[-1000:]
-    other = here('asibkd.cli', 'run', '-f', str(run/'config.json'), 'seed=7'); assert other.returncode == 2 and 'seed: 42 → 7' in other.stderr
+    again = here('asibkd.run.cli', *shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
+    same = here('asibkd.run.cli', 'run', '-f', str(run/'config.json')); assert same.returncode == 0 and 'nothing was run again' in same.stdout, same.stderr[-1000:]
+    other = here('asibkd.run.cli', 'run', '-f', str(run/'config.json'), 'seed=7'); assert other.returncode == 2 and 'seed: 42 → 7' in other.stderr
     r = here('papermill', str(root/'nbs'/'run_experiment.ipynb'), 'out.ipynb', *(o for k in SHORT[4:] for o in ('-p', *k.split('='))), '-p', 'plugin', 'mine.py', '-p', 'method', 'surest', '-p', 'results_dir', 'pm')
     assert r.returncode == 0, r.stderr[-2000:]
     assert json.loads(next(Path('pm').glob('*/summary.json')).read_text())['method'] == 'surest'
 
 def test_an_edited_method_is_another_run(mine, monkeypatch):
     from asibkd import core, methods
-    from asibkd.run import run_experiment
+    from asibkd.run.experiment import run_experiment
     monkeypatch.setattr(methods, 'methods', dict(methods.methods)); monkeypatch.setattr(core, 'own_params', core.own_params)
     given = dict(o.removeprefix('--').split('=') for o in SHORT[4:]) | dict(plugin='mine.py', method='surest', log_level='ERROR')
     a = run_experiment(**given); assert run_experiment(**given)['run'] == a['run']
@@ -67,7 +67,7 @@ def test_an_edited_method_is_another_run(mine, monkeypatch):
     assert b['run'] != a['run'] and loss(b) > 2*loss(a)
 
 def test_refusals(mine):
-    from asibkd.core import ConfigError, resolve
+    from asibkd.core.config import ConfigError, resolve
     with pytest.raises(ConfigError, match="plugin='yours.py': no such file"): resolve(plugin='yours.py')
     with pytest.raises(ConfigError, match='plugin=FILE.py names the file'): resolve(method='surest_of_all', sharpnes=3)
     mine.write_text('import no_such_module_at_all')

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from asibkd.analysis import load_config, load_summary
-from asibkd.report import run_page, save_compare_report, save_report
-from asibkd.run import run_experiment
-from asibkd.tasks import run_loop
+from asibkd.analysis.tables import load_config, load_summary
+from asibkd.analysis.report import run_page, save_compare_report, save_report
+from asibkd.run.experiment import run_experiment
+from asibkd.run.tasks import run_loop
 from conftest import TINY as SHORT
 
 TINY = SHORT | dict(report='1')
@@ -92,12 +92,12 @@ def test_continual(runs):
 def test_a_method_with_a_required_parameter(tmp_path):
     "Its report is written, and shows what it was given"
     from pydantic import BaseModel
-    from asibkd.core import own_params
-    from asibkd.methods import methods, register_method
+    from asibkd.core.config import method_params
+    from asibkd.distil.methods import methods, register_method
     class Must(BaseModel): must:float
     register_method('must', Must)(type('Must', (methods['avgz'],), {}))
     try: s = run_experiment(**TINY | dict(method='must', must=.5, results_dir=str(tmp_path)))
-    finally: del methods['must'], own_params['must']
+    finally: del methods['must'], method_params['must']
     text = check(Path(s['run'], 'report.html').read_text(encoding='utf-8'))
     assert "method='must', " in text and 'must=0.5)   # where' in text and 'where the method is registered' in text and "the method's own" in text
 
@@ -171,17 +171,17 @@ def test_names_are_escaped(folder, tmp_path):
     assert '<b>' not in html and '<i>' not in html and nasty in text and "<i>&'photos" in text
 
 def test_a_page_that_cannot_be_drawn_loses_no_run(tmp_path, monkeypatch, caplog):
-    import asibkd.run
+    import asibkd.run.experiment
     def broken(*a): raise ZeroDivisionError('no ink')
-    monkeypatch.setattr(asibkd.run, 'save_report', broken); monkeypatch.setattr(asibkd.run.log, 'propagate', True)
-    monkeypatch.setattr(asibkd.run, 'setup_log', lambda *a: None); caplog.set_level('WARNING', 'asibkd')      # whatever another test has set
+    monkeypatch.setattr(asibkd.run.experiment, 'save_report', broken); monkeypatch.setattr(asibkd.run.experiment.log, 'propagate', True)
+    monkeypatch.setattr(asibkd.run.experiment, 'setup_log', lambda *a: None); caplog.set_level('WARNING', 'asibkd')      # whatever another test has set
     s = run_experiment(**TINY | dict(method='ce', results_dir=str(tmp_path)))
     assert s['test_acc_last'] > 0 and Path(s['run'], 'summary.json').exists() and not Path(s['run'], 'report.html').exists()
     assert 'ZeroDivisionError: no ink' in caplog.text and f"asibkd report {s['run']}" in caplog.text
 
 def test_left_out_and_written_later(tmp_path):
     "report=0 saves a second a run; the same run asked for with a report is the same run"
-    from asibkd.report import save_report
+    from asibkd.analysis.report import save_report
     s = run_experiment(**SHORT | dict(method='ce', results_dir=str(tmp_path))); page = Path(s['run'], 'report.html'); assert not page.exists()
     assert run_experiment(**TINY | dict(method='ce', results_dir=str(tmp_path)))['run'] == s['run']
     assert save_report(s['run']) == page and page.exists()

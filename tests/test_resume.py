@@ -10,7 +10,7 @@ ARGS = dict(preset='quickstart', device='cpu', compare=1, train_per_class=30, fi
 
 def start(results, **kw):
     args = [f'{k}={v}' for k, v in dict(ARGS, results_dir=results, **kw).items()]
-    return subprocess.Popen([sys.executable, '-m', 'asibkd.cli', 'run', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen([sys.executable, '-m', 'asibkd.run.cli', 'run', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a background shell hands Ctrl-C down as ignored
 
 def outcome(results):
@@ -52,7 +52,7 @@ def test_stopped(tmp_path, how):
     assert p.returncode == 130 and 'goes on from the last checkpoint' in out and 'Traceback' not in out, out[-1500:]
 
 def test_finished_run_is_not_run_again(tiny):
-    from asibkd.run import run_experiment
+    from asibkd.run.experiment import run_experiment
     a = run_experiment(**tiny); f = Path(a['run'])/'summary.json'; t = f.stat().st_mtime_ns
     assert run_experiment(**tiny) == a and f.stat().st_mtime_ns == t
     b = run_experiment(**tiny | dict(resume='0'))

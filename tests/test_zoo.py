@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from asibkd.students import create_student
-from asibkd.teachers import create_teacher
-from asibkd.zoo import create_zoo, zoo
+from asibkd.models.students import create_student
+from asibkd.models.teachers import create_teacher
+from asibkd.models.zoo import create_zoo, zoo
 
 theirs = json.loads((Path(__file__).parent/'fixtures'/'zoo_shapes.json').read_text())   # written down from their networks, 100 classes
 
