@@ -230,7 +230,7 @@ def _teach(self:Learner, t:int, teachers, roles):
                 data_aug=c.data_aug, num_workers=c.num_workers)
     emas = [m for m, r in zip(teachers, roles) if r == 'ema']
     distil(self.student, teachers, method, self.data(t), c, self.acc, self.run, epochs=c.epochs, name=self.task_name(t, 'B'),
-           callbacks=self.callbacks, loader=ld, stepped=lambda: (method.stepped(), self.follow(emas)),
+           callbacks=self.callbacks, loader=ld, stepped=lambda: (method.after_step(), self.follow(emas)),
            keep={f'ema{i}': m for i, m in enumerate(emas)})
     n = len(ld)*c.epochs*(ld.batch_size + ld.n_old)
     self.out.cost['student_images'] += n
