@@ -229,7 +229,7 @@ def check_plan(student, teachers, specs, cfg:Config, extra=None, labels=None):
         log.warning(f"two teachers have the same weights ({', '.join(files)}): their average is one teacher. Name another file.")
     freeze_teachers(teachers, specs, cfg, log.debug)
     with forked_rng(cfg.seed, 'plan'): create_method(cfg.method, cfg, student, teachers, extra, labels)
-    for t in teachers: t.requires_grad_(True); t.fixed = set()
+    for t in teachers: t.requires_grad_(True); t.frozen_modules = set()
 
 def freeze_teachers(teachers, specs, cfg:Config, say=log.info):
     "Partial freezing for asmb, everything fixed for all others"
