@@ -161,7 +161,7 @@ def env_part(run)->dict|None:
 def time_parts(s:dict)->tuple:
     "Where the time went, and how often teachers were asked"
     sec = {k: v for k, v in s['time']['seconds'].items() if v is not None}
-    asked, computed = (s['time'].get('teacher_images', {}).get(k, 0) for k in ('asked', 'computed'))
+    asked, computed = (s['time'].get('teacher_images', {}).get(k, 0) for k in ('requested', 'computed'))
     said = f'Teachers were asked about {asked:,} images; {computed:,} answers were computed, {asked - computed:,} looked up.'
     t = pd.DataFrame([dict(model=k, seconds=round(v, 1)) for k, v in (sec | dict(together=sum(sec.values()))).items()])
     return table(t, 'Training time'), text(said if asked else 'No teacher was asked.')

@@ -166,7 +166,7 @@ def open_table(
     except (OSError, RunError) as e: return None, f"'{f.parent}' cannot be written ({getattr(e, 'strerror', '') or e})"
 
 # %% ../../nbs/02_models/04_cache.ipynb #e876aa48
-teacher_counts = Counter()   # Images that teachers were asked about ('asked'), and those that went through a network ('computed')
+teacher_counts = Counter()   # Images that teachers were asked about ('requested'), and those that went through a network ('computed')
 
 def maybe_compile(m:nn.Module, cfg:Config=None):
     "A network as training steps run it: compiled for one shape where `compile=1`; weights and hooks are shared with `m`"
@@ -178,7 +178,7 @@ class LiveTeacher:
     "The teacher itself"
     def __init__(self, teacher, cfg:Config=None): self.run = maybe_compile(teacher, cfg)
     def __call__(self, batch):
-        teacher_counts.update(asked=len(batch), computed=len(batch))
+        teacher_counts.update(requested=len(batch), computed=len(batch))
         return self.run(batch.x)
 
 # %% ../../nbs/02_models/04_cache.ipynb #48ef13f3
@@ -199,7 +199,7 @@ class CachedTeacher:
 
     def __call__(self, batch):
         t, (got, there) = self.teacher, self.table.read(batch.row)
-        teacher_counts.update(asked=len(batch))
+        teacher_counts.update(requested=len(batch))
         if not there.all():
             miss = (~there).nonzero().flatten()
             got[miss] = self._compute(batch, miss)
@@ -228,7 +228,7 @@ MIN_MACS = 200_000     # Multiply-accumulates an image from which a look-up is c
 
 _own = WeakKeyDictionary()      # teacher → {identity: Table in memory}: gone with the teacher
 
-def is_frozen(t:KDModel)->bool: "Will this teacher give the same answer tomorrow?"; return not t.moves and not any(p.requires_grad for p in t.model.parameters())
+def is_frozen(t:KDModel)->bool: "Will this teacher give the same answer tomorrow?"; return not t.changes_each_step and not any(p.requires_grad for p in t.model.parameters())
 
 def get_teacher_fn(
     teacher:KDModel, loader:Loader,
