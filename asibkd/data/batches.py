@@ -202,7 +202,7 @@ class Loader:
         return torch.randperm(n, generator=generator(*self.drawn(e), 'order')) if self.train else torch.arange(n)
 
     @property
-    def recipe(self)->tuple|None: # None where views have no number
+    def view_key(self)->tuple|None: # None where views have no number
         "What view number v looks like: two loaders of one recipe make the same pictures of the same images"
         if self.n_views is None: return None
         if self.recycle: return ('recycled', self.recycle, self.key[0], self.batch_size, self.aug, *self.mix, self.data.flip, seed_of(*self.ds.ids.tolist()))

@@ -16,7 +16,7 @@ from filelock import FileLock
 from torchvision import datasets as tv_datasets
 
 from ..core.config import DataError, log, unknown_name
-from asibkd.data.images import (Data, Files, ImageSet, Items, as_labels, at_most, channel_stats, load, settle_shape,
+from asibkd.data.images import (Data, FileSource, ImageSet, DatasetSource, as_labels, at_most, channel_stats, load, settle_shape,
     stratified_split)
 
 # %% ../../nbs/01_data/01_datasets.ipynb #775e3c48
@@ -142,7 +142,7 @@ def _scan(folder, classes=None):
         if not fs:
             raise DataError(f"Class '{c}' has no images in '{folder}'. Add some, or remove the class everywhere.")
         paths += fs; y += [k]*len(fs)
-    return ImageSet(Files(paths), y, names)
+    return ImageSet(FileSource(paths), y, names)
 
 def _imagefolder(cfg):
     "train/, and val/ or test/ or both"
@@ -179,7 +179,7 @@ def as_set(o)->ImageSet:
         raise DataError(f"A dataset is to be map-style, with len() and [i] -> (image, label); got {type(o).__name__}.")
     inner = o
     while not hasattr(inner, 'classes') and hasattr(inner, 'dataset'): inner = inner.dataset
-    return ImageSet(Items(o), _labels_of(o), getattr(inner, 'classes', None))
+    return ImageSet(DatasetSource(o), _labels_of(o), getattr(inner, 'classes', None))
 
 # %% ../../nbs/01_data/01_datasets.ipynb #6f9c5be5
 def _parts(cfg, train, val, test):
