@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.config import RunError
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #6150083d
+# %% ../../nbs/09_analysis/00_tables.ipynb #7086736a
 def load_summary(
     run, # Run folder
 )->dict: # What came out: rows, verdict, times, …
@@ -23,14 +23,14 @@ def load_summary(
         raise RunError(f"'{f}' does not exist: '{run}' is not the folder of a finished run.")
     return json.loads(f.read_text(encoding='utf-8'))
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #f901e9d7
+# %% ../../nbs/09_analysis/00_tables.ipynb #127a05d7
 def load_config(
     run, # Run folder
 )->dict: # Key → value
     "Read `config.json`: every parameter, as the run settled it"
     return json.loads((Path(run)/'config.json').read_text(encoding='utf-8'))
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #87494499
+# %% ../../nbs/09_analysis/00_tables.ipynb #4c49c7e4
 def load_metrics(
     run, # Run folder
 )->'pd.DataFrame': # An epoch a row; empty where the run kept no `metrics.jsonl`
@@ -41,7 +41,7 @@ def load_metrics(
         return pd.DataFrame()
     return pd.DataFrame([json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o])
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #0e71d3bf
+# %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
 def joined(
     names, # Any items
 )->str: # 'a, b and c'
@@ -49,7 +49,7 @@ def joined(
     *most, last = list(map(str, names))
     return f"{', '.join(most)} and {last}" if most else last
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #9aa4f21f
+# %% ../../nbs/09_analysis/00_tables.ipynb #f07efe69
 def shorten(
     name,    # Name of a model, a class, a method
     most=24, # Characters
@@ -58,7 +58,7 @@ def shorten(
     name = str(name)
     return name if len(name) <= most else name[:most - 1] + '…'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #feeb3783
+# %% ../../nbs/09_analysis/00_tables.ipynb #b6510729
 def is_student(
     row:dict, # Row of a summary
 )->bool:
@@ -71,14 +71,14 @@ def sees_all_data(
     "Did the method keep all data so far? Then it is an upper bound, no rival"
     return row.get('memory') == 'all' or row.get('learned_with') == 'all data so far'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #e50173c0
+# %% ../../nbs/09_analysis/00_tables.ipynb #53d910c8
 def role_text(
     row:dict, # Row of a summary
 )->str: # 'teacher', 'ensemble', 'student: asmb'
     "What a model was in its run"
     return f"student: {row['key']}" if is_student(row) else row['role']
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #784c3824
+# %% ../../nbs/09_analysis/00_tables.ipynb #4128dae3
 _LOGITS = dict(labels='labels', teachers='teachers', average='averaged logits', synergy='synergy logits')
 
 def _target_words(logits)->str:
@@ -89,9 +89,17 @@ def _target_words(logits)->str:
     start, end = ('averaged', 'synergy') if first == 'average' else ('synergy', 'averaged')
     return f'{start}, later {end} logits'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #fd07df15
+# %% ../../nbs/09_analysis/00_tables.ipynb #2b68535b
 _WEIGHTS = dict(finetuned='labels', checkpoint='labels (checkpoint)', given='given', pretrained='labels (pretrained)',
                 untrained='nothing (untrained)', adapted='labels and KD (phase A)')
+
+def _teacher_words(weights:dict, given:bool)->str:
+    "'labels', 'labels of 5 classes', 'given', 'labels and KD (phase A)'"
+    source = weights.get('source')
+    if given and source != 'adapted':
+        return 'given, labels' if source == 'finetuned' else 'given'
+    of = f" of {len(weights['classes'])} classes" if weights.get('classes') else ''
+    return _WEIGHTS.get(source, '').replace('labels', 'labels' + of, 1)
 
 def supervision_text(
     row:dict, # Row of a summary
@@ -100,8 +108,7 @@ def supervision_text(
     if 'taught_by' in row:
         return row['taught_by']
     if row['role'] == 'teacher':
-        w = row.get('weights') or {}
-        return _WEIGHTS.get(w.get('source'), '')
+        return _teacher_words(row.get('weights') or {}, row.get('given', False))
     if row['role'] == 'ensemble':
         return row.get('objective') or ''
     target = row.get('target') or {}
@@ -113,7 +120,7 @@ def supervision_text(
     views = f", {target['views']} recycled views" if target.get('views') else ''
     return _target_words(target['logits']) + features + views
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #7eeaca35
+# %% ../../nbs/09_analysis/00_tables.ipynb #789e05c3
 def keeps_text(
     row:dict, # Row of a continual run's summary
 )->str: # 'all data so far', '200 kept images'
@@ -136,7 +143,7 @@ CL_COLUMNS = dict(
     task_FWT='task-IL FWT', memory_mb='memory (MB)', logits_mb='of it logits (MB)', student_images='student images',
     teacher_forwards='teacher forwards', leak='leak', seconds='train (s)')
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #7285afde
+# %% ../../nbs/09_analysis/00_tables.ipynb #848e1c57
 PERCENT = ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc',
            'ACC', 'AIA', 'AIA_samples', 'BWT', 'forgetting', 'forgetting_avalanche', 'forgetting_mammoth',
            'learning_acc', 'task_ACC', 'task_BWT', 'task_FWT')      # fractions in a summary
@@ -144,7 +151,7 @@ PERCENT = ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle
 _SCALE = {k: (100, 2) for k in PERCENT} | dict(                     # key: (factor, decimals)
     params=(1e-6, 3), macs=(1e-6, 3), latency_ms=(1, 2), seconds=(1, 1), memory_mb=(1, 4), logits_mb=(1, 4))
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #fb361a39
+# %% ../../nbs/09_analysis/00_tables.ipynb #88511ba4
 def _number(v, factor, decimals):
     return None if v is None or v != v else round(v*factor if factor >= 1 else v/(1/factor), decimals)
 
@@ -160,7 +167,7 @@ def shown_row(
     out |= {k: _number(out[k], *s) for k, s in _SCALE.items() if k in out}
     return out | dict(memory_mb='all') if 'memory_mb' in out and sees_all_data(row) else out
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #72edca9f
+# %% ../../nbs/09_analysis/00_tables.ipynb #deee94f3
 def result_rows(
     summary, # A summary, or the folder of a finished run
 )->list: # A dict a row, keys as in the table's head
@@ -173,7 +180,7 @@ def result_rows(
     full = [k for k in names if any(r.get(k) not in (None, '') for r in rows)]
     return [{names[k]: r.get(k) for k in full} for r in rows]
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #b7edb406
+# %% ../../nbs/09_analysis/00_tables.ipynb #96037402
 def result_table(
     summary, # A summary, or the folder of a finished run
 )->'pd.DataFrame':
@@ -181,7 +188,7 @@ def result_table(
     import pandas as pd
     return pd.DataFrame(result_rows(summary))
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #cca9f387
+# %% ../../nbs/09_analysis/00_tables.ipynb #70b5e4b5
 def cell(
     v, # A value of a table
 )->str:
@@ -190,7 +197,7 @@ def cell(
         return ''
     return f'{v + 0.:g}' if isinstance(v, float) else str(v)
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #80fc4761
+# %% ../../nbs/09_analysis/00_tables.ipynb #a10feb82
 def show_table(
     t, # Rows (a list of dicts) or a DataFrame
 )->str:
@@ -218,7 +225,7 @@ def facts(
     c:dict,  # config.json
 )->dict:
     "The parameters; where a run was given modules or data of its own, the summary says what took the place of names"
-    if not c.get('own'): return c
+    if not (c.get('user_code') or c.get('own')): return c
     named = {r['key']: r['model'] for r in s['rows'] if 'model' in r}
     types = dict(student_type=s['method'], teacher1_type='teacher1', teacher2_type='teacher2')
     return c | dict(dataset=s['dataset']) | {k: named[v] for k, v in types.items() if v in named}
