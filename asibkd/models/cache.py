@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core.config import Config, ConfigError, RunError, log
 from ..core.runtime import atomic_write, generator
-from ..data.images import fingerprint_of
+from ..data.sources import fingerprint_of
 from ..data.batches import Loader
 from .kdmodel import KDModel
 from .teachers import count_macs
@@ -97,9 +97,9 @@ def weights_hash(m:nn.Module)->str: # 32 hex digits
 
 def cache_key(teacher:KDModel, loader:Loader, precision='no')->dict|None: # None where the images or their views cannot be named
     "What the answers of a teacher to a loader's batches depend on"
-    prints = loader.recipe and fingerprint_of(loader.ds.source)
+    prints = loader.view_key and fingerprint_of(loader.ds.source)
     if prints is None: return None
-    return dict(format=1, teacher=weights_hash(teacher.model), images=prints, n=len(loader.ds.source), views=loader.n_views, recipe=list(loader.recipe),
+    return dict(format=1, teacher=weights_hash(teacher.model), images=prints, n=len(loader.ds.source), views=loader.n_views, recipe=list(loader.view_key),
                 mean=list(loader.data.mean), std=list(loader.data.std), shape=list(loader.ds.shape), precision=precision,
                 width=[teacher.anatomy.n_class, teacher.feat_dim], dtype=str(storage_dtype(loader)))
 
@@ -243,7 +243,7 @@ def get_teacher_fn(
         (say or log.debug if how == 'auto' else log.warning)(f"teacher_cache={how}: {teacher.name} answers live: {why}"); return LiveTeacher(teacher, step)
     if maps: return live("the method compares maps")
     if not is_frozen(teacher): return live("a part of it is trained")
-    if loader.recipe is None: return live("these views have no number (cache_views=N recycles N versions of every image)")
+    if loader.view_key is None: return live("these views have no number (cache_views=N recycles N versions of every image)")
     if how == 'auto':
         p = next(teacher.model.parameters())
         if count_macs(teacher.model, torch.zeros(1, *loader.ds.shape, device=p.device, dtype=p.dtype)) < MIN_MACS: return live("it is fast enough")
