@@ -8,7 +8,7 @@ READY   = $(VENV)/.ready-$(KEY)
 export PATH := $(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test env lab readme clean
+.PHONY: demo test book env lab readme clean
 
 demo: env            ## the main job on the embedded digits: table, curves, run folder
 	@mkdir -p results
@@ -20,6 +20,11 @@ test: env            ## every notebook, then the tests of doors, faults and the 
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	pytest -q -n 2 --dist worksteal
 	python nbs/_readme.py --check
+
+book: env            ## run every chapter and store what it shows: pictures, tables, values
+	python nbs/_book.py --workers 2
+	nbdev_clean
+	python nbs/_readme.py
 
 env: $(READY)
 

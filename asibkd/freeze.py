@@ -81,7 +81,7 @@ def apply_freeze(
     for n, o in mods.items():
         for p in o._parameters.values():
             if p is not None: p.requires_grad_(n in opened)
-    m.fixed = closed_parts(mods, opened)
+    m.frozen_modules = closed_parts(mods, opened)
     if not any(p.requires_grad for p in m.parameters()):
         raise ConfigError(f"Nothing in '{m.name}' is left trainable. Choose another freeze level or scope, "
                          "or freeze it wholly with `freeze_all`.")
@@ -101,10 +101,10 @@ def freeze_report(m:KDModel)->pd.DataFrame: # A row for each block, the head, th
     def row(name, mods):
         ps = {id(p): p for o in mods for p in o._parameters.values() if p is not None}.values()
         bn = {any(id(o) == f for f in held) for o in mods if has_stats(o)}
-        mode = {frozenset(): '-', frozenset([True]): 'fixed', frozenset([False]): 'updates'}.get(frozenset(bn), 'mixed')
+        mode = {frozenset(): '-', frozenset([True]): 'frozen', frozenset([False]): 'updates'}.get(frozenset(bn), 'mixed')
         rows.append({'block': name, 'parameters': sum(p.numel() for p in ps),
                      'trainable': sum(p.numel() for p in ps if p.requires_grad), 'BN mode': mode})
-    held = {id(o) for n in m.fixed for o in m.get_submodule(n).modules()}
+    held = {id(o) for n in m.frozen_modules for o in m.get_submodule(n).modules()}
     mods = dict(m.model.named_modules())
     for i, name in enumerate([*a.blocks, 'head']): row(name, [mods[n] for n, b in a.where.items() if b == i])
     if m.adapter is not None: row('adapter', list(m.adapter.modules()))
@@ -118,7 +118,7 @@ def freeze_all(
     "No gradient and evaluation mode, until somebody says otherwise"
     for m in modules:
         m.requires_grad_(False)
-        if isinstance(m, KDModel): m.fixed = {''}
+        if isinstance(m, KDModel): m.frozen_modules = {''}
         m.eval()
     return modules[0] if len(modules) == 1 else modules
 
@@ -127,11 +127,11 @@ def frozen(*modules:nn.Module):
     "Within the block the modules are wholly frozen; after it they are as before"
     mods = [o for m in modules for o in m.modules()]
     modes, grads = [o.training for o in mods], [(p, p.requires_grad) for m in modules for p in m.parameters()]
-    fixed = [getattr(m, 'fixed', None) for m in modules]
+    fixed = [getattr(m, 'frozen_modules', None) for m in modules]
     freeze_all(*modules)
     try: yield modules[0] if len(modules) == 1 else modules
     finally:
         for o, mode in zip(mods, modes): o.training = mode
         for p, g in grads: p.requires_grad_(g)
         for m, f in zip(modules, fixed):
-            if isinstance(m, KDModel): m.fixed = f
+            if isinstance(m, KDModel): m.frozen_modules = f

@@ -26,5 +26,5 @@ def test_res152_effi_l2(tmp_path, objective):
     assert [r['model'] for r in s['rows'] if r['role'] == 'teacher'][:2] == ['resnet152', 'efficientnet_l2']
     open_ = t[t.trainable > 0].groupby('model').block.apply(list).to_dict()             # the preset's levels: 0, 1, and −1 for the student
     assert open_['teacher1'] == ['head', 'all'] and open_['teacher2'] == ['blocks.6', 'head', 'all'] and len(open_['student']) == 7
-    assert set(t[(t.model == 'teacher1') & t.block.str.startswith('layer')]['BN mode']) == {'fixed'}
+    assert set(t[(t.model == 'teacher1') & t.block.str.startswith('layer')]['BN mode']) == {'frozen'}
     assert len((Path(s['run'])/'metrics.jsonl').read_text().splitlines()) == 2

@@ -16,7 +16,7 @@ root = Path(__file__).parents[1]
 BASE = dict(report=0, preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug='standard', train_per_class=12, method='vanilla_kd', teacher_type='resnet8', student_type='resnet8', finetune_epochs=1,
             epochs=2, log_level='ERROR', num_stages=1, disable_tqdm=1)
 
-def images(s): t = s['time']['teacher_images']; return t.get('asked', 0), t.get('computed', 0)
+def images(s): t = s['time']['teacher_images']; return t.get('requested', 0), t.get('computed', 0)
 def weights(s): return load_file(Path(s['run'])/'student.safetensors')
 def same(a, b): return all(v.equal(weights(b)[k]) for k, v in weights(a).items())
 

@@ -67,7 +67,7 @@ def test_what_the_registry_refuses(register):
     for make, says in ((lambda: register(whole), 'needs a name.*got the class Whole'), (lambda: register()(whole), 'needs a name'), (lambda: register('a b')(whole), 'needs a name'),
                        (lambda: register('sp')(dict), 'subclass of Method'), (lambda: register('sp', dict)(whole), 'BaseModel'),
                        (lambda: register('sp', Gamma)(whole), r"Parameter 'gamma' of method sp: Config has one of that name \(Factor of each drop\.\)\. Choose another, e\.g\. sp_gamma"),
-                       (lambda: register('sp', Seed)(whole), "Parameter 'cutmix_alpha'"), (lambda: register('sp')(Mine), 'must take .cfg, student, teachers, own, '),
+                       (lambda: register('sp', Seed)(whole), "Parameter 'cutmix_alpha'"), (lambda: register('sp')(Mine), 'must take .cfg, student, teachers, params, '),
                        (lambda: register('sp')(type('Two', (Method,), dict(teachers_used='two'))), "'all', 'one' or 'none'"), (lambda: register('avgz')(whole), "'avgz' is the package's own; choose another name")):
         with pytest.raises(ConfigError, match=says): make()
     assert before == (methods, cl_methods, method_params)

@@ -184,7 +184,7 @@ def _cast(self:Learner, t:int)->tuple: # (teachers, their roles)
     for r in self.roles:
         if r == 'snapshot' and snapshot is not None: who.append((limit_to_seen(snapshot, self.stream.seen(t - 1), self.width(t)), r))
         if r == 'ema' and t:
-            who.append((freeze_all(copy.deepcopy(self.student)), r)); who[-1][0].moves = True      # after every step
+            who.append((freeze_all(copy.deepcopy(self.student)), r)); who[-1][0].changes_each_step = True      # after every step
         if r in ('expert', 'generic'): who += [(self.school(t, i, r), r) for i in range(1 if r == 'expert' else len(self.specs))]
     to_device(self.cfg, self.acc, self.student, *(m for m, _ in who))
     return [m for m, _ in who], tuple(r for _, r in who)
@@ -198,7 +198,7 @@ def _school(self:Learner, t:int, i:int, role:str)->KDModel:
     m.columns = None
     grow_head(m, self.stream.seen(t), c.seed, name, t)
     if role == 'generic' and (t or has_weights): apply_freeze(m, level=0, freeze_bn=True)
-    else: m.requires_grad_(True); m.fixed = set()
+    else: m.requires_grad_(True); m.frozen_modules = set()
     if c.finetune_epochs:
         ld = self.balanced(t, name, (0., c.finetune_cutmix_alpha or (1. if c.finetune_use_cutmix else 0.)))
         finetune(m, self.with_memory(t), c, self.acc, self.run, self.task_name(t, name), self.callbacks, ld)
@@ -230,7 +230,7 @@ def _teach(self:Learner, t:int, teachers, roles):
                 data_aug=c.data_aug, num_workers=c.num_workers)
     emas = [m for m, r in zip(teachers, roles) if r == 'ema']
     distil(self.student, teachers, method, self.data(t), c, self.acc, self.run, epochs=c.epochs, name=self.task_name(t, 'B'),
-           callbacks=self.callbacks, loader=ld, stepped=lambda: (method.stepped(), self.follow(emas)),
+           callbacks=self.callbacks, loader=ld, stepped=lambda: (method.after_step(), self.follow(emas)),
            keep={f'ema{i}': m for i, m in enumerate(emas)})
     n = len(ld)*c.epochs*(ld.batch_size + ld.n_old)
     self.out.cost['student_images'] += n

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..core.config import unknown_name
 from ..core.runtime import generator
-from ..data.images import Data, ImageSet, Rows, by_class
+from ..data.images import Data, ImageSet, by_class
+from ..data.sources import TensorSource
 from ..data.batches import Batch, Loader
 
 # %% ../../nbs/07_cl/01_memory.ipynb #b4890a2a
@@ -156,7 +157,7 @@ def join(
     if not len(mem): return ds
     y = torch.cat([ds.y, mem.y])
     if not ds.streamed: return ImageSet(torch.cat([ds.x, mem.x]), y, ds.classes, shape=ds.shape)
-    return ImageSet(Chain(ds.source, Rows(mem.x)), y, ds.classes, torch.cat([ds.ids, len(ds.source) + torch.arange(len(mem))]), ds.shape)
+    return ImageSet(Chain(ds.source, TensorSource(mem.x)), y, ds.classes, torch.cat([ds.ids, len(ds.source) + torch.arange(len(mem))]), ds.shape)
 
 # %% ../../nbs/07_cl/01_memory.ipynb #de33b335
 class Replay(Loader):

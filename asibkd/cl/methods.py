@@ -102,7 +102,7 @@ class CLMethod(Method):
         zs = torch.where(known, z, FOREIGN)
         return torch.stack([kd_loss(zs, torch.where(known, t, FOREIGN), self.cfg.tau_start, reduction='none') for t in stored.unbind(1)]).mean(0)
 
-    def stepped(self): "Called after every step of the optimiser"
+    def after_step(self): "Called after every step of the optimiser"
     def consolidate(self): "Called when the task is over"
 
     def predict(self, s_out:dict)->Tensor: "What the student is examined by"; return s_out['logit']
@@ -163,7 +163,7 @@ class SynapticIntelligence(Plain):
         if self.now.task and self.cfg.si_c > 0: terms['si'] = (self.cfg.si_c, self.si.penalty())
         return weighted(**terms)
 
-    def stepped(self): self.si.stepped()
+    def after_step(self): self.si.stepped()
     def consolidate(self): self.now.si = self.si.consolidate()
 
 # %% ../../nbs/07_cl/04_methods.ipynb #15ca36bb

@@ -74,7 +74,7 @@ class ASMB(Method):
         return self
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #e96247b9
-def _listen(self:ASMB, s_out:dict, t_outs:list)->dict:
+def _synergy_outputs(self:ASMB, s_out:dict, t_outs:list)->dict:
     "Ask the bridge; the student's feature enters detached"
     return self.synergy({k: v.detach() for k, v in s_out.items() if torch.is_tensor(v)}, t_outs)
 
@@ -104,13 +104,13 @@ def _feature_terms(self:ASMB, s_out, t_outs, syn:dict, weight=None)->dict:
                       rkd_angle=(2*c.rkd_loss_weight, rkd_angle(f, target)))
     return terms
 
-ASMB.listen, ASMB.weights, ASMB.target, ASMB.feature_terms = _listen, _weights, _target, _feature_terms
+ASMB.synergy_outputs, ASMB.weights, ASMB.target, ASMB.feature_terms = _synergy_outputs, _weights, _target, _feature_terms
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #4d549467
 def _loss(self:ASMB, batch, s_out, t_outs, when):
     "L_B: what the student is told"
     c = self.cfg
-    with torch.no_grad(): syn = self.listen(s_out, t_outs)
+    with torch.no_grad(): syn = self.synergy_outputs(s_out, t_outs)
     w = self.weights(batch, t_outs, syn)
     terms = self.base_terms(batch, s_out, lambda: self.kd_term(s_out['logit'], syn['logit'], when, w))
     if c.hybrid_beta > 0: terms['hybrid'] = (c.hybrid_beta, self.kd_term(s_out['logit'], syn['average'], when, w))
@@ -127,7 +127,7 @@ def _adapt_loss(self:ASMB, batch, s_out, t_outs, when,
     if obj == 'distil':
         t_outs = [{k: v.detach() if torch.is_tensor(v) and k != 'distill_feat' else v for k, v in o.items()}
                   for o in t_outs]
-    syn, terms = self.listen(s_out, t_outs), {}
+    syn, terms = self.synergy_outputs(s_out, t_outs), {}
     if obj != 'distil':
         terms['syn_ce'] = (c.synergy_ce_alpha, self.synergy_ce(syn['open_logit'], batch))
         if when.stage >= c.teacher_adapt_kd_warmup:

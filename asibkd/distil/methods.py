@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from pydantic import BaseModel
 
-from ..core.config import ALIASES, Config, ConfigError, method_params, unknown_name
+from ..core.config import ALIASES, Config, ConfigError, Registry, method_params, unknown_name
 from ..core.runtime import When, tau_at
 from ..ib_mbm import mean_logits
 from .losses import ce_loss, kd_loss
@@ -42,7 +42,7 @@ class Method(nn.Module):
     "Base of every method"
     teachers_used = 'all'   # 'all', 'one' or 'none'
     adapts = False          # Has a phase A (`adapt_loss`)
-    subsets = True          # Can listen to teachers that know only some of the classes
+    allows_class_subsets = True          # Can listen to teachers that know only some of the classes
     needs_maps = False      # Compares intermediate maps (`stages`, `feat_4d` of a teacher): those are never looked up
     defaults = dict(ce_alpha=.1, kd_alpha=.9, rkd_loss_weight=0.)   # Where the user gave no weight
 
@@ -55,7 +55,11 @@ class Method(nn.Module):
         super().__init__()
         self.cfg, self.params = cfg, params
 
-    def prepare(self, phase:str): "Set what trains in phase 'A' or 'B'; called before its optimiser is built"
+    def prepare(self, phase:str):
+        "Set what trains in phase 'A' or 'B'; called before its optimiser is built"
+
+    def after_step(self):
+        "Called after every step of the optimiser"
 
     def loss(self,
         batch,         # x, y (hard or soft), idx
@@ -127,7 +131,7 @@ def check_class(
         raise ConfigError(f"{cls.__name__}.__init__ must take ({', '.join(takes)}): {e}. Or leave it out, and give `loss` alone.") from None
 
 # %% ../../nbs/05_distil/02_methods.ipynb #1377405a
-methods:dict[str, type] = {}
+methods = Registry('method')
 
 def register_method(
     name:str=None,                # As `method=` takes it
@@ -143,12 +147,13 @@ def register_method(
         return cls
     return _reg
 
-def list_methods()->list: "Names `method=` takes"; return sorted(methods)
+def list_methods()->list:
+    "Names `method=` takes"
+    return methods.names()
 
 def check_method(name:str)->type:
     "The class of that name; unknown names are refused with the nearest"
-    if name not in methods: raise unknown_name('method', name, methods)
-    return methods[name]
+    return methods.find(name)
 
 def with_method_defaults(
     cfg:Config,

@@ -109,7 +109,7 @@ class RKD(Method):
 @register_method('dkd')
 class DKD(Method):
     "CE + warm-up · (dkd_alpha · TCKD + dkd_beta · NCKD) (Zhao et al. 2022)"
-    teachers_used, subsets, defaults = 'one', False, FitNet.defaults
+    teachers_used, allows_class_subsets, defaults = 'one', False, FitNet.defaults
 
     def loss(self, batch, s_out, t_outs, when):
         c, tau = self.cfg, self.tau(when)

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core.config import Config, ConfigError, RunError, log
 from ..core.runtime import atomic_write, generator
-from ..data.images import fingerprint_of
+from ..data.sources import fingerprint_of
 from ..data.batches import Loader
 from .kdmodel import KDModel
 from .teachers import count_macs
@@ -97,9 +97,9 @@ def weights_hash(m:nn.Module)->str: # 32 hex digits
 
 def cache_key(teacher:KDModel, loader:Loader, precision='no')->dict|None: # None where the images or their views cannot be named
     "What the answers of a teacher to a loader's batches depend on"
-    prints = loader.recipe and fingerprint_of(loader.ds.source)
+    prints = loader.view_key and fingerprint_of(loader.ds.source)
     if prints is None: return None
-    return dict(format=1, teacher=weights_hash(teacher.model), images=prints, n=len(loader.ds.source), views=loader.n_views, recipe=list(loader.recipe),
+    return dict(format=1, teacher=weights_hash(teacher.model), images=prints, n=len(loader.ds.source), views=loader.n_views, recipe=list(loader.view_key),
                 mean=list(loader.data.mean), std=list(loader.data.std), shape=list(loader.ds.shape), precision=precision,
                 width=[teacher.anatomy.n_class, teacher.feat_dim], dtype=str(storage_dtype(loader)))
 
@@ -166,7 +166,7 @@ def open_table(
     except (OSError, RunError) as e: return None, f"'{f.parent}' cannot be written ({getattr(e, 'strerror', '') or e})"
 
 # %% ../../nbs/02_models/04_cache.ipynb #e876aa48
-teacher_counts = Counter()   # Images that teachers were asked about ('asked'), and those that went through a network ('computed')
+teacher_counts = Counter()   # Images that teachers were asked about ('requested'), and those that went through a network ('computed')
 
 def maybe_compile(m:nn.Module, cfg:Config=None):
     "A network as training steps run it: compiled for one shape where `compile=1`; weights and hooks are shared with `m`"
@@ -178,7 +178,7 @@ class LiveTeacher:
     "The teacher itself"
     def __init__(self, teacher, cfg:Config=None): self.run = maybe_compile(teacher, cfg)
     def __call__(self, batch):
-        teacher_counts.update(asked=len(batch), computed=len(batch))
+        teacher_counts.update(requested=len(batch), computed=len(batch))
         return self.run(batch.x)
 
 # %% ../../nbs/02_models/04_cache.ipynb #48ef13f3
@@ -199,7 +199,7 @@ class CachedTeacher:
 
     def __call__(self, batch):
         t, (got, there) = self.teacher, self.table.read(batch.row)
-        teacher_counts.update(asked=len(batch))
+        teacher_counts.update(requested=len(batch))
         if not there.all():
             miss = (~there).nonzero().flatten()
             got[miss] = self._compute(batch, miss)
@@ -228,7 +228,7 @@ MIN_MACS = 200_000     # Multiply-accumulates an image from which a look-up is c
 
 _own = WeakKeyDictionary()      # teacher → {identity: Table in memory}: gone with the teacher
 
-def is_frozen(t:KDModel)->bool: "Will this teacher give the same answer tomorrow?"; return not t.moves and not any(p.requires_grad for p in t.model.parameters())
+def is_frozen(t:KDModel)->bool: "Will this teacher give the same answer tomorrow?"; return not t.changes_each_step and not any(p.requires_grad for p in t.model.parameters())
 
 def get_teacher_fn(
     teacher:KDModel, loader:Loader,
@@ -243,7 +243,7 @@ def get_teacher_fn(
         (say or log.debug if how == 'auto' else log.warning)(f"teacher_cache={how}: {teacher.name} answers live: {why}"); return LiveTeacher(teacher, step)
     if maps: return live("the method compares maps")
     if not is_frozen(teacher): return live("a part of it is trained")
-    if loader.recipe is None: return live("these views have no number (cache_views=N recycles N versions of every image)")
+    if loader.view_key is None: return live("these views have no number (cache_views=N recycles N versions of every image)")
     if how == 'auto':
         p = next(teacher.model.parameters())
         if count_macs(teacher.model, torch.zeros(1, *loader.ds.shape, device=p.device, dtype=p.dtype)) < MIN_MACS: return live("it is fast enough")

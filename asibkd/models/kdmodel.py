@@ -290,8 +290,8 @@ class KDModel(nn.Module):
         dropout=None,     # Before the classifier; None = the model's own
     ):
         super().__init__()
-        self.model, self.adapter, self.name, self.fixed = model, None, name or type(model).__name__, set()
-        self.moves = False                                           # do its weights change without an optimiser (an average)?
+        self.model, self.adapter, self.name, self.frozen_modules = model, None, name or type(model).__name__, set()
+        self.changes_each_step = False                                           # do its weights change without an optimiser (an average)?
         self.anatomy = a = anatomy(model, img_size, in_chans, self.name)
         self.shape = (in_chans, img_size, img_size)
         self.register_buffer('columns', None, persistent=False)      # see `spread_classes`
@@ -345,10 +345,10 @@ def _last_shape(self:KDModel)->tuple: # (C, h, w)
     return tuple(self.dry_run()['feat_4d'].shape[1:])
 
 def _train(self:KDModel, mode=True):
-    "As any module; the parts named in `fixed` stay in evaluation mode"
+    "As any module; the parts named in `frozen_modules` stay in evaluation mode"
     nn.Module.train(self, mode)
     if mode:
-        for n in self.fixed: self.get_submodule(n).eval()
+        for n in self.frozen_modules: self.get_submodule(n).eval()
     return self
 
 def _own_dropout(self:KDModel, p:float)->bool:

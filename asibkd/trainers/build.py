@@ -18,7 +18,8 @@ from ..distil import asmb, crd, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log
 from ..core.runtime import atomic_save, forked_rng, pick_device, precision_of
 from ..models.cache import weights_hash
-from ..data.images import Data, ImageSet, as_image, overlap_classes, restrict
+from ..data.images import Data, ImageSet, overlap_classes, restrict
+from ..data.sources import as_image
 from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import spread_classes
 from ..distil.methods import check_method, create_method
@@ -41,7 +42,7 @@ def settle_config(
     if cfg.compile and device.type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX') or 'g++', 'clang++', 'cl'))):
         raise ConfigError("compile=1 needs a C++ compiler on a CPU, and none was found. Install g++ (or set CXX), or leave compile=0.")
     if cfg.mbm_type != 'ib_mbm': log.info(f"mbm_type='{cfg.mbm_type}' is ignored: the bridge is always ib_mbm")
-    if cfg.overlap_pct is not None and not check_method(cfg.method).subsets:
+    if cfg.overlap_pct is not None and not check_method(cfg.method).allows_class_subsets:
         raise ConfigError(f"overlap_pct={cfg.overlap_pct:g}: {cfg.method} needs teachers that know every class. "
                           "Use asmb, avgz, aver, ebkd, camkd, aekd or vanilla_kd.")
     if cfg.method == 'asmb' and cfg.synergy_base == 'none' and not cfg.teacher_adapt_epochs:
@@ -229,7 +230,7 @@ def check_plan(student, teachers, specs, cfg:Config, extra=None, labels=None):
         log.warning(f"two teachers have the same weights ({', '.join(files)}): their average is one teacher. Name another file.")
     freeze_teachers(teachers, specs, cfg, log.debug)
     with forked_rng(cfg.seed, 'plan'): create_method(cfg.method, cfg, student, teachers, extra, labels)
-    for t in teachers: t.requires_grad_(True); t.fixed = set()
+    for t in teachers: t.requires_grad_(True); t.frozen_modules = set()
 
 def freeze_teachers(teachers, specs, cfg:Config, say=log.info):
     "Partial freezing for asmb, everything fixed for all others"
