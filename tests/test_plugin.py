@@ -56,9 +56,10 @@ def test_every_door(mine):
     assert json.loads(next(Path('pm').glob('*/summary.json')).read_text())['method'] == 'surest'
 
 def test_an_edited_method_is_another_run(mine, monkeypatch):
-    from asibkd import core, methods
+    from asibkd.core import config as core
+    from asibkd.distil import methods
     from asibkd.run.experiment import run_experiment
-    monkeypatch.setattr(methods, 'methods', dict(methods.methods)); monkeypatch.setattr(core, 'own_params', core.own_params)
+    monkeypatch.setattr(methods, 'methods', dict(methods.methods)); monkeypatch.setattr(core, 'method_params', core.method_params)
     given = dict(o.removeprefix('--').split('=') for o in SHORT[4:]) | dict(plugin='mine.py', method='surest', log_level='ERROR')
     a = run_experiment(**given); assert run_experiment(**given)['run'] == a['run']
     mine.write_text(MINE.replace('"Image by image', '# a remark\n    "Image by image')); assert run_experiment(**given)['run'] == a['run']
