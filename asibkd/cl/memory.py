@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..core.config import unknown_name
 from ..core.runtime import generator
-from ..data.images import Data, ImageSet, TensorSource, by_class
+from ..data.images import Data, ImageSet, by_class
+from ..data.sources import TensorSource
 from ..data.batches import Batch, Loader
 
 # %% ../../nbs/07_cl/01_memory.ipynb #b4890a2a

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..core.config import Config, ConfigError, RunError, log
 from ..core.runtime import atomic_write, generator
-from ..data.images import fingerprint_of
+from ..data.sources import fingerprint_of
 from ..data.batches import Loader
 from .kdmodel import KDModel
 from .teachers import count_macs

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from ..analysis.tables import collect, compare_runs, plot_compare, usual_baseline, win_table
+from ..analysis.compare import collect, compare_runs, plot_compare, usual_baseline, win_table
 from ..cl.learner import check_cl
 from ..core.config import ConfigError, is_on, effective_value, config_layers, log, method_params, read_yaml, resolve
 from ..core.runtime import Run, RunContext, atomic_write, create_accelerator, exp_name, set_deterministic, setup_log

@@ -20,7 +20,8 @@ from ..distil import asmb, crd, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log
 from ..core.runtime import RunContext, atomic_save, forked_rng, pick_device, precision_of
 from ..models.cache import weights_hash
-from ..data.images import Data, ImageSet, as_image, overlap_classes, restrict
+from ..data.images import Data, ImageSet, overlap_classes, restrict
+from ..data.sources import as_image
 from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import spread_classes
 from ..distil.methods import check_method, create_method, list_methods
