@@ -112,6 +112,10 @@ def test_track(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     with pytest.raises(RunError, match='pip install wandb'): run(tmp_path, track='wandb', method='ce')
 
+def weights(s):
+    "Where each teacher's weights came from: the file, or the word"
+    return {k: w['file'] or w['source'] for k, w in s['weights'].items()}
+
 def test_checkpoints(tmp_path):
     "Weights come from the files that are named; fine-tuned ones are kept where it is said, and not made again"
     keep = {f'finetune_ckpt{i}': str(tmp_path/f'{i}.pth') for i in (1, 2)}
@@ -140,6 +144,7 @@ def test_pretrained(tmp_path, monkeypatch, kw):
 
 def test_precision(tmp_path, monkeypatch):
     from asibkd import runtime
+    from asibkd.core.runtime import RunContext
     from asibkd.trainers.phases import to_device
     with pytest.raises(ConfigError, match='needs a GPU'): run(tmp_path, use_amp=1, amp_dtype='float16')
     monkeypatch.setattr(runtime, 'pick_device', lambda *a: torch.device('cuda'))                        # as on a GPU: the scaler gets its scale
