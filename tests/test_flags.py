@@ -112,16 +112,20 @@ def test_track(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     with pytest.raises(RunError, match='pip install wandb'): run(tmp_path, track='wandb', method='ce')
 
+def weights(s):
+    "Where each teacher's weights came from: the file, or the word"
+    return {k: w['file'] or w['source'] for k, w in s['weights'].items()}
+
 def test_checkpoints(tmp_path):
     "Weights come from the files that are named; fine-tuned ones are kept where it is said, and not made again"
     keep = {f'finetune_ckpt{i}': str(tmp_path/f'{i}.pth') for i in (1, 2)}
-    assert run(tmp_path, **keep)['weights'] == dict.fromkeys(('teacher1', 'teacher2'), 'fine-tuned in this run')
-    assert run(tmp_path, **keep, seed=1)['weights'] == dict(teacher1='1.pth', teacher2='2.pth')
+    assert weights(run(tmp_path, **keep)) == dict.fromkeys(('teacher1', 'teacher2'), 'finetuned')
+    assert weights(run(tmp_path, **keep, seed=1)) == dict(teacher1='1.pth', teacher2='2.pth')
     f = {i: str(tmp_path/f'{i}.pth') for i in (1, 2)}
-    assert run(tmp_path, teacher1_ckpt=f[1])['weights'] == dict(teacher1='1.pth', teacher2='fine-tuned in this run')
-    assert run(tmp_path, teacher2_ckpt=f[2])['weights'] == dict(teacher1='fine-tuned in this run', teacher2='2.pth')
-    assert run(tmp_path, teachers=['resnet14', 'resnet8', 'resnet14'], teacher_ckpts=[f[2], f[1], f[2]])['weights'] == dict(teacher1='2.pth', teacher2='1.pth', teacher3='2.pth')
-    assert run(tmp_path, method='vanilla_kd', teacher_type='resnet14', teacher_ckpt=f[2])['weights'] == dict(teacher1='2.pth')
+    assert weights(run(tmp_path, teacher1_ckpt=f[1])) == dict(teacher1='1.pth', teacher2='finetuned')
+    assert weights(run(tmp_path, teacher2_ckpt=f[2])) == dict(teacher1='finetuned', teacher2='2.pth')
+    assert weights(run(tmp_path, teachers=['resnet14', 'resnet8', 'resnet14'], teacher_ckpts=[f[2], f[1], f[2]])) == dict(teacher1='2.pth', teacher2='1.pth', teacher3='2.pth')
+    assert weights(run(tmp_path, method='vanilla_kd', teacher_type='resnet14', teacher_ckpt=f[2])) == dict(teacher1='2.pth')
     a, b = run(tmp_path, method='ce'), run(tmp_path, method='ce', student_ckpt=f[1])                    # a teacher's weights to begin with
     assert a['val_acc'] != b['val_acc'] or a['student'] != b['student']
 
@@ -140,6 +144,7 @@ def test_pretrained(tmp_path, monkeypatch, kw):
 
 def test_precision(tmp_path, monkeypatch):
     from asibkd.core import runtime
+    from asibkd.core.runtime import RunContext
     from asibkd.trainers.phases import to_device
     with pytest.raises(ConfigError, match='needs a GPU'): run(tmp_path, use_amp=1, amp_dtype='float16')
     monkeypatch.setattr(runtime, 'pick_device', lambda *a: torch.device('cuda'))                        # as on a GPU: the scaler gets its scale
@@ -149,5 +154,5 @@ def test_precision(tmp_path, monkeypatch):
     monkeypatch.undo()
     acc = runtime.create_accelerator(Config(device='cpu', use_amp=0))
     for on in '01':
-        m = torch.nn.Conv2d(3, 8, 3); to_device(Config(device='cpu', use_amp=0, channels_last=on), acc, m)
+        m = torch.nn.Conv2d(3, 8, 3); to_device(RunContext(Config(device='cpu', use_amp=0, channels_last=on), acc=acc), m)
         assert m.weight.is_contiguous(memory_format=torch.channels_last) == (on == '1')

@@ -45,7 +45,7 @@ def test_every_door(mine):
     "In fresh processes: a run, its help, the command its report gives, papermill"
     r = here('asibkd.run.cli', 'run', *SHORT, '--sharpness', '3'); assert r.returncode == 0, r.stderr[-2000:]
     run, = (f.parent for f in Path('results').glob('*/summary.json')); s = json.loads((run/'summary.json').read_text())
-    assert (s['own'], s['dataset'], s['n_class']) == ({'sharpness': 3.0}, 'colours', 3)
+    assert (s['method_params'], s['dataset'], s['n_class']) == ({'sharpness': 3.0}, 'colours', 3)
     h = here('asibkd.run.cli', 'run', '--plugin=mine.py', '--help').stdout; assert 'How much the surest teacher is preferred. [2.0]' in h and 'Of method=surest' in h
     command = html.unescape(re.search(r'asibkd (run [^<]*method=surest[^<]*)', (run/'report.html').read_text())[1])
     again = here('asibkd.run.cli', *shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
