@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.picture import COLOURS
-from ..analysis.tables import collect, load_metrics, load_summary
+from ..analysis.compare import collect
+from ..analysis.tables import load_metrics, load_summary
 from ..analysis.cl import r_table
 from ..core.config import ConfigError, RunError, unknown_name
 from ..analysis.figures import run_curves

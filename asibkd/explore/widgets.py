@@ -12,7 +12,8 @@ import contextlib, html, sys, time
 import ipywidgets as w
 import pandas as pd
 
-from ..analysis.tables import plot_curves, load_summary
+from ..analysis.figures import plot_curves
+from ..analysis.tables import load_summary
 from .browse import filter_runs, forgetting_by_task, plot_overlay, plot_parts, run_table
 from ..analysis.cl import explain_cl, plot_forgetting, plot_memory, plot_R
 from ..core.config import AsibError, DataError, RunError, log

@@ -12,12 +12,14 @@ import argparse, contextlib, os, re, signal, sys, threading
 from pathlib import Path
 
 from ..core.config import ALIASES, AsibError, Config, ConfigError, list_presets, load_plugins, method_params, parameter_table, refuse_key, resolve, unknown_name
-from ..analysis.tables import collect, compare_notes, compare_runs, load_summary, result_table, save_compare, show_table, usual_baseline, win_table
+from ..analysis.compare import collect, compare_notes, compare_runs, save_compare, usual_baseline, win_table
+from ..analysis.tables import load_summary, result_table, show_table
 from .bench import PARTS, run_bench
 from ..analysis.cl import explain_cl, r_table
 from ..eval.deploy import export_student
 from ..distil.methods import list_methods
-from ..analysis.report import UNSAID, gate_lines, save_compare_report, save_report, warnings_of
+from ..analysis.notes import UNSAID, gate_lines, warnings_of
+from ..analysis.report import save_compare_report, save_report
 from .experiment import run_experiment
 from ..core.runtime import atomic_write
 from ..explore.serve import serve
