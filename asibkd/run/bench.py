@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from ..core.config import Config, ConfigError, log, resolve, unknown_name
-from ..core.runtime import create_accelerator, environment
+from ..core.runtime import RunContext, create_accelerator, environment
 from ..models.cache import LiveTeacher, CachedTeacher, Table
 from ..data.images import Data, ImageSet
 from ..data.datasets import create_data
@@ -77,8 +77,9 @@ class Steps:
         torch.manual_seed(0)
         self.student, self.teachers = create_student(student, n_class=data.n_class), list(teachers)
         self.method = create_method(method, cfg, self.student, self.teachers, labels=data.train.y)
-        to_device(cfg, self.acc, self.student, self.method, *self.teachers); self.method.prepare('B')
-        self.some = Some(train_loader(cfg, data, 'B1', self.acc), steps, epochs)
+        ctx = RunContext(cfg, data, self.acc)
+        to_device(ctx, self.student, self.method, *self.teachers); self.method.prepare('B')
+        self.some = Some(train_loader(ctx, 'B1'), steps, epochs)
         self.obj = DistilStep(self.student, self.teachers, self.method, ask=ask or (lambda t: LiveTeacher(t, cfg)))
         groups = [dict(params=[*self.student.parameters(), *self.method.parameters()], lr=1e-3, weight_decay=0.)]
         self.phase = Phase('bench', self.obj, groups, self.some, 1, None, {})
@@ -116,7 +117,7 @@ def bench_pipeline(data_root, rounds=5, workers=2, batches=60)->list:
     rows = [dict(part='pipeline', case='decoding every file once', img_s=(len(data.train) + len(data.val) + len(data.test))/took)]
     for aug, name in (('standard', 'crop + flip'), ('1', 'crop + flip + RandAugment')):
         cfg = bench_config(data_aug=aug, batch_size=128); acc = create_accelerator(cfg)
-        dl, ours = everyday(data_root, aug, data.mean, data.std, 128, workers), train_loader(cfg, data, 'B1', acc)
+        dl, ours = everyday(data_root, aug, data.mean, data.std, 128, workers), train_loader(RunContext(cfg, data, acc), 'B1')
         n = min(batches, len(dl), len(ours))
         def run(it): return lambda: sum(len(b[0] if isinstance(b, (list, tuple)) else b.x) for b in itertools.islice(it(), n))
         rows += [dict(part='pipeline', of=name, **r) for r in side_by_side({f'ImageFolder, PIL, DataLoader({workers})': run(lambda: iter(dl)), 'asibkd': run(lambda: ours.epoch(0))}, rounds)]
@@ -137,7 +138,7 @@ def bench_loop(rounds=5, student='resnet8', batch=64, steps=20)->list:
     data, cfg = noise(steps*batch, 10), bench_config(batch_size=batch)
     def parts():
         s = Steps(data, cfg, 'vanilla_kd', [expert(student, 10)], student, steps)
-        ld = train_loader(cfg, data, 'B1', s.acc)
+        ld = train_loader(RunContext(cfg, data, s.acc), 'B1')
         return s, ld
     a, la = parts(); b, lb = parts()
     opt = torch.optim.AdamW([*a.student.parameters()], lr=1e-3, weight_decay=0., fused=True); unprepare(a.obj)
@@ -151,7 +152,7 @@ def bench_loop(rounds=5, student='resnet8', batch=64, steps=20)->list:
         return len(la)*batch
     def ours():
         groups = [dict(params=b.student.parameters(), lr=1e-3, weight_decay=0.)]
-        fit(Phase('bench', b.obj, groups, lb, 1, lambda: dict(val_acc=0.), dict(student=b.student)), cfg, b.acc)
+        fit(Phase('bench', b.obj, groups, lb, 1, lambda: dict(val_acc=0.), dict(student=b.student)), RunContext(cfg, data, b.acc))
         return len(lb)*batch
     a.obj.train()
     return [dict(part='loop', of=student, **r) for r in side_by_side({'by hand': by_hand, 'fit': ours}, rounds)]
@@ -160,7 +161,7 @@ def bench_loop(rounds=5, student='resnet8', batch=64, steps=20)->list:
 def bench_cache(rounds=5, teacher='resnet32x4', student='resnet8x4', batch=64, steps=2, n_class=100)->list:
     "Steps of phase B"
     data, cfg, rows = noise(16*batch, n_class), bench_config(batch_size=batch), []
-    table = in_memory(train_loader(cfg, data, 'B1', create_accelerator(cfg)))
+    table = in_memory(train_loader(RunContext(cfg, data, create_accelerator(cfg)), 'B1'))
     for method, n in (('vanilla_kd', 1), ('asmb', 2)):
         ts = [expert(teacher, n_class) for _ in range(n)]
         make = lambda m, teachers, ask=None: Steps(data, cfg, m, teachers, student, steps, rounds + 1, ask)
@@ -186,7 +187,7 @@ def bench_peers(data_root, rounds=5, teacher='resnet32x4', student='resnet8x4', 
         return steps*batch
     def ours(fresh, **kw):
         cfg = bench_config(batch_size=batch, optimizer='sgd', **kw); acc = create_accelerator(cfg)
-        s = Steps(data, cfg, 'vanilla_kd', [te], student, steps, rounds + 1, in_memory(train_loader(cfg, data, 'B1', acc)))
+        s = Steps(data, cfg, 'vanilla_kd', [te], student, steps, rounds + 1, in_memory(train_loader(RunContext(cfg, data, acc), 'B1')))
         if fresh: return s                                  # every call takes batches nobody has asked about
         return s.fill()
     cases = {f'ImageFolder, PIL, DataLoader({workers}), float32, live': theirs, 'asibkd, empty table': ours(True), 'asibkd, full table': ours(False)}
@@ -202,14 +203,14 @@ def staged(n:int, data:Data, teachers, student:str, batch:int)->Callable:
     acc, st = create_accelerator(cfg), create_student(student, n_class=data.n_class)
     m = create_method('asmb', cfg, st, teachers); to_device(cfg, acc, st, m, *teachers)
     def run():
-        for s in range(n): adapt(st, teachers, m, data, cfg, acc, None, s); distil(st, teachers, m, data, cfg, acc, None, s, n)
+        for s in range(n): adapt(st, teachers, m, ctx, s); distil(st, teachers, m, ctx, s, n)
         return 2*n*(len(data.train)//batch)*batch
     return run
 
 def bench_growth(rounds=5, images=(1000, 5000, 20_000, 50_000), classes=(10, 100, 1000), teachers=(1, 2, 4), stages=(1, 2, 4), batch=64, steps=10, student='resnet8')->list:
     "Time an image, against the smallest of each kind"
     rows, cfg = [], bench_config(batch_size=batch)
-    def looked(d): return in_memory(train_loader(cfg, d, 'B1', create_accelerator(cfg)))
+    def looked(d): return in_memory(train_loader(RunContext(cfg, d, create_accelerator(cfg)), 'B1'))
     def table(kind, cases, mb=None):
         return [dict(part='growth', of=kind, **r, **({} if mb is None else dict(mb=mb[r['case']]))) for r in side_by_side(cases, rounds)]
     cases, mb, t = {}, {}, [expert(student, 10)]
@@ -229,7 +230,7 @@ def bench_growth(rounds=5, images=(1000, 5000, 20_000, 50_000), classes=(10, 100
 def bench_parts(rounds=5, teacher='resnet32x4', student='resnet8x4', batch=64, n_class=100, method='asmb')->list:
     "Milliseconds of each part of a step, teachers live and looked up"
     data, cfg, rows = noise(16*batch, n_class), bench_config(batch_size=batch), []
-    for name, ask in (('live', None), ('looked up', in_memory(train_loader(cfg, data, 'B1', create_accelerator(cfg))))):
+    for name, ask in (('live', None), ('looked up', in_memory(train_loader(RunContext(cfg, data, create_accelerator(cfg)), 'B1')))):
         s = Steps(data, cfg, method, [expert(teacher, n_class) for _ in range(2)], student, 1, rounds + 1, ask)
         if ask: s.fill()
         unprepare(s.obj); s.obj.train(); took = []

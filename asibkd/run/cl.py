@@ -14,9 +14,9 @@ from ..models.cache import teacher_counts
 from ..cl.learner import CLResult, Learner, check_cl, roles_of
 from ..cl.methods import check_cl_method
 from ..cl.metrics import cl_metrics
-from ..data.images import Data
+from ..core.runtime import RunContext
 from ..eval.deploy import save_state, save_student, student_card
-from ..eval.evaluate import judgement
+from ..eval.evaluate import verdict
 from ..cl.streams import Stream, create_stream
 from ..models.teachers import model_costs
 
@@ -37,18 +37,19 @@ def cl_row(
     told = cl_metrics(o.task_il, n, o.ahead or None, o.base or None)
     mb = l.memory.megabytes
     if not l.cfg.cl_der_alpha: mb['logits'] = 0.                               # kept, but nobody asks for them
-    return dict(key=o.key, model=l.student.name, role=f'student: {o.key}', taught_by='+'.join(['labels', *roles_of(l.cfg)]),
+    return dict(key=o.key, model=l.student.name, role='student', target=['labels', *roles_of(l.cfg)],
                 val_acc=cl_metrics(o.val_class_il)['ACC'], **{k: v for k, v in m.items() if k != 'FWT'}, task_ACC=told['ACC'], task_BWT=told['BWT'],
-                task_FWT=told['FWT'], learned_with='all data so far' if l.cls.cumulative else f'{len(l.memory)} kept images',
+                task_FWT=told['FWT'], memory='all' if l.cls.cumulative else 'replay' if l.memory.capacity else 'none', memory_items=len(l.memory),
                 memory_mb=mb['images'] + mb['logits'], logits_mb=mb['logits'], **o.cost, leak=o.leak)
 
 # %% ../../nbs/11_run/01_cl.ipynb #7acc1823
 def run_cl(
-    run, cfg:Config, data:Data, acc,
+    ctx:RunContext,
     teachers=None, student=None,   # Your own modules
-    own=None, callbacks=(),
+    params=None,                   # The method's own parameters
 )->tuple: # (summary, row of summary.csv)
     "Teach the method, and with `compare` its rivals, task by task"
+    cfg, data, run = ctx.cfg, ctx.data, ctx.run
     stream = create_stream(data, cfg.num_tasks, cfg.seed if cfg.class_order_seed is None else cfg.class_order_seed, cfg.task_sizes, cfg.class_order)
     roles = roles_of(check_cl(cfg, cfg.cl_method))
     if (teachers is not None or cfg.teachers or cfg.teacher1_ckpt or cfg.teacher2_ckpt or cfg.teacher_ckpts) and not {'expert', 'generic'} & {*roles}:
@@ -56,15 +57,15 @@ def run_cl(
                           "but for their heads) or cl_teachers=expert+snapshot (the first is fine-tuned task by task), with cl_method=asib or avgz.")
     keys = [k for k in CL_BASELINES if k != cfg.cl_method and cfg.compare] + [cfg.cl_method]
     specs = teacher_specs(cfg, teachers, data.n_class)
-    make = lambda k: Learner(k, stream, cfg if k == cfg.cl_method else baseline_config(cfg), acc, specs, student, run,
-                             own if k == cfg.cl_method else None, callbacks, k == cfg.cl_method)
+    make = lambda k: Learner(k, stream, ctx if k == cfg.cl_method else ctx.but(cfg=baseline_config(cfg)), specs, student,
+                             params if k == cfg.cl_method else None, k == cfg.cl_method)
     learners = {k: make(k) for k in keys}                      # all are built, and checked, before one is trained
     log.info(f"{len(stream)} tasks: " + ' | '.join(', '.join(stream.data.classes[c] for c in stream.classes(t)) for t in range(len(stream))))
     done = {k: l.learn() for k, l in learners.items()}
     mine, l = done[cfg.cl_method], learners[cfg.cl_method]
     costs = model_costs(l.student, data.shape); latency = costs.pop('latency_ms')
     rows = [cl_row(o, learners[k], stream) | costs for k, o in done.items()]
-    out = dict(exp_id=run.id, kind='cl', method=cfg.cl_method, dataset=data.name, seed=cfg.seed, rows=rows, gates=mine.gates, own=own,
+    out = dict(exp_id=run.id, kind='cl', method=cfg.cl_method, dataset=data.name, seed=cfg.seed, rows=rows, gates=mine.gates, method_params=params,
                tasks=[[stream.data.classes[c] for c in stream.classes(t)] for t in range(len(stream))],
                R={k: dict(class_il=o.class_il, task_il=o.task_il, val_class_il=o.val_class_il) for k, o in done.items()},
                others=mine.others, composition=mine.composition, n_class=data.n_class, notes=dict(data.notes),
@@ -82,4 +83,4 @@ def run_cl(
 def cl_verdict(done:dict, key:str, stream:Stream)->dict: # verdict, and where there are rivals baseline, difference, differences
     "The method against the best rival that, like it, does not keep all data, and against each of them"
     others = {k: cl_metrics(o.class_il)['ACC'] for k, o in done.items() if k != key and not check_cl_method(k).cumulative}
-    return judgement(key, others, {k: torch.tensor(o.final) for k, o in done.items()}, stream.until(len(stream) - 1).test.y, max(others, key=others.get, default=''))
+    return verdict(key, others, {k: torch.tensor(o.final) for k, o in done.items()}, stream.until(len(stream) - 1).test.y, max(others, key=others.get, default=''))

@@ -16,13 +16,13 @@ from filelock import FileLock
 from ..analysis.compare import collect, compare_runs, plot_compare, usual_baseline, win_table
 from ..cl.learner import check_cl
 from ..core.config import ConfigError, is_on, effective_value, config_layers, log, method_params, read_yaml, resolve
-from ..core.runtime import Run, atomic_write, create_accelerator, exp_name, set_deterministic, setup_log
+from ..core.runtime import Run, RunContext, atomic_write, create_accelerator, exp_name, set_deterministic, setup_log
 from ..data.batches import make_loader
-from ..trainers.build import build_student, build_teacher, settle_config, teacher_specs, train_teacher
+from ..trainers.build import TeacherSpec, build_student, build_teacher, settle_config, teacher_specs, train_teacher
 from ..data.datasets import create_data
-from ..eval.evaluate import collect_logits, load_synergy, report_splits
+from ..eval.evaluate import load_synergy, report_splits
 from ..distil.methods import check_method
-from ..distil.metrics import accuracy
+from ..distil.metrics import accuracy, collect_logits
 from ..trainers.phases import to_device
 from .experiment import save_effective_config, method_class, split_given, run_experiment, tracker
 from ..models.students import create_student
@@ -44,14 +44,15 @@ def run_finetune(_file='', **params)->dict: # Summary: type, checkpoint, val_acc
         setup_log(cfg, run.path); set_deterministic(cfg.deterministic)
         acc, data = create_accelerator(cfg), create_data(cfg)
         cfg = settle_config(cfg, data); save_effective_config(run, cfg, acc)
-        spec = dict(name='teacher1', what=kind, ckpt='', pretrained=cfg.teacher1_pretrained, keep=str(path), usual=False)
+        ctx = RunContext(cfg, data, acc, run, tuple(tracker(cfg, run)))
+        spec = TeacherSpec('teacher1', kind, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False)
         t, _ = build_teacher(spec, data, cfg)
         if start := cfg.teacher_ckpt or cfg.teacher1_ckpt: load_into(t, load_weights(start), start)     # to begin with
-        known = train_teacher(t, spec, data, cfg, acc, run, tracker(cfg, run))
+        info = train_teacher(t, spec, ctx)
         z, y = collect_logits({'t': t}, make_loader(cfg, data, 'test', 'eval', device=acc.device))
         v, vy = collect_logits({'t': t}, make_loader(cfg, data, 'val', 'eval', device=acc.device))
-        out = dict(type=kind, checkpoint=str(path), skipped=False, val_acc=accuracy(v['t'], vy),
-                   test_acc=accuracy(z['t'], y), seed=cfg.seed, time=dict(seconds=known.get('seconds')))
+        out = dict(kind='finetune', type=kind, checkpoint=str(path), skipped=False, val_acc=accuracy(v['t'], vy),
+                   test_acc=accuracy(z['t'], y), seed=cfg.seed, time=dict(seconds=info.seconds))
         run.finish(out, dict(method='finetune', dataset=data.name, seed=cfg.seed, val_acc=out['val_acc'],
                              test_acc_val_selected=out['test_acc'], teachers=kind))
         for f in (run/'checkpoint').glob('*.pt'): f.unlink()
@@ -75,14 +76,14 @@ def run_evaluate(_file='', **params)->dict: # {split: dict(models, per_class, di
         kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0],
                   small_input=cfg.small_input == '1')
         m = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
-        load_into(m, load_weights(f), f); to_device(cfg, acc, m)
+        load_into(m, load_weights(f), f); to_device(RunContext(cfg, data, acc), m)
         out = report_splits({m.name: m}, data, cfg, acc)
     else:
         specs = teacher_specs(cfg.model_copy(update=dict(method='asmb')), n_class=data.n_class)
         ts, st = ([build_teacher(s, data, cfg.model_copy(update=dict(finetune_epochs=0)))[0] for s in specs],
                   build_student(cfg, data))
-        syn = load_synergy(ts, st, cfg, cfg.mbm_ckpt, cfg.head_ckpt); to_device(cfg, acc, syn, st, *ts)
-        names = [s['name'] for s in specs]
+        syn = load_synergy(ts, st, cfg, cfg.mbm_ckpt, cfg.head_ckpt); to_device(RunContext(cfg, data, acc), syn, st, *ts)
+        names = [s.name for s in specs]
         out = report_splits(dict(zip(names, ts)) | {'student': st}, data, cfg, acc, syn, names, 'student')
     rows = [dict(mode=cfg.eval_mode, dataset=data.name, split=s, model=k, **v,
                  **{f'disagree_{m}': r for m, r in o.get('disagreement', {}).items()},
