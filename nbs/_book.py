@@ -48,7 +48,7 @@ def run(f):
            'PYTHONPATH': os.pathsep.join(filter(None, [str(here.parent), os.environ.get('PYTHONPATH')]))}
     client = NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(f.parent)}})
     try:
-        client.execute(env=env)
+        client.execute(env=env, extra_arguments=['--log-level=ERROR'])
     except Exception as e:
         return f'{f.relative_to(here)}: {str(e)[-2500:]}'
     for c, source in zip(nb.cells, sources):
