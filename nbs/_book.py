@@ -46,9 +46,9 @@ def run(f):
             c.source = ''
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore', 'IN_TEST': '1',
            'PYTHONPATH': os.pathsep.join(filter(None, [str(here.parent), os.environ.get('PYTHONPATH')]))}
-    client = NotebookClient(nb, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(f.parent)}})
+    client = NotebookClient(nb, timeout=900, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(f.parent)}})
     try:
-        client.execute(env=env, extra_arguments=['--log-level=ERROR'])
+        client.execute(env=env)
     except Exception as e:
         return f'{f.relative_to(here)}: {str(e)[-2500:]}'
     for c, source in zip(nb.cells, sources):

@@ -7,7 +7,7 @@ __all__ = ['OF_THE_METHOD', 'student_copies', 'train_subset', 'split_loader', 'e
            'target_row', 'accuracies', 'teacher_rows', 'ensemble_rows', 'score_row', 'table_rows', 'best_baseline',
            'measured_costs', 'time_part', 'summarise', 'save_predictions', 'save_results']
 
-# %% ../../nbs/11_run/01_summary.ipynb #567946ac
+# %% ../../nbs/11_run/01_summary.ipynb #5b3c8e26
 import copy
 from dataclasses import asdict
 
@@ -28,7 +28,7 @@ from .students import TrainResult
 from ..trainers.build import WeightsInfo, save_teacher
 from ..trainers.phases import to_device
 
-# %% ../../nbs/11_run/01_summary.ipynb #cdff2edb
+# %% ../../nbs/11_run/01_summary.ipynb #22884bcf
 def student_copies(
     student,       # A network of the right architecture
     results:dict,  # key → TrainResult
@@ -41,7 +41,7 @@ def student_copies(
             out[name].load_state_dict(state)
     return out
 
-# %% ../../nbs/11_run/01_summary.ipynb #cf40b8d6
+# %% ../../nbs/11_run/01_summary.ipynb #06cd3b65
 def train_subset(
     data:Data, cfg:Config,
     most=5000,     # Images at most
@@ -53,7 +53,7 @@ def train_subset(
     g = torch.Generator().manual_seed(cfg.seed)
     return data.train.subset(torch.randperm(n, generator=g)[:most].sort().values)
 
-# %% ../../nbs/11_run/01_summary.ipynb #8e46cd48
+# %% ../../nbs/11_run/01_summary.ipynb #ca4c64d0
 def split_loader(split:str,
     ctx:RunContext,
 ):
@@ -64,7 +64,7 @@ def split_loader(split:str,
     images = train_subset(ctx.data, cfg)
     return Loader(images, ctx.data, 4*cfg.batch_size, device=device, num_workers=cfg.num_workers)
 
-# %% ../../nbs/11_run/01_summary.ipynb #cedb09b1
+# %% ../../nbs/11_run/01_summary.ipynb #a1fdb492
 def evaluate_all(
     student,
     original_teachers,  # As the baselines used them
@@ -89,7 +89,7 @@ def evaluate_all(
             z[split]['average'] = average_of(original_teachers, [z[split][n] for n in names])
     return z, y
 
-# %% ../../nbs/11_run/01_summary.ipynb #a1fe3fe6
+# %% ../../nbs/11_run/01_summary.ipynb #6932f1f9
 def average_of(
     teachers,  # Wrapped teachers
     logits,    # (N, K) of each
@@ -98,14 +98,14 @@ def average_of(
     columns = [None if t.columns is None else t.columns.cpu() for t in teachers]
     return average_logits([dict(logit=z, columns=c) for z, c in zip(logits, columns)])
 
-# %% ../../nbs/11_run/01_summary.ipynb #defdf492
+# %% ../../nbs/11_run/01_summary.ipynb #647b2276
 def weights_row(
     info:WeightsInfo,
 )->dict: # source, file, classes
     "What a summary keeps of a teacher's weights; the seconds stand under `time`"
     return {k: v for k, v in asdict(info).items() if k != 'seconds'}
 
-# %% ../../nbs/11_run/01_summary.ipynb #f011335e
+# %% ../../nbs/11_run/01_summary.ipynb #7642d4d2
 def target_row(
     key:str,        # The method
     result:TrainResult,
@@ -115,7 +115,7 @@ def target_row(
     has_feature_term = check_method(key).adapts and cfg.feat_kd_alpha > 0
     return dict(logits=list(result.logits), features=cfg.feat_kd_target if has_feature_term else None, views=cfg.cache_views)
 
-# %% ../../nbs/11_run/01_summary.ipynb #433632e1
+# %% ../../nbs/11_run/01_summary.ipynb #942a2c80
 def accuracies(
     z:dict, y:dict,  # From `evaluate_all`
     n_class:int,
@@ -125,7 +125,7 @@ def accuracies(
         return v.ndim == 2 and v.shape[1] == n_class and name != 'share'
     return {s: {k: accuracy(v, y[s]) for k, v in z[s].items() if has_logits(k, v)} for s in z}
 
-# %% ../../nbs/11_run/01_summary.ipynb #53ffc03d
+# %% ../../nbs/11_run/01_summary.ipynb #d486ec05
 def teacher_rows(
     specs, teachers, infos,  # TeacherSpec, network and WeightsInfo of each
     costs:dict,              # name → params, macs
@@ -137,7 +137,7 @@ def teacher_rows(
     return rows + [dict(key=f'{s.name}~adapted', model=t.name, role='teacher', weights=weights_row(WeightsInfo('adapted')),
                         **costs[s.name]) for s, t in zip(specs, teachers) if f'{s.name}~adapted' in adapted]
 
-# %% ../../nbs/11_run/01_summary.ipynb #c9ce8f49
+# %% ../../nbs/11_run/01_summary.ipynb #05ba3aed
 def ensemble_rows(
     have,        # Names that were evaluated
     cfg:Config,
@@ -146,7 +146,7 @@ def ensemble_rows(
     rows = dict(average=dict(model="teachers' average"), synergy=dict(model='bridge + head', objective=cfg.bridge_objective))
     return [dict(key=k, role='ensemble') | r for k, r in rows.items() if k in have]
 
-# %% ../../nbs/11_run/01_summary.ipynb #de1066fa
+# %% ../../nbs/11_run/01_summary.ipynb #ab72347b
 def score_row(
     row:dict,          # With its `key`
     acc:dict,          # From `accuracies`
@@ -161,7 +161,7 @@ def score_row(
         out['test_acc_oracle'] = r.oracle
     return out
 
-# %% ../../nbs/11_run/01_summary.ipynb #4f0b0599
+# %% ../../nbs/11_run/01_summary.ipynb #654430ec
 def table_rows(
     z:dict, y:dict,    # From `evaluate_all`
     results:dict,      # key → TrainResult
@@ -178,7 +178,7 @@ def table_rows(
              for k, r in results.items()]
     return [score_row(r, acc, results) for r in rows]
 
-# %% ../../nbs/11_run/01_summary.ipynb #e2a5712c
+# %% ../../nbs/11_run/01_summary.ipynb #145e70af
 def best_baseline(
     z:dict, y:dict,  # From `evaluate_all`
     results:dict,    # key → TrainResult
@@ -188,7 +188,7 @@ def best_baseline(
     others = [k for k in results if k != cfg.method]
     return max(others, key=lambda k: accuracy(z['test'][k], y['test'])) if others else ''
 
-# %% ../../nbs/11_run/01_summary.ipynb #00c371fa
+# %% ../../nbs/11_run/01_summary.ipynb #c0479972
 def measured_costs(
     models:dict,  # name → network
     shape,        # (C, H, W)
@@ -197,7 +197,7 @@ def measured_costs(
     costs = {n: model_costs(m, shape) for n, m in models.items()}
     return costs, {n: c.pop('latency_ms') for n, c in costs.items()}
 
-# %% ../../nbs/11_run/01_summary.ipynb #af5b7e26
+# %% ../../nbs/11_run/01_summary.ipynb #47a1f722
 def time_part(
     results:dict, specs, infos,
     latency:dict,  # name → ms
@@ -207,10 +207,10 @@ def time_part(
     per_image = {k: v for k, v in latency.items() if k != 'student'} | {k: latency['student'] for k in results}
     return dict(seconds=seconds, latency_ms=per_image, teacher_images=dict(teacher_counts))
 
-# %% ../../nbs/11_run/01_summary.ipynb #b94823b8
+# %% ../../nbs/11_run/01_summary.ipynb #455ad341
 OF_THE_METHOD = ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc', 'params', 'macs')
 
-# %% ../../nbs/11_run/01_summary.ipynb #b91b8896
+# %% ../../nbs/11_run/01_summary.ipynb #460072ec
 def summarise(
     z:dict, y:dict,     # From `evaluate_all`
     results:dict,       # key → TrainResult
@@ -237,7 +237,7 @@ def summarise(
     out |= verdict(cfg.method, others, z['test'], y['test'], best_baseline(z, y, results, cfg))
     return out | dict(time=time_part(results, specs, infos, latency))
 
-# %% ../../nbs/11_run/01_summary.ipynb #38098bc7
+# %% ../../nbs/11_run/01_summary.ipynb #46671b66
 def save_predictions(
     logits:dict,        # name → (N, K)
     y:torch.Tensor,     # (N,) labels
@@ -248,7 +248,7 @@ def save_predictions(
     confidence = {f'confidence.{k}': v.softmax(1).amax(1).half() for k, v in kept.items()}
     save_state({k: v.argmax(1).to(torch.int32) for k, v in kept.items()} | {'labels': y} | confidence, path)
 
-# %% ../../nbs/11_run/01_summary.ipynb #b8d39952
+# %% ../../nbs/11_run/01_summary.ipynb #467ab84b
 def save_results(
     student, results:dict, method, teachers, specs,
     were_adapted:bool,  # Did phase A change the teachers?
