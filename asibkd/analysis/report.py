@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from ..distil import asmb, crd, multi, single    # they register their methods
-from .tables import MEASURES, cell, facts, joined, load_config, load_metrics, load_summary, result_table, sees_all_data
+from .tables import MEASURES, cell, effective_config, joined, load_config, load_metrics, load_summary, result_table, sees_all_data
 from .compare import (collect, compare_notes, compare_runs, judged, measure_of, paired, plot_compare, usual_baseline, win_table)
 from .notes import in_words, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
 from .cl import newest_wins, plot_forgetting, plot_memory, plot_R, r_table
@@ -34,7 +34,7 @@ from ..core.runtime import atomic_write
 # %% ../../nbs/09_analysis/06_report.ipynb #19bb1e6c
 def asked_for(c:dict)->dict:
     "config.json as it was asked for, before a run settled what `auto` and the like mean"
-    return {k: v for k, v in (c | c.get('_requested', {})).items() if k not in ('_requested', 'own', 'kind')}
+    return {k: v for k, v in (c | c.get('_requested', {})).items() if k not in ('_requested', 'user_code', 'own', 'kind')}
 
 def typed(c:dict)->dict:
     "What has to be given so that the presets and it resolve to these parameters"
@@ -52,7 +52,7 @@ def package_method(c:dict)->type|None:
 def command_of(c:dict)->str:
     "The command that repeats a run; in Python where objects were given that no command can name"
     given = typed(c); call = f"run_experiment({', '.join(f'{k}={v!r}' for k, v in given.items())}"
-    own = '+'.join(o for o in (c.get('own') or '').split('+') if o and not o.startswith('code:'))       # a method's code is no object
+    own = '+'.join(o for o in (c.get('user_code') or c.get('own') or '').split('+') if o and not o.startswith('code:'))       # a method's code is no object
     if own: return f"{call}, …)   # and the modules and data you gave: {own}"
     if not (package_method(c) or c.get('plugin')): return f'{call})   # where the method is registered'
     word = lambda v: 'none' if v is None else str(int(v)) if isinstance(v, bool) else ','.join(map(str, v)) if isinstance(v, list) else str(v)
@@ -66,7 +66,7 @@ def config_parts(c:dict)->tuple:
     "Two parts: parameters that differ from the defaults, without what a method that has no bridge never reads; and all"
     cls = package_method(c)
     unread = BRIDGED if cls and not cls.adapts else ()
-    c = {k: v for k, v in c.items() if k not in ('_requested', 'own', 'kind')}
+    c = {k: v for k, v in c.items() if k not in ('_requested', 'user_code', 'own', 'kind')}
     known = {k: f for k, f in Config.model_fields.items()}
     usual = json.loads(Config(preset='none').model_dump_json())
     show = lambda v: '' if v is None else ', '.join(map(str, v)) if isinstance(v, list) else str(v)
@@ -210,7 +210,7 @@ def run_page(
     "What the report of a run says"
     s, c = load_summary(run), load_config(run)
     again = "From the folder it was started in, the same command finds this run finished and repeats nothing; add resume=0 to compute it anew."
-    sections = [result_section(s), *figure_sections(run, s), *prediction_sections(run, s), section('Parameters', *config_parts(facts(s, c))), section('Time', *time_parts(s)),
+    sections = [result_section(s), *figure_sections(run, s), *prediction_sections(run, s), section('Parameters', *config_parts(effective_config(s, c))), section('Time', *time_parts(s)),
                 section('Environment', env_part(run)), section('Repeat it', code(command_of(c)), text(again))]
     return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=in_words(s), warnings=warnings_of(s),
                 verdict=s.get('verdict', ''),
@@ -253,7 +253,7 @@ def compare_warnings(
 # %% ../../nbs/09_analysis/06_report.ipynb #ac3f9702
 def compare_verdict(t:pd.DataFrame, base:str, cl:bool)->str:
     "Who is best, and what became of the package's own methods"
-    measure, against = ('ACC %', f'ACC vs {base}') if cl else (MEASURES[False]['test_acc_val_selected'], f'vs {base}')
+    measure, against = ('ACC %', f'ACC vs {base}') if cl else (MEASURES['distil']['test_acc_val_selected'], f'vs {base}')
     stands = {o['method']: 'it is the baseline' if o['method'] == base else f"{o[against]} points against {base}, {o['verdict']}" if o[against] else
               f"{o['verdict']} with {base}" for o in t.to_dict('records')}
     best, *others = stands
@@ -265,7 +265,7 @@ def run_list(
 )->dict:
     "Every student that was counted, with a link to its run's own report where there is one"
     by = measure_of(runs)
-    t = runs[['label', 'seed', by, 'run']].rename(columns={by: MEASURES[by == 'ACC'][by]}).round(2)
+    t = runs[['label', 'seed', by, 'run']].rename(columns={by: MEASURES['cl' if by == 'ACC' else 'distil'][by]}).round(2)
     pages = [Path(r)/'report.html' for r in runs.run]
     return table(t, 'Every student that was counted', links=[quote(Path(relpath(p, beside)).as_posix()) if p.exists() else '' for p in pages])
 
