@@ -15,7 +15,7 @@ from ..core.config import Config, RunError, unknown_name
 from ..core.runtime import eval_mode
 from ..models.kdmodel import logits_of
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #f3cab184
+# %% ../../nbs/07_cl/02_fisher.ipynb #8302db1e
 def log_prob_fn(
     net:nn.Module,  # Images → logits, in evaluation mode
     params:dict,    # name → the parameters to differentiate by
@@ -51,7 +51,7 @@ def score_squares(
             out[k] += torch.einsum('n,n...->...', w[j], g*g)
     return out
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #cad1f7e9
+# %% ../../nbs/07_cl/02_fisher.ipynb #3977eb27
 FISHERS = ('exact', 'sample', 'empirical')
 
 def fisher_diag(
@@ -79,7 +79,7 @@ def fisher_diag(
             c = y.to(x.device)
         return {k: v/n for k, v in score_squares(net, params, x, i, c, w, n_seen).items()}
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #ce239462
+# %% ../../nbs/07_cl/02_fisher.ipynb #879ca61a
 def old_part(
     v:Tensor,  # A weight, perhaps grown
     shape,     # The shape it had
@@ -98,7 +98,7 @@ class EWC:
         self.mode, self.gamma = mode, gamma
         self.anchors = []               # dict(fisher, theta), each name → tensor
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #967b727e
+# %% ../../nbs/07_cl/02_fisher.ipynb #5c40122a
 @patch
 def consolidate(
     self:EWC,
@@ -116,7 +116,7 @@ def consolidate(
     self.anchors.append(dict(fisher=F, theta=theta))
     return self
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #ab134909
+# %% ../../nbs/07_cl/02_fisher.ipynb #120b5b20
 @patch
 def penalty(self:EWC, net:nn.Module)->Tensor: # Without the factor λ
     "½ Σ F (θ − θ*)² over all anchors"
@@ -128,7 +128,7 @@ def penalty(self:EWC, net:nn.Module)->Tensor: # Without the factor λ
                 terms.append(.5*(F*d**2).sum())
     return sum(terms)
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #e0293e01
+# %% ../../nbs/07_cl/02_fisher.ipynb #92112fc8
 @patch(as_prop=True)
 def max_curvature(self:EWC)->float:
     "The largest Fisher information of a weight, summed over the anchors"
@@ -141,7 +141,7 @@ def max_curvature(self:EWC)->float:
             total[k] = F
     return max((F.max().item() for F in total.values()), default=0.)
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #4cb57c83
+# %% ../../nbs/07_cl/02_fisher.ipynb #e0a00e85
 @patch
 def state(self:EWC)->list:
     "What a checkpoint keeps"
@@ -170,9 +170,10 @@ def check_ewc(
     if lr*lam*F_max < limit:
         return
     with_momentum = f' with momentum {cfg.momentum:g}' if limit != 2 else ''
-    raise RunError(f"lambda_ewc={lam:g} must diverge: student_lr · λ · F_max = {lr:g} · {lam:g} · {F_max:.4g} = "
-                   f"{lr*lam*F_max:.4g}, and SGD{with_momentum} needs less than {limit:g}. The largest safe λ here is "
-                   f"{.99*limit/lr/F_max:.3g}; or lower student_lr, or use optimizer=adamw.")
+    product = f'{lr:g} · {lam:g} · {F_max:.4g} = {lr*lam*F_max:.4g}'
+    raise RunError(f"lambda_ewc={lam:g} must diverge: student_lr · λ · F_max = {product}, "
+                   f"and SGD{with_momentum} needs less than {limit:g}. "
+                   f"The largest safe λ here is {.99*limit/lr/F_max:.3g}; or lower student_lr, or use optimizer=adamw.")
 
 # %% ../../nbs/07_cl/02_fisher.ipynb #c3f53ed1
 class SI(nn.Module):
@@ -186,7 +187,8 @@ class SI(nn.Module):
     ):
         super().__init__()
         self.c, self.xi = c, xi
-        self.weights = {k: p for k, p in net.named_parameters() if p.requires_grad}   # a dict: not this module's own
+        # in a dict, so that they do not become this module's parameters
+        self.weights = {k: p for k, p in net.named_parameters() if p.requires_grad}
         for i, p in enumerate(self.weights.values()):
             theta, importance = p.detach().clone(), torch.zeros_like(p)
             if old is not None and i < len(old.weights):
@@ -201,7 +203,7 @@ class SI(nn.Module):
         "'omega', 'importance', 'anchor' or 'last' of weight number `i`"
         return getattr(self, f'{name}{i}')
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #18502555
+# %% ../../nbs/07_cl/02_fisher.ipynb #39b24c37
 @patch
 def penalty(self:SI)->Tensor: # Without the factor c
     "Σ Ω (θ − θ*)²"
@@ -210,7 +212,7 @@ def penalty(self:SI)->Tensor: # Without the factor c
         terms.append((self.buffer('importance', i)*(p - self.buffer('anchor', i))**2).sum())
     return sum(terms)
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #2d03380c
+# %% ../../nbs/07_cl/02_fisher.ipynb #ff3c380e
 @patch
 def after_step(self:SI):
     "Add this step's −g·Δθ"
@@ -223,7 +225,7 @@ def after_step(self:SI):
             self.buffer('omega', i).sub_(torch.where(d == 0, 0., g*d))
         last.copy_(p.detach())
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #1e160763
+# %% ../../nbs/07_cl/02_fisher.ipynb #a04aee0a
 @patch
 def consolidate(self:SI)->SI:
     "The task is over: path integral → importance"
