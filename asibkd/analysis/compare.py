@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .tables import COSTS, MEASURES, finished_runs, measures, cell, is_student, load_runs, show_table
-from ..core.config import Bridge, Config, Continual, Freezing, Guidance, RunError, unknown_name
+from ..core.config import Config, RunError, fields_read_by, unknown_name
+from ..core.params import Freezing
 from ..core.picture import Picture
 from ..core.runtime import atomic_path, atomic_write
 
@@ -46,10 +47,9 @@ def judged(m:float, half:float, n:int)->str:
 _BOOK = {'seed', 'method', 'exp_id', 'results_dir', 'resume', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose',
          'num_workers', 'checkpoint_steps', 'preset', 'track', 'compare', 'finetune_ckpt1', 'finetune_ckpt2', '_requested', 'cl_method'}
 
-_ASMB = {*Bridge.model_fields, *Freezing.model_fields, 'teacher_adapt_epochs', 'teacher_lr', 'teacher_weight_decay', 'mbm_lr_factor',
-         'synergy_ce_alpha', 'synergy_kd_alpha', 'teacher_adapt_kd_warmup', 'hybrid_beta',
-         'ce_alpha', 'kd_alpha', 'store', 'lambda_ewc', 'allow_leak', *(k for k in Continual.model_fields if k.startswith('cl_')),
-         *(k for k in Guidance.model_fields if k.startswith(('feat_', 'reg_', 'mbm_', 'use_', 'disagree_')))}   # nothing to a baseline
+_ASMB = {*fields_read_by('bridge'), *Freezing.model_fields, 'ce_alpha', 'kd_alpha', 'store', 'lambda_ewc', 'allow_leak',
+         'use_disagree_weight', 'disagree_mode', 'disagree_lambda_high', 'disagree_lambda_low', 'use_certainty_weight',
+         *(k for k in fields_read_by('cl') if k.startswith('cl_'))}   # nothing to a baseline
 def labelled(
     t:pd.DataFrame,  # label: a method; settings: the parameters in which its runs differ, 'k=v k=v'
     most=40,         # Longer settings are numbered
