@@ -23,7 +23,7 @@ from ..analysis.report import save_compare_report, save_report
 from .experiment import run_experiment
 from ..core.runtime import atomic_write
 from ..explore.serve import serve
-from .tasks import demo_run, run_evaluate, run_finetune, run_loop, unless
+from .tasks import demo_run, run_evaluate, run_finetune, run_loop, with_defaults
 
 # %% ../../nbs/11_run/06_cli.ipynb #d6587121
 ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
@@ -107,7 +107,7 @@ def _report(s:dict):
 
 def cmd_run(argv): f, p = parse('run', argv); _report(run_experiment(f, **p))
 def cmd_baseline(argv):
-    f, p = parse('baseline', argv); _report(run_experiment(f, **unless(f, p, compare=0) | {'method': 'ce'}))
+    f, p = parse('baseline', argv); _report(run_experiment(f, **with_defaults(f, p, compare=0) | {'method': 'ce'}))
 
 def cmd_finetune(argv):
     f, p = parse('finetune', argv); s = run_finetune(f, **p)
