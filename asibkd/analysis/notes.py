@@ -13,7 +13,7 @@ from pathlib import Path
 from .cl import explain_cl, leak_note, r_rows
 from .tables import (
     baselines_ahead, is_cl, joined, keeps_text, result_rows, show_table, supervision_text)
-from ..trainers.build import near_chance
+from ..core.config import near_chance
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #1f2b995a
 def main_row(
