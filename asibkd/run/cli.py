@@ -12,7 +12,7 @@ import argparse, contextlib, os, re, signal, sys, threading
 from pathlib import Path
 
 from ..core.config import ALIASES, AsibError, Config, ConfigError, list_presets, load_plugins, method_params, parameter_table, refuse_key, resolve, unknown_name
-from ..analysis.compare import collect, compare_notes, compare_runs, save_compare, usual_baseline, win_table
+from ..analysis.compare import collect, compare_notes, compare_runs, save_compare, default_baseline, win_table
 from ..analysis.tables import load_summary, result_table, show_table
 from .bench import PARTS, run_bench
 from ..analysis.cl import explain_cl, r_table
@@ -129,7 +129,7 @@ def cmd_loop(argv):
 
 def _compare(runs, baseline, out):
     "Print the table, write the files"
-    baseline = baseline or usual_baseline(runs)
+    baseline = baseline or default_baseline(runs)
     print(show_table(compare_runs(runs, baseline)))
     if 'ACC' in runs: print('\nseeds on which the row beats the column:\n' + show_table(win_table(runs)))
     for o in compare_notes(runs): print(f'\n{o}')

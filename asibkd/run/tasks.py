@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..analysis.compare import collect, compare_runs, plot_compare, usual_baseline, win_table
+from ..analysis.compare import collect, compare_runs, plot_compare, default_baseline, win_table
 from ..cl.learner import check_cl
 from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params, read_yaml,
                                 resolve)
@@ -287,7 +287,7 @@ def compare_methods(
 )->dict: # table, wins (with continual learning), runs: DataFrames · figure
     "Methods over seeds: mean ± t-interval, paired differences"
     runs = collect(*(s['run'] for s in run_loop(methods, seeds, _file, **params)))
-    return dict(table=compare_runs(runs, baseline or usual_baseline(runs)), wins=win_table(runs) if 'ACC' in runs else None,
+    return dict(table=compare_runs(runs, baseline or default_baseline(runs)), wins=win_table(runs) if 'ACC' in runs else None,
                 figure=plot_compare(runs), runs=runs)
 
 # %% ../../nbs/11_run/04_tasks.ipynb #a3bcb52d
