@@ -23,6 +23,7 @@ from .opened import (FILTERS, FinishedRun, attention_by_class, attention_table, 
                          plot_attention, plot_class_attention, plot_code, plot_image,
                          plot_target, soft_target, split_outputs, top_classes)
 from ..core.runtime import watched
+from ..trainers.loop import Callback
 
 # %% ../../nbs/10_explore/02_widgets.ipynb #60b08efa
 class Explorer(w.VBox):
@@ -258,7 +259,7 @@ class RunBrowser(Explorer):
         drawn(plot_overlay(self.runs.value), self.curves)
 
 # %% ../../nbs/10_explore/02_widgets.ipynb #73f8a459
-class LiveMonitorCB:
+class LiveMonitorCB(Callback):
     "`run_experiment(callbacks=[LiveMonitorCB()])`: curves and loss parts while a notebook's run trains"
     def __init__(self,
         show=None,  # Show figures? None: where a notebook is watched
@@ -267,7 +268,17 @@ class LiveMonitorCB:
         self.on, self.share = ('ipykernel' in sys.modules and watched()) if show is None else show, share
         self.rows, self.screen, self.next = [], None, 0.
 
-    def __call__(self, row:dict):
+    def after_epoch(self, loop):
+        self.add(loop.row)
+
+    def state_dict(self)->dict:
+        return dict(rows=self.rows)
+
+    def load_state_dict(self, state):
+        self.rows = state['rows']
+
+    def add(self, row:dict):
+        "One more epoch"
         self.rows.append(row)
         new = len(self.rows) < 2 or row['phase'] != self.rows[-2]['phase']
         if self.on and (new or time.perf_counter() >= self.next): self.draw()
