@@ -51,7 +51,7 @@ ELSEWHERE = dict(
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01_data/03_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',
     teacher1_ckpt='test_checkpoints', teacher2_ckpt='test_checkpoints', teacher_ckpts='test_checkpoints', teacher_ckpt='test_checkpoints', student_ckpt='test_checkpoints', finetune_ckpt1='test_checkpoints',
     finetune_ckpt2='test_checkpoints', teacher1_pretrained='test_pretrained', teacher2_pretrained='test_pretrained', student_pretrained='test_pretrained', amp_dtype='test_precision',
-    grad_scaler_init_scale='test_precision', channels_last='test_precision', eval_mode='nbs/11_run/02_tasks.ipynb', ckpt_path='nbs/11_run/02_tasks.ipynb', mbm_ckpt='nbs/11_run/02_tasks.ipynb', head_ckpt='nbs/08_eval/00_evaluate.ipynb')
+    grad_scaler_init_scale='test_precision', channels_last='test_precision', eval_mode='nbs/11_run/04_tasks.ipynb', ckpt_path='nbs/11_run/04_tasks.ipynb', mbm_ckpt='nbs/11_run/04_tasks.ipynb', head_ckpt='nbs/08_eval/00_evaluate.ipynb')
 
 def test_the_table_is_complete():
     assert {*CHANGES} | {*ELSEWHERE} == set(Config.model_fields) and not {*CHANGES} & {*ELSEWHERE}

@@ -20,7 +20,7 @@ import pandas as pd
 from ..distil import asmb, crd, multi, single    # they register their methods
 from .tables import MEASURES, cell, effective_config, joined, load_config, load_metrics, load_summary, result_table, sees_all_data
 from .compare import (collect, compare_notes, compare_runs, judged, measure_of, paired, plot_compare, usual_baseline, win_table)
-from .notes import in_words, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
+from .notes import run_sentence, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
 from .cl import newest_wins, plot_forgetting, plot_memory, plot_R, r_table
 from ..cl.methods import cl_methods
 from ..core.config import Config, RunError, fields_read_by, resolve
@@ -83,7 +83,7 @@ def env_part(run)->dict|None:
 def time_parts(s:dict)->tuple:
     "Where the time went, and how often teachers were asked"
     sec = {k: v for k, v in s['time']['seconds'].items() if v is not None}
-    asked, computed = (s['time'].get('teacher_images', {}).get(k, 0) for k in ('asked', 'computed'))
+    asked, computed = (s['time'].get('teacher_images', {}).get(k, 0) for k in ('requested', 'computed'))
     said = f'Teachers were asked about {asked:,} images; {computed:,} answers were computed, {asked - computed:,} looked up.'
     t = pd.DataFrame([dict(model=k, seconds=round(v, 1)) for k, v in (sec | dict(together=sum(sec.values()))).items()])
     return table(t, 'Training time'), text(said if asked else 'No teacher was asked.')
@@ -209,7 +209,7 @@ def run_page(
     again = "From the folder it was started in, the same command finds this run finished and repeats nothing; add resume=0 to compute it anew."
     sections = [result_section(s), *figure_sections(run, s), *prediction_sections(run, s), section('Parameters', *config_parts(effective_config(s, c))), section('Time', *time_parts(s)),
                 section('Environment', env_part(run)), section('Repeat it', code(command_of(c)), text(again))]
-    return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=in_words(s), warnings=warnings_of(s),
+    return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=run_sentence(s), warnings=warnings_of(s),
                 verdict=s.get('verdict', ''),
                 sections=[o for o in sections if o and o['parts']])
 
