@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from ..analysis.compare import collect, compare_runs, plot_compare, usual_baseline, win_table
+from ..analysis.compare import collect, compare_runs, plot_compare, default_baseline, win_table
 from ..cl.learner import check_cl
 from ..core.config import ConfigError, is_on, effective_value, config_layers, log, method_params, read_yaml, resolve
 from ..core.runtime import Run, RunContext, atomic_write, create_accelerator, exp_name, set_deterministic, setup_log
@@ -166,7 +166,7 @@ def compare_methods(
 )->dict: # table, wins (DataFrames; wins where there is continual learning), figure, runs (a row a method and seed)
     "Methods over seeds: mean ± t-interval, paired differences"
     runs = collect(*(s['run'] for s in run_loop(methods, seeds, _file, **params)))
-    return dict(table=compare_runs(runs, baseline or usual_baseline(runs)), wins=win_table(runs) if 'ACC' in runs else None, figure=plot_compare(runs), runs=runs)
+    return dict(table=compare_runs(runs, baseline or default_baseline(runs)), wins=win_table(runs) if 'ACC' in runs else None, figure=plot_compare(runs), runs=runs)
 
 def cl_compare(
     methods='naive er derpp asib joint',
