@@ -34,7 +34,7 @@ from ..core.runtime import atomic_write
 # %% ../../nbs/09_analysis/06_report.ipynb #19bb1e6c
 def asked_for(c:dict)->dict:
     "config.json as it was asked for, before a run settled what `auto` and the like mean"
-    return {k: v for k, v in (c | c.get('_requested', {})).items() if k not in ('_requested', 'user_code', 'own', 'kind')}
+    return {k: v for k, v in (c | c.get('_requested', {})).items() if k not in ('_requested', 'user_code', 'kind')}
 
 def typed(c:dict)->dict:
     "What has to be given so that the presets and it resolve to these parameters"
@@ -52,7 +52,7 @@ def package_method(c:dict)->type|None:
 def command_of(c:dict)->str:
     "The command that repeats a run; in Python where objects were given that no command can name"
     given = typed(c); call = f"run_experiment({', '.join(f'{k}={v!r}' for k, v in given.items())}"
-    own = '+'.join(o for o in (c.get('user_code') or c.get('own') or '').split('+') if o and not o.startswith('code:'))       # a method's code is no object
+    own = '+'.join(o for o in (c.get('user_code') or '').split('+') if o and not o.startswith('code:'))       # a method's code is no object
     if own: return f"{call}, …)   # and the modules and data you gave: {own}"
     if not (package_method(c) or c.get('plugin')): return f'{call})   # where the method is registered'
     word = lambda v: 'none' if v is None else str(int(v)) if isinstance(v, bool) else ','.join(map(str, v)) if isinstance(v, list) else str(v)
@@ -63,7 +63,7 @@ def config_parts(c:dict)->tuple:
     "Two parts: parameters that differ from the defaults, without what a method that has no bridge never reads; and all"
     cls = package_method(c)
     unread = fields_read_by('bridge') if cls and not cls.adapts else ()
-    c = {k: v for k, v in c.items() if k not in ('_requested', 'user_code', 'own', 'kind')}
+    c = {k: v for k, v in c.items() if k not in ('_requested', 'user_code', 'kind')}
     known = {k: f for k, f in Config.model_fields.items()}
     usual = json.loads(Config(preset='none').model_dump_json())
     show = lambda v: '' if v is None else ', '.join(map(str, v)) if isinstance(v, list) else str(v)
