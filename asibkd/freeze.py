@@ -28,7 +28,7 @@ def has_stats(m:nn.Module)->bool: return getattr(m, 'running_mean', None) is not
 def open_by_level(m:KDModel, level:int)->set: # Names inside `m.model`
     "Head and last `level` blocks"
     a = m.anatomy
-    return ({n for n, b in a.where.items() if level == -1 or b >= len(a.blocks) - level}
+    return ({n for n, b in a.block_of.items() if level == -1 or b >= len(a.blocks) - level}
             - ({''} if level >= 0 else set()))
 
 def open_norms(m:KDModel)->set:
@@ -106,7 +106,7 @@ def freeze_report(m:KDModel)->pd.DataFrame: # A row for each block, the head, th
                      'trainable': sum(p.numel() for p in ps if p.requires_grad), 'BN mode': mode})
     held = {id(o) for n in m.frozen_modules for o in m.get_submodule(n).modules()}
     mods = dict(m.model.named_modules())
-    for i, name in enumerate([*a.blocks, 'head']): row(name, [mods[n] for n, b in a.where.items() if b == i])
+    for i, name in enumerate([*a.blocks, 'head']): row(name, [mods[n] for n, b in a.block_of.items() if b == i])
     if m.adapter is not None: row('adapter', list(m.adapter.modules()))
     row('all', list(m.modules()))
     return pd.DataFrame(rows)

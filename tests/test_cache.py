@@ -93,7 +93,7 @@ def test_recycled_views(tmp_path):
     "RandAugment and CutMix with cache_views: the second run asks nobody, and the row says what it was trained on"
     kw = BASE | dict(data_aug='1', cutmix_alpha_distill=1., cache_views=2, epochs=3, results_dir=str(tmp_path))
     a = run_experiment(**kw, exp_id='a'); b = run_experiment(**kw, exp_id='b')
-    assert images(b)[1] == 0 and same(a, b) and a['rows'][-1]['taught_by'].endswith('2 recycled views')
+    assert images(b)[1] == 0 and same(a, b) and a['rows'][-1]['target']['views'] == 2
     with pytest.raises(ConfigError, match='drawn anew'): run_experiment(**BASE | dict(cl_mode=1, cache_views=2, method='asmb', epochs=1, results_dir=str(tmp_path)))
 
 def test_bounds(tmp_path):

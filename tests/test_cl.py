@@ -134,7 +134,7 @@ def test_ablations(kw, tmp_path):
     assert row['ACC'] > .35
     assert (row['task_FWT'] is None) == ('cl_mask' in kw or 'cl_method' in kw)                                 # a head that grows has no rows for the coming task
     if kw.get('store') or kw.get('cl_method'): assert all(v > .2 for v in s['R'][s['method']]['task_il'][-1])
-    if 'cl_teachers' in kw: assert row['taught_by'] == 'labels+' + kw['cl_teachers']
+    if 'cl_teachers' in kw: assert row['target'] == ['labels', *kw['cl_teachers'].split('+')]
 
 @pytest.mark.parametrize('kw,say', [(dict(cl_method='er', kd_alpha=2), 'er has no such term'), (dict(cl_method='joint', lambda_ewc=1), 'joint has no such term'), (dict(cl_method='icarl', cl_mask='ace'), 'no softmax'),
                                     (dict(cl_method='er_ace', cl_mask='separated'), 'Use ace'), (dict(cl_method='si', grad_clip_norm=1), 'path integral'), (dict(cl_teachers='generic', finetune_epochs=0), 'finetune_epochs=0'),

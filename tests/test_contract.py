@@ -29,7 +29,7 @@ def mine(tiny):
     (lambda m, b, s, t: dict(loss=m.hard_ce(b, s)), "a dict without 'parts'"),
     (lambda m, b, s, t: dict(loss=s['logit'].logsumexp(1), parts=dict(z=s['logit'].mean())), r'a loss of shape \('),
     (lambda m, b, s, t: weighted(ce=(1., m.hard_ce(b, s).detach())), 'a loss without gradient'),
-    (lambda m, b, s, t: weighted(ce=(1., s['feat'].mean())), "asked for 'feat'.*dict of logit, feat_2d, feat_4d, stages, distill_feat.*02_models/01_kdmodel"),
+    (lambda m, b, s, t: weighted(ce=(1., s['feat'].mean())), "asked for 'feat'.*dict of logit, feat_2d, feat_4d, stages, distill_feat.*02_models/02_kdmodel"),
     (lambda m, b, s, t: weighted(ce=(1., m.hard_ce(b, s)), bad=(1., s['logit'].mean()*float('nan'))), "step 1, in term 'bad'\\. Lower")],
     ids=['tensor', 'none', 'no-parts', 'unreduced', 'detached', 'key', 'nan'])
 def test_a_loss_that_is_none(mine, f, says):
@@ -82,9 +82,9 @@ def test_a_file_nobody_named(tiny, tmp_path, monkeypatch, capsys):
     kw = tiny | dict(method='vanilla_kd', teacher_type='mlp', student_type='mlp', log_level='INFO', use_amp=0)
     f = tmp_path/'checkpoints'/'mlp_ft.pth'; torch.save(create_student('mlp', n_class=7, img_size=8).state_dict(), f)
     s = run_experiment(**kw, exp_id='a'); out = capsys.readouterr().out
-    assert out.count('is passed over: Checkpoint') == 1 and s['weights'] == {'teacher1': 'fine-tuned in this run'}
+    assert out.count('is passed over: Checkpoint') == 1 and s['weights']['teacher1']['source'] == 'finetuned'
     with pytest.raises(CheckpointError, match='does not fit'): run_experiment(**kw, exp_id='b', teacher_ckpt=str(f))
     f.unlink(); run_finetune(**{k: v for k, v in kw.items() if k not in ('method', 'compare')}); capsys.readouterr()
     s = run_experiment(**kw, exp_id='c'); out = capsys.readouterr().out
-    assert s['weights'] == {'teacher1': 'mlp_ft.pth'} and 'finetune_epochs=1 is skipped because of it (move the file away' in out and 'another split' not in out
+    assert s['weights']['teacher1']['file'] == 'mlp_ft.pth' and 'finetune_epochs=1 is skipped because of it (move the file away' in out and 'another split' not in out
     run_experiment(**kw, exp_id='d', seed=7); assert 'was trained on another split of these images' in capsys.readouterr().out

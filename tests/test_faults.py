@@ -128,9 +128,9 @@ def test_teachers_of_a_wrong_shape(tiny):
 def test_one_teacher_methods_hear_the_same_one(tiny):
     "With compare=1 every single-teacher row has the same teacher; teacher_type names it"
     s = run_experiment(**tiny | dict(compare=1, method='fitnet', teacher_type='resnet8'))
-    by = {r['key']: r['taught_by'] for r in s['rows']}
-    assert by['fitnet'] == by['vanilla_kd'] == 'teacher1' and next(r for r in s['rows'] if r['key'] == 'teacher1')['model'] == 'resnet8'
-    by = {r['key']: r['taught_by'] for r in run_experiment(**tiny | dict(compare=1, method='fitnet'))['rows']}; assert by['fitnet'] == by['vanilla_kd']
+    by = {r['key']: r.get('target') for r in s['rows']}
+    assert by['fitnet'] == by['vanilla_kd'] and by['fitnet']['logits'] == ['teacher1'] and next(r for r in s['rows'] if r['key'] == 'teacher1')['model'] == 'resnet8'
+    by = {r['key']: r.get('target') for r in run_experiment(**tiny | dict(compare=1, method='fitnet'))['rows']}; assert by['fitnet'] == by['vanilla_kd']
 
 def test_commands_after_a_fine_tuning(asibkd):
     "A folder with nothing but a fine-tuned teacher has no table, and says so"

@@ -39,7 +39,7 @@ CHANGES = dict(
     synergy_ce_alpha=(1., {}), synergy_kd_alpha=(.1, {}), teacher_adapt_kd_warmup=(0, {}), tau_start=(2., {}), tau_end=(1., {}), tau_decay_power=(3., dict(tau_end=1.)), hybrid_beta=(.5, {}),
     feat_kd_alpha=(1., {}), feat_kd_key=('distill_feat', dict(FEAT, use_distillation_adapter=1)), feat_kd_norm=('l2', FEAT), feat_kd_target=('synergy', FEAT), rkd_loss_weight=(1., {}), reg_lambda=(.1, {}),
     mbm_reg_lambda=(.1, {}), use_disagree_weight=(1, dict(disagree_lambda_high=5.)), disagree_mode=('any_wrong', WEIGH), disagree_lambda_high=(2., dict(use_disagree_weight=1)),
-    disagree_lambda_low=(5., dict(use_disagree_weight=1)), use_certainty_weight=(1, {}), grad_clip_norm=(.01, {}), lr_schedule=('step', dict(step_size=1)), lr_restart=(1, {}), lr_warmup_epochs=(1, {}),
+    disagree_lambda_low=(5., dict(use_disagree_weight=1)), use_certainty_weight=(1, {}), grad_clip_norm=(.01, {}), accumulate=(2, {}), student_ema=(.9, {}), patience=(1, dict(student_epochs_per_stage=4, student_lr=1.)), lr_schedule=('step', dict(step_size=1)), lr_restart=(1, {}), lr_warmup_epochs=(1, {}),
     min_lr=(.005, {}), step_size=(1., STEP), milestones=([1], STEP), gamma=(.5, dict(STEP, step_size=1)), use_amp=(1, dict(amp_dtype='bfloat16')),
     finetune_epochs=(2, {}), finetune_lr=(.02, {}), finetune_weight_decay=(1., {}), finetune_use_cutmix=(1, {}), finetune_cutmix_alpha=(1., {}),
     logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
@@ -47,11 +47,11 @@ CHANGES = dict(
 ELSEWHERE = dict(
     allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
     compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
-    checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/01_runtime.ipynb', track='test_track',
+    checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/04_runtime.ipynb', track='test_track',
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01_data/03_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',
     teacher1_ckpt='test_checkpoints', teacher2_ckpt='test_checkpoints', teacher_ckpts='test_checkpoints', teacher_ckpt='test_checkpoints', student_ckpt='test_checkpoints', finetune_ckpt1='test_checkpoints',
     finetune_ckpt2='test_checkpoints', teacher1_pretrained='test_pretrained', teacher2_pretrained='test_pretrained', student_pretrained='test_pretrained', amp_dtype='test_precision',
-    grad_scaler_init_scale='test_precision', channels_last='test_precision', eval_mode='nbs/11_run/02_tasks.ipynb', ckpt_path='nbs/11_run/02_tasks.ipynb', mbm_ckpt='nbs/11_run/02_tasks.ipynb', head_ckpt='nbs/08_eval/00_evaluate.ipynb')
+    grad_scaler_init_scale='test_precision', channels_last='test_precision', eval_mode='nbs/11_run/04_tasks.ipynb', ckpt_path='nbs/11_run/04_tasks.ipynb', mbm_ckpt='nbs/11_run/04_tasks.ipynb', head_ckpt='nbs/08_eval/00_evaluate.ipynb')
 
 def test_the_table_is_complete():
     assert {*CHANGES} | {*ELSEWHERE} == set(Config.model_fields) and not {*CHANGES} & {*ELSEWHERE}
@@ -112,16 +112,20 @@ def test_track(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     with pytest.raises(RunError, match='pip install wandb'): run(tmp_path, track='wandb', method='ce')
 
+def weights(s):
+    "Where each teacher's weights came from: the file, or the word"
+    return {k: w['file'] or w['source'] for k, w in s['weights'].items()}
+
 def test_checkpoints(tmp_path):
     "Weights come from the files that are named; fine-tuned ones are kept where it is said, and not made again"
     keep = {f'finetune_ckpt{i}': str(tmp_path/f'{i}.pth') for i in (1, 2)}
-    assert run(tmp_path, **keep)['weights'] == dict.fromkeys(('teacher1', 'teacher2'), 'fine-tuned in this run')
-    assert run(tmp_path, **keep, seed=1)['weights'] == dict(teacher1='1.pth', teacher2='2.pth')
+    assert weights(run(tmp_path, **keep)) == dict.fromkeys(('teacher1', 'teacher2'), 'finetuned')
+    assert weights(run(tmp_path, **keep, seed=1)) == dict(teacher1='1.pth', teacher2='2.pth')
     f = {i: str(tmp_path/f'{i}.pth') for i in (1, 2)}
-    assert run(tmp_path, teacher1_ckpt=f[1])['weights'] == dict(teacher1='1.pth', teacher2='fine-tuned in this run')
-    assert run(tmp_path, teacher2_ckpt=f[2])['weights'] == dict(teacher1='fine-tuned in this run', teacher2='2.pth')
-    assert run(tmp_path, teachers=['resnet14', 'resnet8', 'resnet14'], teacher_ckpts=[f[2], f[1], f[2]])['weights'] == dict(teacher1='2.pth', teacher2='1.pth', teacher3='2.pth')
-    assert run(tmp_path, method='vanilla_kd', teacher_type='resnet14', teacher_ckpt=f[2])['weights'] == dict(teacher1='2.pth')
+    assert weights(run(tmp_path, teacher1_ckpt=f[1])) == dict(teacher1='1.pth', teacher2='finetuned')
+    assert weights(run(tmp_path, teacher2_ckpt=f[2])) == dict(teacher1='finetuned', teacher2='2.pth')
+    assert weights(run(tmp_path, teachers=['resnet14', 'resnet8', 'resnet14'], teacher_ckpts=[f[2], f[1], f[2]])) == dict(teacher1='2.pth', teacher2='1.pth', teacher3='2.pth')
+    assert weights(run(tmp_path, method='vanilla_kd', teacher_type='resnet14', teacher_ckpt=f[2])) == dict(teacher1='2.pth')
     a, b = run(tmp_path, method='ce'), run(tmp_path, method='ce', student_ckpt=f[1])                    # a teacher's weights to begin with
     assert a['val_acc'] != b['val_acc'] or a['student'] != b['student']
 
@@ -139,7 +143,8 @@ def test_pretrained(tmp_path, monkeypatch, kw):
     assert True in asked
 
 def test_precision(tmp_path, monkeypatch):
-    from asibkd import runtime
+    from asibkd.core import runtime
+    from asibkd.core.runtime import RunContext
     from asibkd.trainers.phases import to_device
     with pytest.raises(ConfigError, match='needs a GPU'): run(tmp_path, use_amp=1, amp_dtype='float16')
     monkeypatch.setattr(runtime, 'pick_device', lambda *a: torch.device('cuda'))                        # as on a GPU: the scaler gets its scale
@@ -149,5 +154,5 @@ def test_precision(tmp_path, monkeypatch):
     monkeypatch.undo()
     acc = runtime.create_accelerator(Config(device='cpu', use_amp=0))
     for on in '01':
-        m = torch.nn.Conv2d(3, 8, 3); to_device(Config(device='cpu', use_amp=0, channels_last=on), acc, m)
+        m = torch.nn.Conv2d(3, 8, 3); to_device(RunContext(Config(device='cpu', use_amp=0, channels_last=on), acc=acc), m)
         assert m.weight.is_contiguous(memory_format=torch.channels_last) == (on == '1')

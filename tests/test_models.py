@@ -76,7 +76,7 @@ def test_levels(pair):
     m.train()(x)
     moved = {k for k, v in m.state_dict().items() if not torch.equal(v, before[k])}
     r = freeze_report(m).set_index('block')
-    assert all(m.anatomy.where[k.removeprefix('model.').rpartition('.')[0]] >= len(m.anatomy.blocks) - 1 for k in moved)
+    assert all(m.anatomy.block_of[k.removeprefix('model.').rpartition('.')[0]] >= len(m.anatomy.blocks) - 1 for k in moved)
     assert r.trainable.iloc[:-3].sum() == 0 and r.parameters['all'] == sum(p.numel() for p in m.parameters())
 
 
@@ -95,7 +95,7 @@ def test_an_answer_that_is_no_logits(out, what):
 
 
 def test_data_dependent_forward():
-    "A model that looks at numbers cannot run as a ghost; it is watched for real, without a trace"
+    "A model that looks at numbers cannot run on the meta device; it runs once for real, and is as before"
     class Looks(nn.Module):
         def __init__(self): super().__init__(); self.net = plain()
         def forward(self, x): return dict(logits=self.net(x if x.abs().max() < 1e6 else x/2), aux=None)

@@ -45,7 +45,7 @@ def test_every_door(mine):
     "In fresh processes: a run, its help, the command its report gives, papermill"
     r = here('asibkd.run.cli', 'run', *SHORT, '--sharpness', '3'); assert r.returncode == 0, r.stderr[-2000:]
     run, = (f.parent for f in Path('results').glob('*/summary.json')); s = json.loads((run/'summary.json').read_text())
-    assert (s['own'], s['dataset'], s['n_class']) == ({'sharpness': 3.0}, 'colours', 3)
+    assert (s['method_params'], s['dataset'], s['n_class']) == ({'sharpness': 3.0}, 'colours', 3)
     h = here('asibkd.run.cli', 'run', '--plugin=mine.py', '--help').stdout; assert 'How much the surest teacher is preferred. [2.0]' in h and 'Of method=surest' in h
     command = html.unescape(re.search(r'asibkd (run [^<]*method=surest[^<]*)', (run/'report.html').read_text())[1])
     again = here('asibkd.run.cli', *shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
@@ -56,9 +56,10 @@ def test_every_door(mine):
     assert json.loads(next(Path('pm').glob('*/summary.json')).read_text())['method'] == 'surest'
 
 def test_an_edited_method_is_another_run(mine, monkeypatch):
-    from asibkd import core, methods
+    from asibkd.core import config as core
+    from asibkd.distil import methods
     from asibkd.run.experiment import run_experiment
-    monkeypatch.setattr(methods, 'methods', dict(methods.methods)); monkeypatch.setattr(core, 'own_params', core.own_params)
+    monkeypatch.setattr(methods, 'methods', dict(methods.methods)); monkeypatch.setattr(core, 'method_params', core.method_params)
     given = dict(o.removeprefix('--').split('=') for o in SHORT[4:]) | dict(plugin='mine.py', method='surest', log_level='ERROR')
     a = run_experiment(**given); assert run_experiment(**given)['run'] == a['run']
     mine.write_text(MINE.replace('"Image by image', '# a remark\n    "Image by image')); assert run_experiment(**given)['run'] == a['run']

@@ -69,7 +69,7 @@ def test_one_shot(runs):
     lost, won = (edited(run, accuracy(run, 'avgz', 'test_acc_val_selected', v)) for v in (2., 0.))
     assert 'asmb is BELOW avgz (by' in lost and lost.index('asmb is BELOW') < lost.index('ONE SEED') < lost.index('Validation chose')      # warnings first
     assert 'asmb is BELOW avgz' not in won and 'BELOW avgz' not in edited(run, accuracy(run, 'asmb', 'test_acc_val_selected', 1.))
-    assert 'teacher2 (resnet14, untrained' in edited(run, lambda s: s['weights'].update(teacher2='untrained'))
+    assert 'teacher2 (resnet14, untrained' in edited(run, lambda s: s['weights']['teacher2'].update(source='untrained', file=''))
     shut = edited(run, lambda s: s['gates'][0].update(gate=False)); assert 'gate was CLOSED in stage 1' in shut
     assert 'CLOSED' not in edited(run, lambda s: s['gates'][0].update(gate=True))
     assert 'ORACLE' not in edited(run, lambda s: s.pop('test_acc_oracle'))

@@ -6,14 +6,15 @@
 __all__ = ['t_interval', 'paired', 'judged', 'labelled', 'collect', 'compare_runs', 'measure_of', 'usual_baseline',
            'compare_notes', 'win_table', 'plot_compare', 'ablation_table', 'save_compare']
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #64f317fb
+# %% ../../nbs/09_analysis/03_compare.ipynb #d97d2258
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .tables import COSTS, MEASURES, _finished, _measures, cell, is_student, load_runs, show_table
-from ..core.config import Bridge, Config, Continual, Freezing, Guidance, RunError, unknown_name
+from .tables import COSTS, MEASURES, finished_runs, measures, cell, is_student, load_runs, show_table
+from ..core.config import Config, RunError, fields_read_by, unknown_name
+from ..core.params import Freezing
 from ..core.picture import Picture
 from ..core.runtime import atomic_path, atomic_write
 
@@ -46,10 +47,9 @@ def judged(m:float, half:float, n:int)->str:
 _BOOK = {'seed', 'method', 'exp_id', 'results_dir', 'resume', 'log_level', 'log_filename', 'disable_tqdm', 'debug_verbose',
          'num_workers', 'checkpoint_steps', 'preset', 'track', 'compare', 'finetune_ckpt1', 'finetune_ckpt2', '_requested', 'cl_method'}
 
-_ASMB = {*Bridge.model_fields, *Freezing.model_fields, 'teacher_adapt_epochs', 'teacher_lr', 'teacher_weight_decay', 'mbm_lr_factor',
-         'synergy_ce_alpha', 'synergy_kd_alpha', 'teacher_adapt_kd_warmup', 'hybrid_beta',
-         'ce_alpha', 'kd_alpha', 'store', 'lambda_ewc', 'allow_leak', *(k for k in Continual.model_fields if k.startswith('cl_')),
-         *(k for k in Guidance.model_fields if k.startswith(('feat_', 'reg_', 'mbm_', 'use_', 'disagree_')))}   # nothing to a baseline
+_ASMB = {*fields_read_by('bridge'), *Freezing.model_fields, 'ce_alpha', 'kd_alpha', 'store', 'lambda_ewc', 'allow_leak',
+         'use_disagree_weight', 'disagree_mode', 'disagree_lambda_high', 'disagree_lambda_low', 'use_certainty_weight',
+         *(k for k in fields_read_by('cl') if k.startswith('cl_'))}   # nothing to a baseline
 def labelled(
     t:pd.DataFrame,  # label: a method; settings: the parameters in which its runs differ, 'k=v k=v'
     most=40,         # Longer settings are numbered
@@ -65,7 +65,7 @@ def collect(
     cl=None, # True: continual runs, False: one-shot runs; None = whichever there are
 )->pd.DataFrame: # label, settings, seed, params, run, and `MEASURES` in per cent
     "A row of every student of every finished run"
-    runs = _finished(paths)
+    runs = finished_runs(*paths)
     kinds = {s.get('kind') == 'cl' for _, s, _ in runs}
     if cl is None and len(kinds) > 1:
         raise RunError("Continual and one-shot runs have no common measure. Say which: --cl 1 or --cl 0 (in Python cl=True or False).")
@@ -81,7 +81,7 @@ def collect(
             own = ' '.join(f'{k}={v}' for k, v in given.items() if many.loc[s['method'], k]
                            and (r['key'] == s['method'] or k not in _ASMB))
             rows.append(dict(label=r['key'], settings=own, main=r['key'] == s['method'], seed=s['seed'], params=r['params'], run=str(d),
-                             **_measures(r, cl)))
+                             **measures(r, 'cl' if cl else 'distil')))
     t = labelled(pd.DataFrame(rows)).sort_values('main', ascending=False, kind='stable')     # a run of its own before one of compare=1
     return t.drop_duplicates(['label', 'seed']).drop(columns='main').sort_index().reset_index(drop=True)
 
@@ -101,7 +101,7 @@ def compare_runs(
     for label, g in t.groupby('label', sort=False):
         g = g.set_index('seed'); m, half, n = paired(g[by], base[by])
         against = {f'{k} vs {baseline}': k for k in ('ACC', 'AIA', 'BWT')} if cl else {f'vs {baseline}': by}
-        rows.append(dict(method=label, seeds=len(g), **{say: show(*t_interval(g[k])) for k, say in MEASURES[cl].items()},
+        rows.append(dict(method=label, seeds=len(g), **{say: show(*t_interval(g[k])) for k, say in MEASURES['cl' if cl else 'distil'].items()},
                          **{say: '' if label == baseline else show(*paired(g[k], base[k])[:2], '+') for say, k in against.items()},
                          verdict='' if label == baseline else judged(m, half, n), mean=g[by].mean()))
     return pd.DataFrame(rows).sort_values('mean', ascending=False).drop(columns='mean').reset_index(drop=True)

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from ..core.config import Config, RunError, unknown_name
 from ..core.runtime import generator
-from ..models.kdmodel import logits_of
+from ..models.anatomy import logits_of
 from ..core.runtime import eval_mode
 
 # %% ../../nbs/07_cl/02_fisher.ipynb #9ac890a5

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..core.config import CheckpointError, Config, ConfigError, log
-from ..core.runtime import atomic_save, forked_rng, generator
+from ..core.runtime import RunContext, atomic_save, forked_rng, generator
 from ..data.batches import Loader, normalise
-from ..trainers.build import build_student, build_teacher, dropout_of, read_card
+from ..trainers.build import TeacherSpec, build_student, build_teacher, dropout_of, read_card
 from .methods import TaskContext, check_cl_method
 from .metrics import cl_metrics, task_accuracies
 from ..data.images import Data, ImageSet
@@ -24,9 +24,8 @@ from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import KDModel, spread_classes
 from ..distil.losses import certainty_weights
 from .memory import Balanced, Buffer, Mixed, Replay, join
-from ..distil.methods import average_logits, with_method_defaults
-from ..distil.metrics import accuracy, predict
-from ..core.runtime import eval_mode
+from ..distil.methods import with_method_defaults
+from ..distil.metrics import accuracy, collect_logits
 from ..trainers.phases import adapt, distil, finetune, to_device
 from .streams import Stream, create_stream, grow_head
 from ..models.teachers import create_teacher, load_into, load_weights
@@ -72,40 +71,39 @@ def check_cl(
 
 def roles_of(cfg:Config)->list: return [r for r in (cfg.cl_teachers or '').replace(' ', '').split('+') if r]
 
-
 # %% ../../nbs/07_cl/05_learner.ipynb #96581e92
 def leak_of(
-    spec:dict, stream:Stream, cfg:Config,
+    spec:TeacherSpec, stream:Stream, cfg:Config,
 )->str: # '', 'unknown' or 'yes', for the result row
     "What a teacher may know about classes to come"
-    if not spec['ckpt']: return 'unknown' if spec['pretrained'] or not isinstance(spec['what'], str) else ''
-    if (card := read_card(spec['ckpt'])) is None: return 'unknown'
+    if not spec.ckpt: return 'unknown' if spec.pretrained or not isinstance(spec.arch, str) else ''
+    if (card := read_card(spec.ckpt)) is None: return 'unknown'
     future = [c for c in stream.data.classes[stream.seen(0):] if c in card['classes']]
     if not future: return ''
     if not cfg.allow_leak:
-        raise CheckpointError(f"{spec['name']}: '{spec['ckpt']}' was trained on {', '.join(future[:5])}{', …' if len(future) > 5 else ''}, "
+        raise CheckpointError(f"{spec.name}: '{spec.ckpt}' was trained on {', '.join(future[:5])}{', …' if len(future) > 5 else ''}, "
                               f"which the student meets only after task 1 ({', '.join(stream.data.classes[:stream.seen(0)])}). "
                               "It would teach the future. Use other weights, or allow_leak=1 (the result row will say so).")
     return 'yes'
 
 def first_teacher(
-    spec:dict, stream:Stream, cfg:Config,
+    spec:TeacherSpec, stream:Stream, cfg:Config,
 )->tuple: # (wrapped teacher with a head for task 1, does it come with weights?)
     "A teacher as it is before task 1"
-    n1, card = stream.seen(0), read_card(spec['ckpt']) if spec['ckpt'] else None
+    n1, card = stream.seen(0), read_card(spec.ckpt) if spec.ckpt else None
     names = card['classes'] if card else stream.data.classes[:n1]
-    alone = spec | dict(ckpt='', keep='', usual=False, classes=None)               # checkpoints/{type}_ft.pth knows all classes
-    is_module, state = isinstance(spec['what'], nn.Module), load_weights(spec['ckpt']) if spec['ckpt'] else None
-    with forked_rng(cfg.seed, 'cl', spec['name']):
-        if is_module: t = create_teacher(copy.deepcopy(spec['what']), None, img_size=stream.data.shape[-1], in_chans=stream.data.shape[0], dropout=dropout_of(spec['what'], cfg),
+    alone = replace(spec, ckpt='', save_to='', search_default=False, classes=None)              # checkpoints/{type}_ft.pth knows all classes
+    is_module, state = isinstance(spec.arch, nn.Module), load_weights(spec.ckpt) if spec.ckpt else None
+    with forked_rng(cfg.seed, 'cl', spec.name):
+        if is_module: t = create_teacher(copy.deepcopy(spec.arch), None, img_size=stream.data.shape[-1], in_chans=stream.data.shape[0], dropout=dropout_of(spec.arch, cfg),
                                    use_adapter=cfg.use_distillation_adapter, adapter_hidden=cfg.distill_hidden_dim, adapter_out=cfg.distill_out_dim)
         else: t = build_teacher(alone, replace(stream.data, classes=names), cfg.model_copy(update=dict(finetune_epochs=1)))[0]
     if state is not None:
         rows = {k.removeprefix('model.'): v for k, v in state.items()}.get(f'{t.anatomy.heads[0]}.weight')
         if rows is not None and len(rows) != t.n_class: grow_head(t, len(rows), keep=False)        # it says nothing of its classes
-        load_into(t, state, spec['ckpt'])
-    grow_head(t, n1, cfg.seed, spec['name'], 0, keep=bool(spec['ckpt']) and names[:n1] == stream.data.classes[:n1])
-    return t, bool(spec['ckpt'] or spec['pretrained'] or isinstance(spec['what'], nn.Module))
+        load_into(t, state, spec.ckpt)
+    grow_head(t, n1, cfg.seed, spec.name, 0, keep=bool(spec.ckpt) and names[:n1] == stream.data.classes[:n1])
+    return t, bool(spec.ckpt or spec.pretrained or isinstance(spec.arch, nn.Module))
 
 # %% ../../nbs/07_cl/05_learner.ipynb #2afd6ab4
 def limit_to_seen(
@@ -138,28 +136,32 @@ class CLResult:
 # %% ../../nbs/07_cl/05_learner.ipynb #2c3b8815
 class Learner:
     "One student, its teachers and its memory on their way through the tasks"
-    def __init__(self, key:str, stream:Stream, cfg:Config, acc,
+    def __init__(self, key:str, stream:Stream,
+        ctx:RunContext,
         specs=(),       # From `teacher_specs`
         student=None,   # Your own module, else `student_type`
-        run=None, params=None, callbacks=(),
+        params=None,    # The method's own parameters
         main=True,      # The run's own method; baselines beside it get their name in front of their phases
     ):
-        self.key, self.cls, self.stream, self.acc = key, check_cl_method(key), stream, acc
-        self.cfg, self.specs, self.run, self.params, self.callbacks = check_cl(cfg, key), list(specs), run, params, callbacks
+        cfg = ctx.cfg
+        self.key, self.cls, self.stream = key, check_cl_method(key), stream
+        self.ctx = ctx.but(cfg=check_cl(cfg, key))
+        self.cfg, self.acc, self.run = self.ctx.cfg, ctx.acc, ctx.run
+        self.specs, self.params = list(specs), params
         self.name = '' if main else f'{key}-'
         self.roles, self.out = roles_of(self.cfg), CLResult(key)
         self.memory = Buffer(self.cfg.replay_capacity if self.cls.rehearses else 0, self.cfg.replay_policy, cfg.seed)
         self.ewc, self.si, self.teachers = EWC(cfg.ewc_mode, cfg.ewc_gamma), None, {}
         d = stream.data
         for s in self.taught_by() + ([] if student is None and not (cfg.student_ckpt or cfg.student_pretrained) else
-                                     [dict(name='student', what=cfg.student_type if student is None else student, ckpt=cfg.student_ckpt, pretrained=cfg.student_pretrained)]):
+                                     [TeacherSpec('student', cfg.student_type if student is None else student, cfg.student_ckpt, cfg.student_pretrained)]):
             self.out.leak = max(self.out.leak, leak_of(s, stream, cfg))                # refused here, before anything is trained
         if self.cls.by_means and self.memory.capacity < d.n_class:
             raise ConfigError(f"replay_capacity={cfg.replay_capacity}: {key} classifies by the means of kept images and needs at least one of each of {d.n_class} classes.")
         self.student = build_student(self.cfg, d, copy.deepcopy(student))
         grow_head(self.student, self.width(0), cfg.seed, 'student', keep=False)
         self.untrained = copy.deepcopy(self.student)
-        to_device(cfg, acc, self.student, self.untrained)
+        to_device(ctx, self.student, self.untrained)
 
     def width(self, t)->int: "Rows of the student's head in task `t`"; return len(self.stream.data.classes) if self.cfg.cl_mask == 'full' else self.stream.seen(t)
     def data(self, t)->Data: return self.stream.until(t) if self.cls.cumulative else self.stream.task(t)
@@ -172,6 +174,8 @@ class Learner:
         data = self.data(t); val = join(data.val, self.memory)
         if known is not None: val = val.subset(torch.isin(val.y, known.cpu()).nonzero().flatten())
         return replace(data, val=val)
+    def eval_loader(self, ds:ImageSet, data:Data)->Loader:
+        return Loader(ds, data, 4*self.cfg.batch_size, device=self.acc.device, num_workers=self.cfg.num_workers)
     def task_name(self, t, what): return f'{self.name}t{t + 1}-{what}'
 
 # %% ../../nbs/07_cl/05_learner.ipynb #e496187b
@@ -186,7 +190,7 @@ def _cast(self:Learner, t:int)->tuple: # (teachers, their roles)
         if r == 'ema' and t:
             who.append((freeze_all(copy.deepcopy(self.student)), r)); who[-1][0].changes_each_step = True      # after every step
         if r in ('expert', 'generic'): who += [(self.school(t, i, r), r) for i in range(1 if r == 'expert' else len(self.specs))]
-    to_device(self.cfg, self.acc, self.student, *(m for m, _ in who))
+    to_device(self.ctx, self.student, *(m for m, _ in who))
     return [m for m, _ in who], tuple(r for _, r in who)
 
 def _school(self:Learner, t:int, i:int, role:str)->KDModel:
@@ -201,7 +205,7 @@ def _school(self:Learner, t:int, i:int, role:str)->KDModel:
     else: m.requires_grad_(True); m.frozen_modules = set()
     if c.finetune_epochs:
         ld = self.balanced(t, name, (0., c.finetune_cutmix_alpha or (1. if c.finetune_use_cutmix else 0.)))
-        finetune(m, self.with_memory(t), c, self.acc, self.run, self.task_name(t, name), self.callbacks, ld)
+        finetune(m, self.ctx.but(data=self.with_memory(t)), self.task_name(t, name), ld)
         self.out.cost['teacher_images'] += len(ld)*ld.batch_size*c.finetune_epochs
     return limit_to_seen(freeze_all(m), self.stream.seen(t), self.width(t))
 
@@ -214,14 +218,13 @@ def _teach(self:Learner, t:int, teachers, roles):
     if not teachers and cls.teachers_used != 'none': cls = cls.plain
     now = TaskContext(t, self.stream.classes(t).start, roles, self.ewc, self.si)
     with forked_rng(c.seed, 'init', self.key, t): method = cls(c, self.student, teachers, self.params, now)
-    to_device(c, self.acc, method)
+    to_device(self.ctx, method)
     seen = self.with_memory(t, None if c.bridge_objective == 'distil' else method.known)     # labels judge a bridge on classes its teachers know
     if cls.adapts and c.teacher_adapt_epochs and len(seen.val):
         for m in teachers:
             if m.adapter is not None: m.adapter.requires_grad_(True)
         ld = self.balanced(t, 'A')
-        self.out.gates.append(dict(adapt(self.student, teachers, method, seen, c, self.acc, self.run, 0, self.callbacks,
-                                         self.task_name(t, 'A'), ld), task=t + 1))
+        self.out.gates.append(dict(adapt(self.student, teachers, method, self.ctx.but(data=seen), 0, self.task_name(t, 'A'), ld), task=t + 1))
         self.out.cost['bridge_images'] += (n := len(ld)*ld.batch_size*c.teacher_adapt_epochs)
         self.out.cost['teacher_forwards'] += n*len(teachers)
         freeze_all(*teachers)
@@ -229,8 +232,7 @@ def _teach(self:Learner, t:int, teachers, roles):
     ld = Replay(self.data(t), self.memory, c.batch_size, c.replay_ratio, own, seed=c.seed, phase=f't{t + 1}-B', device=self.acc.device,
                 data_aug=c.data_aug, num_workers=c.num_workers)
     emas = [m for m, r in zip(teachers, roles) if r == 'ema']
-    distil(self.student, teachers, method, self.data(t), c, self.acc, self.run, epochs=c.epochs, name=self.task_name(t, 'B'),
-           callbacks=self.callbacks, loader=ld, stepped=lambda: (method.after_step(), self.follow(emas)),
+    distil(self.student, teachers, method, self.ctx.but(data=self.data(t)), epochs=c.epochs, name=self.task_name(t, 'B'), loader=ld, stepped=lambda: (method.after_step(), self.follow(emas)),
            keep={f'ema{i}': m for i, m in enumerate(emas)})
     n = len(ld)*c.epochs*(ld.batch_size + ld.n_old)
     self.out.cost['student_images'] += n
@@ -264,15 +266,11 @@ def _remember(self:Learner, t:int, method, teachers):
     if not self.memory.capacity: return
     c, data = self.cfg, self.data(t)
     syn, makes = getattr(method, 'synergy', None), method.synergises and bool(teachers)
-    def ask(b):
-        s = self.student(b.x); out = dict(student=s['logit'], feature=s['feat_2d'])
-        if makes:
-            t_outs = [m(b.x) for m in teachers]
-            o = dict(logit=average_logits(t_outs)) if syn is None else syn(s, t_outs)
-            out |= dict(synergy=o['logit'], **({'logvar': o['logvar']} if 'logvar' in o else {}))
-        return out
-    with eval_mode(self.student, method, *teachers):
-        o, _ = predict(ask, Loader(data.train, data, 4*c.batch_size, device=self.acc.device, num_workers=c.num_workers).epoch(0))
+    names = [f'teacher{i}' for i in range(len(teachers))] if makes else []
+    def extra(outs, s): return dict(feature=outs['student']['feat_2d']) | ({} if s is None else dict(logvar=s['logvar']))
+    o, _ = collect_logits(dict(student=self.student) | dict(zip(names, teachers)), self.eval_loader(data.train, data),
+                          syn if makes else None, names, 'student', extra=extra)
+    if makes and syn is None: o['synergy'] = o['average']
     if makes: self.out.cost['teacher_forwards'] += len(data.train)*len(teachers)
     names = dict(synergy=['synergy'], student=['student'], both=['synergy', 'student'])[c.store]
     k = self.width(t) if c.store == 'student' else self.stream.seen(t)       # a head that is whole has an opinion on classes to come
@@ -288,21 +286,20 @@ Learner.consolidate, Learner.remember = _consolidate, _remember
 def _features(self:Learner)->dict: # {label: (n, D)}
     "The student's features of the memory's items, class by class"
     d = replace(self.stream.data, train=ImageSet(self.memory.x, self.memory.y, shape=self.stream.data.shape))
-    with eval_mode(self.student):
-        f, y = predict(lambda b: self.student(b.x)['feat_2d'], Loader(d.train, d, 4*self.cfg.batch_size, device=self.acc.device).epoch(0))
-    return {c: f[y == c] for c in y.unique().tolist()}
+    z, y = collect_logits(dict(student=self.student), Loader(d.train, d, 4*self.cfg.batch_size, device=self.acc.device),
+                          extra=lambda outs, s: dict(feature=outs['student']['feat_2d']))
+    return {c: z['feature'][y == c] for c in y.unique().tolist()}
 
 def _ask(self:Learner, ds:ImageSet, data:Data, method, teachers=())->tuple: # ({name: (N, K)}, labels)
     "Everybody's logits on some images, in float32"
-    syn = getattr(method, 'synergy', None)
-    def ask(b):
-        s = self.student(b.x); t_outs = [m(b.x) for m in teachers]
-        out = dict(student=method.predict(s), **{f'{r}{i}': o['logit'] for i, (r, o) in enumerate(zip(method.now.roles, t_outs), 1)})
-        if t_outs: out['average'] = average_logits(t_outs)
-        if syn is not None and t_outs: out['synergy'] = syn(s, t_outs)['logit']
-        return out
-    with eval_mode(self.student, method, *teachers):
-        return predict(ask, Loader(ds, data, 4*self.cfg.batch_size, device=self.acc.device, num_workers=self.cfg.num_workers).epoch(0))
+    teachers = {f'{r}{i}': m for i, (r, m) in enumerate(zip(method.now.roles, teachers), 1)}
+    syn = getattr(method, 'synergy', None) if teachers else None
+    def student(b):
+        s = self.student(b.x)
+        return s | dict(logit=method.predict(s))
+    z, y = collect_logits(dict(student=self.student) | teachers, self.eval_loader(ds, data), syn, list(teachers), 'student',
+                          dict(student=student))
+    return {k: v for k, v in z.items() if k not in ('synergy_open', 'nats', 'share')}, y
 
 def _examine(self:Learner, t:int, method, teachers):
     "Both rows of R, and what teachers and synergy know"
@@ -324,8 +321,8 @@ def _examine(self:Learner, t:int, method, teachers):
 def _look_ahead(self:Learner, m, t)->float:
     "Task-IL accuracy on a task that has not been learnt (`cl_mask=full`: the head has its rows)"
     d = self.stream.task(t); c = self.stream.classes(t)
-    with eval_mode(m): z, y = predict(lambda b: m(b.x)['logit'], Loader(d.test, d, 4*self.cfg.batch_size, device=self.acc.device).epoch(0))
-    return accuracy(z[:, c.start:c.stop], y - c.start)
+    z, y = collect_logits(dict(m=m), Loader(d.test, d, 4*self.cfg.batch_size, device=self.acc.device))
+    return accuracy(z['m'][:, c.start:c.stop], y - c.start)
 
 Learner._features, Learner.ask, Learner.examine, Learner.look_ahead = _features, _ask, _examine, _look_ahead
 

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from ..core.config import DataError, unknown_name
 from ..core.runtime import forked_rng, generator, seed_of
-from .images import Data, ImageSet, deliver, is_small, one_thread
+from .images import Data, ImageSet, is_small, one_thread, resize_and_crop
 
 # %% ../../nbs/01_data/03_batches.ipynb #31ab3e82
 @dataclass
@@ -134,7 +134,7 @@ class _Fetch(torch.utils.data.Dataset):
         try: im = self.source[i]
         except DataError as e: return str(e)
         if seed is None:
-            with one_thread(): return deliver(im, self.shape)
+            with one_thread(): return resize_and_crop(im, self.shape)
         with one_thread(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.tfm(im)

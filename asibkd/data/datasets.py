@@ -16,7 +16,7 @@ from filelock import FileLock
 from torchvision import datasets as tv_datasets
 
 from ..core.config import DataError, log, unknown_name
-from asibkd.data.images import (Data, ImageSet, as_labels, at_most, channel_stats, load, settle_shape,
+from asibkd.data.images import (Data, ImageSet, as_labels, limit_per_class, channel_stats, load_images, common_shape,
     stratified_split)
 from .sources import DatasetSource, FileSource
 
@@ -217,11 +217,11 @@ def create_data(
     sets, classes, flip, name = _parts(cfg, train, val, test)
     for k, ds in sets.items(): as_labels(ds.y, len(classes), k)
     if (k := cfg.train_per_class) and len(t := sets['train']):
-        sets['train'] = t.subset(at_most(t.y, k, cfg.seed, 'train_per_class'))
+        sets['train'] = t.subset(limit_per_class(t.y, k, cfg.seed, 'train_per_class'))
         if n := len(t) - len(sets['train']): log.info(f"train_per_class={k} leaves out {n} of {len(t)} training images; 0 takes all.")
-    shape, bad = settle_shape(sets.values(), cfg.image_size, cfg.skip_corrupt), []
+    shape, bad = common_shape(sets.values(), cfg.image_size, cfg.skip_corrupt), []
     for k, ds in sets.items():
-        sets[k], b = load(ds, shape, bool(cfg.image_size), cfg.skip_corrupt, memory_gb)
+        sets[k], b = load_images(ds, shape, bool(cfg.image_size), cfg.skip_corrupt, memory_gb)
         bad += b.values()
         if k != 'val': _all_there(sets[k], classes, k)
     if bad: log.warning(f"skip_corrupt=1: left out {len(bad)} images that cannot be read, first: {bad[0]}")

@@ -10,7 +10,7 @@ __all__ = ['FILTERS', 'untrained_run', 'FinishedRun', 'open_run', 'list_views', 
 
 # %% ../../nbs/10_explore/00_opened.ipynb #30f663be
 import copy, json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from ..core.picture import COLOURS, HATCHES, Picture
 from ..analysis.tables import load_summary
 from ..data.batches import Loader, apply_views, normalise, padding
-from ..trainers.build import build_student, build_teacher, find_weights, save_teacher, settle_config, teacher_specs
+from ..trainers.build import TeacherSpec, WeightsInfo, build_student, build_teacher, find_weights, save_teacher, settle_config, teacher_specs
 from ..core.config import Config, DataError, RunError, resolve, unknown_name
 from ..data.images import Data
 from ..data.datasets import create_data, list_datasets
 from ..eval.deploy import save_state, save_student, student_card
-from ..eval.evaluate import collect_logits, load_synergy
+from ..eval.evaluate import load_synergy
 from ..ib_mbm import Synergy, build_from_teachers
 from ..models.kdmodel import KDModel
 from ..distil.losses import ib_kl, standardize_logits
 from ..distil.methods import with_method_defaults
-from ..distil.metrics import accuracy, predict
+from ..distil.metrics import accuracy, collect_logits, predict
 from ..core.runtime import atomic_write, forked_rng, pick_device
 from ..models.teachers import load_into, load_weights
 
@@ -44,7 +44,7 @@ def untrained_run(
     cfg, _ = resolve(**dict(preset='quickstart', compare=0, train_per_class=12, device='cpu', use_amp=0) | params)
     data = create_data(cfg); cfg = settle_config(cfg, data)
     run, specs = Path(folder)/f'untrained-{cfg.mbm_tokens}', teacher_specs(cfg, n_class=data.n_class)
-    ts = {s['name']: build_teacher(s, data, cfg)[0] for s in specs}
+    ts = {s.name: build_teacher(s, data, cfg)[0] for s in specs}
     st = build_student(cfg, data); syn = build_from_teachers(list(ts.values()), st, cfg)
     with forked_rng(cfg.seed, 'untrained'):
         for p in syn.parameters(): nn.init.normal_(p, std=.3)
@@ -52,11 +52,11 @@ def untrained_run(
     save_student(run, st.eval().model.state_dict(), student_card(cfg.student_type, data, True))
     save_state(syn.eval().state_dict(), run/'bridge.safetensors')
     z, y = collect_logits(ts | dict(asmb=st), Loader(data.test, data, 64), syn, list(ts), 'asmb')
-    rows = [dict(key=k, model=k, role='student: asmb' if k == 'asmb' else 'teacher', taught_by='', val_acc=0., params=1,
+    rows = [dict(key=k, model=k, role='student' if k == 'asmb' else 'teacher', val_acc=0., params=1,
                  test_acc_val_selected=accuracy(z[k], y), test_acc_last=0.) for k in (*ts, 'synergy', 'asmb')]
     epochs = [dict(phase=f'A{s}', kind='A', stage=s, epoch=e, train_nats=30. - 4*e, val_acc=.1*e, val_avg_acc=.15) for s in (1, 2) for e in (1, 2)]
-    summary = dict(exp_id=run.name, method='asmb', dataset=data.name, seed=cfg.seed, rows=rows,
-                   images={k: len(getattr(data, k)) for k in ('train', 'val', 'test')}, weights=dict.fromkeys(ts, 'fine-tuned in this run'))
+    summary = dict(exp_id=run.name, kind='distil', method='asmb', dataset=data.name, seed=cfg.seed, rows=rows,
+                   images={k: len(getattr(data, k)) for k in ('train', 'val', 'test')}, weights=dict.fromkeys(ts, asdict(WeightsInfo('finetuned'))))
     atomic_write(run/'config.json', json.dumps(cfg.model_dump() | dict(exp_id=run.name)))
     atomic_write(run/'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in epochs))
     atomic_write(run/'summary.json', json.dumps(summary))
@@ -87,22 +87,22 @@ class FinishedRun:
         return self.seen[key]
 
 # %% ../../nbs/10_explore/00_opened.ipynb #32870034
-def _teacher(run:Path, spec:dict, summary:dict, data:Data, cfg:Config)->KDModel:
+def _teacher(run:Path, spec:TeacherSpec, summary:dict, data:Data, cfg:Config)->KDModel:
     "As the bridge heard it last"
-    name, came = spec['name'], summary['weights'][spec['name']]
+    name, came = spec.name, summary['weights'][spec.name]
     row = next(r for r in summary['rows'] if r['key'] == name)
-    if isinstance(spec['what'], str) and row['taught_by'].startswith('given'):
+    if isinstance(spec.arch, str) and row.get('given'):
         raise RunError(f"{name} ({row['model']}) was a module of your own, which no folder can rebuild. "
                        "Give fresh ones: open_run(run, teachers=[…]).")
     file = next((f for f in (run/f'{name}_adapted.pth', run/f'{name}.pth') if f.exists()), '')
-    if not file and came == 'fine-tuned in this run':
+    if not file and came['source'] == 'finetuned':
         raise RunError(f"'{run}' lacks {name}.pth, the teacher that was fine-tuned in it. Copy it back, or run it again with resume=0.")
-    if not file and came not in ('given', 'untrained', 'pretrained trunk, untrained head'):
+    if not file and came['source'] == 'checkpoint':
         file = find_weights(spec)
-        if Path(file).name != came:
-            raise RunError(f"{name} came from '{came}', which is not where config.json says ({file or spec['keep'] or 'checkpoints/'}). "
+        if Path(file).name != came['file']:
+            raise RunError(f"{name} came from '{came['file']}', which is not where config.json says ({file or spec.save_to or 'checkpoints/'}). "
                            "Paths count from the folder the run was started in: open it from there.")
-    plain = spec | dict(ckpt='', keep='', usual=False, pretrained=spec['pretrained'] and not file)
+    plain = replace(spec, ckpt='', save_to='', search_default=False, pretrained=spec.pretrained and not file)
     t, _ = build_teacher(plain, data, cfg.model_copy(update=dict(finetune_epochs=1)))    # without a word about missing weights
     return load_into(t, load_weights(file), file) if file else t
 
@@ -133,7 +133,7 @@ def open_run(
     now = {k: len(getattr(data, k)) for k in s['images']}
     if now != s['images']: raise RunError(f"The images have changed since the run: it had {s['images']}, here are {now}. Restore data_root='{cfg.data_root}'.")
     specs = teacher_specs(cfg, teachers, data.n_class)
-    ts = {o['name']: _teacher(run, o, s, data, cfg) for o in specs}
+    ts = {o.name: _teacher(run, o, s, data, cfg) for o in specs}
     st, bridge = _student(run, data, cfg, student), run/'bridge.safetensors'
     syn = load_synergy(list(ts.values()), st, cfg, bridge) if bridge.exists() else None
     for m in (st, *ts.values(), *([syn] if syn else [])): m.eval().to(pick_device(device))

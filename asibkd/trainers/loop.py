@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from ..core.config import CheckpointError, Config, RunError, log
-from ..core.runtime import atomic_save, progress_bar, reseed, seed_of
-from ..core.runtime import When
+from ..core.runtime import RunContext, When, atomic_save, progress_bar, reseed, seed_of
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #ada98268
 def create_optimizer(
@@ -215,12 +214,11 @@ def warn_late_params(
                     "Create layers in __init__; widths are in student.feat_dim and teachers[i].feat_dim.")
 
 def fit(
-    phase:Phase, cfg:Config,
-    acc,            # The run's accelerator
-    run=None,       # Run folder: checkpoints, rows, resume
-    callbacks=(),   # Called with each epoch's row
+    phase:Phase,
+    ctx:RunContext, # Its run folder (checkpoints, rows, resume) may be None
 )->FitResult: # The modules in `phase.keep` hold the *last* weights; `.state` the selected ones
     "The only loop"
+    cfg, acc, run = ctx.cfg, ctx.acc, ctx.run
     ckpt = PhaseCheckpoint(run, phase.name)
     state, done = ckpt.load()
     fitted = FitResult(**state['fitted']) if state else FitResult()
@@ -251,7 +249,7 @@ def fit(
         step, sums = 0, None
         log.info(f"{phase.name} {epoch + 1}/{phase.epochs}  " +
                  '  '.join(f'{k} {x:.4g}' for k, x in row.items() if isinstance(x, float) and k != 'lr'))
-        for cb in callbacks: cb(row)
+        for cb in ctx.callbacks: cb(row)
         save(epoch + 1, done=epoch + 1 == phase.epochs)
     unprepare(phase.objective)
     acc._models.clear(); acc._optimizers.clear()               # accelerate would keep every phase's networks and moments

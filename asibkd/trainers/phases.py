@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['loss_fault', 'checked_loss', 'DistilStep', 'log_shapes', 'AdaptStep', 'FinetuneStep', 'validator', 'to_device',
-           'train_loader', 'teacher_fns', 'finetune', 'synergy_answers', 'synergy_validator', 'open_for_adaptation',
-           'adapt_phase', 'adapt', 'distil']
+           'train_loader', 'teacher_fns', 'finetune', 'synergy_validator', 'open_for_adaptation', 'adapt_phase',
+           'adapt', 'distil']
 
 # %% ../../nbs/06_trainers/01_phases.ipynb #6c2766ad
 from typing import Callable
@@ -14,13 +14,12 @@ import torch
 from torch import nn
 
 from ..core.config import Config, RunError, log
-from ..core.runtime import eval_mode
+from ..core.runtime import RunContext
 from ..data.batches import make_loader
 from ..models.cache import LiveTeacher, get_teacher_fn, maybe_compile
-from ..data.images import Data
 from ..distil.losses import ce_loss, kd_loss
 from ..distil.methods import Method, weighted
-from ..distil.metrics import accuracy, nll, predict
+from ..distil.metrics import accuracy, collect_logits, nll
 from .loop import FitResult, Phase, fit, restore, snapshot
 
 # %% ../../nbs/06_trainers/01_phases.ipynb #a36808a3
@@ -115,39 +114,40 @@ def validator(
 )->Callable: # () → dict(val_acc, val_nll[, oracle])
     "Validation of one model"
     def run():
-        with eval_mode(model):
-            z, y = predict(lambda b: model(b.x)['logit'], loader.epoch(0), acc.autocast)
-            v = dict(val_acc=accuracy(z, y), val_nll=nll(z, y))
-            if test is not None:
-                v['oracle'] = accuracy(*predict(lambda b: model(b.x)['logit'], test.epoch(0), acc.autocast))
+        z, y = collect_logits(dict(model=model), loader, autocast=acc.autocast)
+        v = dict(val_acc=accuracy(z['model'], y), val_nll=nll(z['model'], y))
+        if test is not None:
+            z, y = collect_logits(dict(model=model), test, autocast=acc.autocast)
+            v['oracle'] = accuracy(z['model'], y)
         return v
     return run
 
 # %% ../../nbs/06_trainers/01_phases.ipynb #07a71353
-def to_device(cfg:Config, acc, *modules):
+def to_device(ctx:RunContext, *modules):
     "Move modules to the run's device and memory format"
+    cfg, acc = ctx.cfg, ctx.acc
     last = cfg.channels_last == '1' or cfg.channels_last == 'auto' and acc.device.type in ('cpu', 'cuda')
     for m in modules:
         m.to(acc.device)
         if last: m.to(memory_format=torch.channels_last)
 
-def train_loader(cfg:Config, data:Data, name:str, acc):
+def train_loader(ctx:RunContext, name:str):
     "Shuffled training images for phase A or B"
-    mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill)
-    return make_loader(cfg, data, 'train', name, mix=mix, device=acc.device, recycle=cfg.cache_views)
+    mix = (ctx.cfg.mixup_alpha, ctx.cfg.cutmix_alpha_distill)
+    return make_loader(ctx.cfg, ctx.data, 'train', name, mix=mix, device=ctx.acc.device, recycle=ctx.cfg.cache_views)
 
-def teacher_fns(loader, cfg:Config, acc, method:Method)->Callable: # Teacher → what answers this loader's batches for it
-    "Who answers in a phase: teachers, or their tables"
-    return lambda t: get_teacher_fn(t, loader, cfg, acc.mixed_precision, method.needs_maps)
+def teacher_fns(loader, ctx:RunContext, method:Method)->Callable: # Teacher → function of this loader's batches
+    "Where a phase's teacher outputs come from: the teachers, or their caches"
+    return lambda t: get_teacher_fn(t, loader, ctx.cfg, ctx.acc.mixed_precision, method.needs_maps)
 
 def finetune(
     model,             # A wrapped teacher, open
-    data:Data, cfg:Config, acc,
-    run=None, name='teacher1', callbacks=(),
+    ctx:RunContext, name='teacher1',
     loader=None,       # Another one than the shuffled training images
 )->FitResult: # The model holds its validation-selected weights
     "Cross-entropy (or CutMix) for `finetune_epochs`; the selected epoch's weights are put back"
-    to_device(cfg, acc, model)
+    cfg, data, acc = ctx.cfg, ctx.data, ctx.acc
+    to_device(ctx, model)
     alpha = cfg.finetune_cutmix_alpha or (1. if cfg.finetune_use_cutmix else 0.)
     loader = loader or make_loader(cfg, data, 'train', f'finetune-{name}', mix=(0., alpha), device=acc.device)
     phase = Phase(f'finetune-{name}', FinetuneStep(model, cfg),
@@ -155,31 +155,22 @@ def finetune(
                   loader, cfg.finetune_epochs,
                   validator(model, make_loader(cfg, data, 'val', 'val', device=acc.device), acc),
                   dict(model=model), kind='finetune')
-    f = fit(phase, cfg, acc, run, callbacks)
+    f = fit(phase, ctx)
     restore(phase.keep, f.state)
     return f
 
 # %% ../../nbs/06_trainers/01_phases.ipynb #273b460c
-def synergy_answers(
-    synergy, student, asks,  # In evaluation mode; `asks` answer batches for the teachers
-)->Callable: # Batch → dict(logit, open_logit, average, recon, mu, logvar, share, student)
-    "Everything the bridge says about a batch"
-    def ask(b):
-        s = student(b.x)
-        o = synergy(s, [a(b) for a in asks])
-        return dict({k: o[k] for k in ('logit', 'open_logit', 'average', 'recon', 'mu', 'logvar', 'share')},
-                    student=s['logit'])
-    return ask
-
 def synergy_validator(obj:AdaptStep, loader, acc, tau, ask=LiveTeacher)->Callable:
     "Validation of the bridge: NLL against the plain average, and how well it rebuilds that average"
-    asks = [ask(t) for t in obj.teachers]
+    names = [f'teacher{i + 1}' for i in range(len(obj.teachers))]
+    models = dict(zip(names, obj.teachers)) | dict(student=obj.student)
+    fns = {n: ask(t) for n, t in zip(names, obj.teachers)}
     syn, known = obj.method.synergy, getattr(obj.method, 'known', None)
+    def extra(outs, o): return dict(average=o['average'], recon=o['recon'])
     cols = slice(None) if known is None else known.cpu()                                   # as the method itself compares
     def run():
-        with eval_mode(obj):
-            o, y = predict(synergy_answers(syn, obj.student, asks), loader.epoch(0), acc.autocast)
-        return dict(val_acc=accuracy(o['open_logit'], y), val_nll=nll(o['open_logit'], y),
+        o, y = collect_logits(models, loader, syn, names, 'student', fns, acc.autocast, extra)
+        return dict(val_acc=accuracy(o['synergy_open'], y), val_nll=nll(o['synergy_open'], y),
                     val_avg_acc=accuracy(o['average'], y), val_avg_nll=nll(o['average'], y),
                     val_recon=kd_loss(o['recon'][:, cols], o['average'][:, cols], tau).item())
     return run
@@ -193,35 +184,37 @@ def open_for_adaptation(teachers, method:Method)->bool: # Do the teachers themse
     return False
 
 def adapt_phase(
-    student, teachers, method:Method, data:Data, cfg:Config, acc, stage:int,
+    student, teachers, method:Method, ctx:RunContext, stage:int,
     name=None, loader=None,   # Default A<stage>, and the shuffled training images
 )->Phase:
     "Phase A of one stage as data"
+    cfg, data, acc = ctx.cfg, ctx.data, ctx.acc
     method.prepare('A'); moves = open_for_adaptation(teachers, method)
     name, distil = name or f'A{stage + 1}', cfg.bridge_objective == 'distil'
     own = [p for t in teachers for p in t.model.parameters()]
     new = [*method.parameters(), *(p for t in teachers if t.adapter is not None for p in t.adapter.parameters())]
-    loader, val = loader or train_loader(cfg, data, name, acc), make_loader(cfg, data, 'val', 'val', device=acc.device)
-    obj = AdaptStep(student, teachers, method, teacher_fns(loader, cfg, acc, method))
+    loader, val = loader or train_loader(ctx, name), make_loader(cfg, data, 'val', 'val', device=acc.device)
+    obj = AdaptStep(student, teachers, method, teacher_fns(loader, ctx, method))
     keep = dict(method=method,
                 **{f'teacher{i + 1}': t for i, t in enumerate(teachers) if moves or t.adapter is not None})
     return Phase(name, obj,
                  [dict(params=own, lr=cfg.teacher_lr, weight_decay=cfg.teacher_weight_decay),
                   dict(params=new, lr=cfg.teacher_lr*cfg.mbm_lr_factor, weight_decay=0.)],
                  loader, cfg.teacher_adapt_epochs,
-                 synergy_validator(obj, val, acc, cfg.tau_start, teacher_fns(val, cfg, acc, method)), keep, select='val_recon' if distil else 'val_nll', best='min', optimizer='adam',
+                 synergy_validator(obj, val, acc, cfg.tau_start, teacher_fns(val, ctx, method)), keep, select='val_recon' if distil else 'val_nll', best='min', optimizer='adam',
                  kind='A', stage=stage,
                  offset=stage*cfg.teacher_adapt_epochs, total=cfg.num_stages*cfg.teacher_adapt_epochs)
 
 # %% ../../nbs/06_trainers/01_phases.ipynb #381992e9
 def adapt(
-    student, teachers, method:Method, data:Data, cfg:Config, acc, run=None, stage=0, callbacks=(),
+    student, teachers, method:Method, ctx:RunContext, stage=0,
     name=None, loader=None,   # As in `adapt_phase`
 )->dict: # What the gate saw and decided
     "Phase A of one stage, with its gate"
-    phase = adapt_phase(student, teachers, method, data, cfg, acc, stage, name, loader)
+    cfg = ctx.cfg
+    phase = adapt_phase(student, teachers, method, ctx, stage, name, loader)
     before, came = snapshot(phase.keep), phase.validate()
-    f = fit(phase, cfg, acc, run, callbacks)
+    f = fit(phase, ctx)
     restore(phase.keep, f.state)
     now = f.best
     opens = not cfg.synergy_gate or now['val_nll'] < came['val_avg_nll']
@@ -237,27 +230,28 @@ def adapt(
 
 # %% ../../nbs/06_trainers/01_phases.ipynb #c5e566cd
 def distil(
-    student, teachers, method:Method, data:Data, cfg:Config, acc,
-    run=None, stage=0,
+    student, teachers, method:Method,
+    ctx:RunContext,
+    stage=0,
     stages=1,            # How many phases like this one the run has
     epochs=None,         # Of this phase; default student_epochs_per_stage
     name=None,           # Default B<stage>
-    callbacks=(),
     loader=None,         # Another one than the shuffled training images
     stepped=None,        # Called after every step
     keep=None,           # {name: module} that also changes
 )->FitResult:
     "One phase of teaching the student"
+    cfg, data, acc = ctx.cfg, ctx.data, ctx.acc
     name, epochs = name or f'B{stage + 1}', epochs or cfg.student_epochs_per_stage
     method.prepare('B')
     for t in teachers: t.eval()
-    loader = loader or train_loader(cfg, data, f'B{stage + 1}', acc)
+    loader = loader or train_loader(ctx, f'B{stage + 1}')
     test = make_loader(cfg, data, 'test', 'test', device=acc.device) if cfg.report_oracle else None
-    phase = Phase(name, DistilStep(student, teachers, method, cfg.debug_verbose, teacher_fns(loader, cfg, acc, method)),
+    phase = Phase(name, DistilStep(student, teachers, method, cfg.debug_verbose, teacher_fns(loader, ctx, method)),
                   [dict(params=[*student.parameters(), *method.parameters()], lr=cfg.student_lr,
                         weight_decay=cfg.student_weight_decay)],
                   loader, epochs,
                   validator(student, make_loader(cfg, data, 'val', 'val', device=acc.device), acc, test),
                   dict(student=student, method=method) | (keep or {}), kind='B', stage=stage,
                   offset=stage*epochs, total=stages*epochs, span=not cfg.lr_restart, stepped=stepped)
-    return fit(phase, cfg, acc, run, callbacks)
+    return fit(phase, ctx)
