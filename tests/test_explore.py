@@ -139,7 +139,7 @@ def executed(run, monkeypatch):
 def test_a_continual_run_has_its_own_screen(tmp_path, monkeypatch):
     "No dead screens above it, and nothing went wrong"
     import json
-    row = lambda k: dict(key=k, role=f'student: {k}', learned_with='9 kept images', params=9, **dict.fromkeys(('val_acc', 'ACC', 'AIA', 'BWT', 'forgetting', 'task_ACC'), .5))
+    row = lambda k: dict(key=k, role='student', memory='replay', memory_items=9, params=9, **dict.fromkeys(('val_acc', 'ACC', 'AIA', 'BWT', 'forgetting', 'task_ACC'), .5))
     R = dict(class_il=[[.98], [.5, .9]], task_il=[[1.], [1., 1.]])
     s = dict(kind='cl', method='asib', seed=1, tasks=[['a', 'b'], ['c', 'd']], composition=[[5, 5, 0, 0], [3, 3, 2, 2]], rows=[row('er'), row('asib')], R=dict(er=R, asib=R))
     d = tmp_path/'results'/'cl'; d.mkdir(parents=True)

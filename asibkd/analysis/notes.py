@@ -7,22 +7,22 @@ __all__ = ['WARNINGS', 'TERMINAL_WARNINGS', 'UNSAID', 'main_row', 'run_sentence'
            'warn_untrained', 'warn_gate', 'gate_lines', 'warn_oracle', 'warn_no_baseline', 'warn_seed', 'warnings_of',
            'verdict_lines', 'cl_text', 'run_text']
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #c089dd0f
+# %% ../../nbs/09_analysis/02_notes.ipynb #6cc374ef
 from pathlib import Path
 
 from .cl import explain_cl, leak_note, r_rows
 from .tables import (
     baselines_ahead, is_cl, joined, keeps_text, result_rows, show_table, supervision_text)
-from ..trainers.build import near_chance
+from ..core.config import near_chance
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #1f2b995a
+# %% ../../nbs/09_analysis/02_notes.ipynb #55f9fa55
 def main_row(
     s:dict, # summary.json
 )->dict:
     "The row of the run's own method"
     return next(r for r in s['rows'] if r['key'] == s['method'])
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #3cd888bb
+# %% ../../nbs/09_analysis/02_notes.ipynb #884d6dc7
 def run_sentence(
     s:dict, # summary.json
 )->str:
@@ -37,7 +37,7 @@ def run_sentence(
                 f"{supervision_text(row)}, from {keeps_text(row)} beside the images of each task: {end}")
     return f"{start} by {s['method']}, {_teachers_clause(s)}{_target_clause(row)}: {end}"
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #98cab047
+# %% ../../nbs/09_analysis/02_notes.ipynb #bc852c82
 def _teachers_clause(s:dict)->str:
     "'whose teachers were resnet20 and resnet14'"
     teachers = [r['model'] for r in s['rows'] if r['role'] == 'teacher' and '~' not in r['key']]
@@ -50,7 +50,7 @@ def _target_clause(row:dict)->str:
     target = supervision_text(row)
     return '' if target.startswith('teacher') else f' (target: {target})'
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #bb8a043f
+# %% ../../nbs/09_analysis/02_notes.ipynb #70b6b6fe
 def warn_behind(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -64,14 +64,14 @@ def warn_behind(
         return f"{s['method']} is BELOW {s['baseline']} by {-100*d['diff']:.2f} points, counted image by image."
     return ''
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #80abeec5
+# %% ../../nbs/09_analysis/02_notes.ipynb #affa7c8a
 def warn_leak(
     s:dict, # summary.json
 )->str: # A sentence, or ''
     "A teacher saw classes that were still to come"
     return leak_note(s)
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #6830baf8
+# %% ../../nbs/09_analysis/02_notes.ipynb #88b5e7d0
 def is_noise(
     row:dict,     # Row of a teacher
     source:str,   # Where its weights are from
@@ -80,15 +80,14 @@ def is_noise(
     "Is the teacher untrained, or hardly above chance on the test images?"
     return source == 'untrained' or near_chance(row['test_acc_val_selected'], n_class)
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #188c41d4
+# %% ../../nbs/09_analysis/02_notes.ipynb #316f55f8
 def warn_untrained(
     s:dict, # summary.json
 )->str: # A sentence, or ''
     "A teacher at chance teaches noise"
     low = []
     for r in s['rows']:
-        source = s.get('weights', {}).get(r['key'], {})
-        source = source if isinstance(source, str) else source.get('source', 'adapted')    # SHIM
+        source = s.get('weights', {}).get(r['key'], {}).get('source', 'adapted')
         if r['role'] == 'teacher' and is_noise(r, source, s['n_class']):
             low.append(f"{r['key']} ({r['model']}, {source}, {100*r['test_acc_val_selected']:.1f} % on the test images)")
     if not low:
@@ -96,7 +95,7 @@ def warn_untrained(
     return (f"UNTRAINED TEACHER, or one hardly above chance ({100/s['n_class']:.1f} %): {joined(low)}. Its logits are noise. "
             "Fine-tune it (finetune_epochs) or give it weights.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #bb5e3a2e
+# %% ../../nbs/09_analysis/02_notes.ipynb #b00cb233
 def warn_gate(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -108,7 +107,7 @@ def warn_gate(
     return (f"The synergy gate was CLOSED in {joined(closed)} ({len(closed)} of {len(gates)}): on validation images the "
             "bridge's logits were no better than the teachers' plain average, so the student was trained on the average there.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #323ba80e
+# %% ../../nbs/09_analysis/02_notes.ipynb #7d033f05
 def gate_lines(
     s:dict, # summary.json
 )->list: # A line a stage
@@ -120,7 +119,7 @@ def gate_lines(
                    f"(validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})")
     return out
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #83e9d761
+# %% ../../nbs/09_analysis/02_notes.ipynb #0e182b05
 def warn_oracle(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -132,7 +131,7 @@ def warn_oracle(
     return (f"ORACLE GAP: choosing the epoch on the test set would have shown {100*oracle:.2f} % for {s['method']} instead of "
             f"{100*chosen:.2f} % ({100*(oracle - chosen):+.2f} points). The column 'test % (oracle)' is no result.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #a8a0afb7
+# %% ../../nbs/09_analysis/02_notes.ipynb #344a329c
 def warn_no_baseline(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -141,14 +140,14 @@ def warn_no_baseline(
         return ''
     return "NO BASELINE was run (compare=0): whether the method helped cannot be seen here."
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #6daf49d2
+# %% ../../nbs/09_analysis/02_notes.ipynb #459b48b7
 def warn_seed(
     s:dict, # summary.json
 )->str:
     "A single seed"
     return f"ONE SEED ({s['seed']}): what another would give is not known. `asibkd loop` runs several and gives intervals."
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #92d7d489
+# %% ../../nbs/09_analysis/02_notes.ipynb #2b01b9c6
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_baseline, warn_seed)
 TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle)   # what neither the verdict nor `explain_cl` says
 UNSAID = TERMINAL_WARNINGS    # SHIM
@@ -160,7 +159,7 @@ def warnings_of(
     "Everything a reader of this run has to beware of"
     return [text for warn in which if (text := warn(s))]
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #b75a28dd
+# %% ../../nbs/09_analysis/02_notes.ipynb #6486a04b
 def verdict_lines(
     s:dict, # summary.json
 )->list: # of sentences; [] for a run without a verdict
@@ -172,7 +171,7 @@ def verdict_lines(
                 f"[{100*o['low']:+.2f}, {100*o['high']:+.2f}]")
     return [s['verdict'], *map(line, s.get('differences', ()))]
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #46204fa0
+# %% ../../nbs/09_analysis/02_notes.ipynb #1027544f
 def cl_text(
     s:dict, # summary.json of a continual run
 )->str:
@@ -181,7 +180,7 @@ def cl_text(
     tables = [f"\nR, {name}, {s['method']} (per cent):\n{show_table(r_rows(s, which=k))}" for k, name in kinds.items()]
     return '\n'.join([explain_cl(s), *tables])
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #22ec8c63
+# %% ../../nbs/09_analysis/02_notes.ipynb #3cb8ea1b
 def run_text(
     s:dict, # summary.json; with `run`, its folder, it ends with where everything is
 )->str:

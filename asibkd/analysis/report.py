@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..distil import asmb, crd, multi, single    # they register their methods
 from .tables import MEASURES, cell, effective_config, joined, load_config, load_metrics, load_summary, result_table, sees_all_data
-from .compare import (collect, compare_notes, compare_runs, judged, measure_of, paired, plot_compare, usual_baseline, win_table)
+from .compare import (collect, compare_notes, compare_runs, outcome, main_measure, paired, plot_compare, default_baseline, win_table)
 from .notes import run_sentence, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
 from .cl import newest_wins, plot_forgetting, plot_memory, plot_R, r_table
 from ..cl.methods import cl_methods
@@ -34,7 +34,7 @@ from ..core.runtime import atomic_write
 # %% ../../nbs/09_analysis/06_report.ipynb #19bb1e6c
 def asked_for(c:dict)->dict:
     "config.json as it was asked for, before a run settled what `auto` and the like mean"
-    return {k: v for k, v in (c | c.get('_requested', {})).items() if k not in ('_requested', 'user_code', 'own', 'kind')}
+    return {k: v for k, v in (c | c.get('_requested', {})).items() if k not in ('_requested', 'user_code', 'kind')}
 
 def typed(c:dict)->dict:
     "What has to be given so that the presets and it resolve to these parameters"
@@ -52,7 +52,7 @@ def package_method(c:dict)->type|None:
 def command_of(c:dict)->str:
     "The command that repeats a run; in Python where objects were given that no command can name"
     given = typed(c); call = f"run_experiment({', '.join(f'{k}={v!r}' for k, v in given.items())}"
-    own = '+'.join(o for o in (c.get('user_code') or c.get('own') or '').split('+') if o and not o.startswith('code:'))       # a method's code is no object
+    own = '+'.join(o for o in (c.get('user_code') or '').split('+') if o and not o.startswith('code:'))       # a method's code is no object
     if own: return f"{call}, …)   # and the modules and data you gave: {own}"
     if not (package_method(c) or c.get('plugin')): return f'{call})   # where the method is registered'
     word = lambda v: 'none' if v is None else str(int(v)) if isinstance(v, bool) else ','.join(map(str, v)) if isinstance(v, list) else str(v)
@@ -63,7 +63,7 @@ def config_parts(c:dict)->tuple:
     "Two parts: parameters that differ from the defaults, without what a method that has no bridge never reads; and all"
     cls = package_method(c)
     unread = fields_read_by('bridge') if cls and not cls.adapts else ()
-    c = {k: v for k, v in c.items() if k not in ('_requested', 'user_code', 'own', 'kind')}
+    c = {k: v for k, v in c.items() if k not in ('_requested', 'user_code', 'kind')}
     known = {k: f for k, f in Config.model_fields.items()}
     usual = json.loads(Config(preset='none').model_dump_json())
     show = lambda v: '' if v is None else ', '.join(map(str, v)) if isinstance(v, list) else str(v)
@@ -229,13 +229,13 @@ def compare_warnings(
     runs:pd.DataFrame,  # From `collect`
 )->list: # of sentences
     "What a reader of a comparison has to beware of"
-    by, summaries = measure_of(runs), [load_summary(r) for r in runs.run.unique()]
+    by, summaries = main_measure(runs), [load_summary(r) for r in runs.run.unique()]
     whole = {r['key'] for s in summaries for r in s['rows'] if sees_all_data(r)}
     acc = {label: g.set_index('seed')[by] for label, g in runs.groupby('label', sort=False)}
     ours, out = [k for k in acc if k.split()[0] in OURS], []
     for a in ours:
         for b in (k for k in acc if k not in ours and k.split()[0] not in whole):
-            m, half, n = paired(acc[a], acc[b]); word = judged(m, half, n)
+            m, half, n = paired(acc[a], acc[b]); word = outcome(m, half, n)
             sure = 'one common seed' if n == 1 else word if 'same' in word else f'± {half:.2f} over {n} common seeds' + ('' if word == 'worse' else f', {word}')
             if m < 0: out.append(f'{a} is BELOW {b} by {-m:.2f} points ({sure}): it did not help here.')
     for w in (warn_leak, warn_untrained, warn_gate, warn_oracle):
@@ -261,19 +261,19 @@ def run_list(
     beside, # Folder of the page
 )->dict:
     "Every student that was counted, with a link to its run's own report where there is one"
-    by = measure_of(runs)
+    by = main_measure(runs)
     t = runs[['label', 'seed', by, 'run']].rename(columns={by: MEASURES['cl' if by == 'ACC' else 'distil'][by]}).round(2)
     pages = [Path(r)/'report.html' for r in runs.run]
     return table(t, 'Every student that was counted', links=[quote(Path(relpath(p, beside)).as_posix()) if p.exists() else '' for p in pages])
 
 def compare_page(
     runs,         # From `collect`, or a folder
-    baseline='',  # Label that the others are compared with; '' = `usual_baseline`
+    baseline='',  # Label that the others are compared with; '' = `default_baseline`
     beside='.',   # Folder of the page: where links to the runs' own reports start
 )->dict: # As `render` takes it
     "What the report of a comparison says"
     runs = runs if isinstance(runs, pd.DataFrame) else collect(runs)
-    base, cl, seeds = baseline or usual_baseline(runs), 'ACC' in runs, sorted(runs.seed.unique())
+    base, cl, seeds = baseline or default_baseline(runs), 'ACC' in runs, sorted(runs.seed.unique())
     t, c = compare_runs(runs, base), [load_config(r) for r in runs.run.unique()]
     verdict, who = compare_verdict(t, base, cl), joined(t.method)
     curves = 'task by task, on the classes seen' if cl else 'epoch by epoch, on the validation images'

@@ -23,7 +23,7 @@ from .fisher import EWC, SI, check_ewc, fisher_diag
 from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import KDModel, spread_classes
 from ..distil.losses import certainty_weights
-from .memory import Balanced, Buffer, Mixed, Replay, join
+from .memory import Balanced, Buffer, Replay, join
 from ..distil.methods import with_method_defaults
 from ..distil.metrics import accuracy, collect_logits
 from ..trainers.phases import adapt, distil, finetune, to_device
@@ -57,15 +57,15 @@ def check_cl(
     if c.cl_mask in ('ace', 'separated') and c.label_smoothing:
         raise ConfigError(f"cl_mask={c.cl_mask} closes classes, label_smoothing gives every class a share: set label_smoothing=0.")
     if c.cl_mask == 'separated' and cls.fills_early: raise ConfigError(f"cl_mask=separated: {key} replays the task's own images among the old ones, which it would close. Use ace.")
-    if c.cl_mask in ('ace', 'separated') and cls.by_means: raise ConfigError(f"cl_mask={c.cl_mask}: {key} has no softmax to close classes in. Use seen or full.")
+    if c.cl_mask in ('ace', 'separated') and cls.classifies_by_means: raise ConfigError(f"cl_mask={c.cl_mask}: {key} has no softmax to close classes in. Use seen or full.")
     if key == 'si' and c.grad_clip_norm: raise ConfigError("grad_clip_norm with cl_method=si: the path integral needs the gradient as it is. Set it to 0.")
-    if typed := [k for k in cls.deaf if getattr(cfg, k)]: raise ConfigError(f"{typed[0]}={getattr(cfg, typed[0])}: {key} has no such term. Leave it out, or use another cl_method.")
+    if typed := [k for k in cls.unused_weights if getattr(cfg, k)]: raise ConfigError(f"{typed[0]}={getattr(cfg, typed[0])}: {key} has no such term. Leave it out, or use another cl_method.")
     if cfg.finetune_ckpt1 or cfg.finetune_ckpt2: raise ConfigError("finetune_ckpt1/2 with cl_mode=1: teachers change from task to task. Start them from teacher1_ckpt=… instead.")
 
-    if c.store != 'student' and not cls.synergises: raise ConfigError(f"store={c.store}: {key} has no synergy; use store=student.")
+    if c.store != 'student' and not cls.makes_synergy: raise ConfigError(f"store={c.store}: {key} has no synergy; use store=student.")
     if not (roles or cls.teachers_used == 'none'): raise ConfigError(f"cl_teachers='': {key} needs teachers, e.g. expert+snapshot.")
     if roles and cls.teachers_used == 'none' and cfg.cl_teachers: raise ConfigError(f"cl_teachers={cfg.cl_teachers}: {key} asks no teacher. Use asib or avgz.")
-    if roles and cls.plain is not None and key in ('lwf', 'icarl') and roles != ['snapshot']:
+    if roles and cls.without_teachers is not None and key in ('lwf', 'icarl') and roles != ['snapshot']:
         raise ConfigError(f"cl_teachers={c.cl_teachers}: {key} asks the snapshot. Use asib or avgz for other teachers.")
     return c
 
@@ -78,11 +78,11 @@ def leak_of(
     "What a teacher may know about classes to come"
     if not spec.ckpt: return 'unknown' if spec.pretrained or not isinstance(spec.arch, str) else ''
     if (card := read_card(spec.ckpt)) is None: return 'unknown'
-    future = [c for c in stream.data.classes[stream.seen(0):] if c in card['classes']]
+    future = [c for c in stream.data.classes[stream.n_seen(0):] if c in card['classes']]
     if not future: return ''
     if not cfg.allow_leak:
         raise CheckpointError(f"{spec.name}: '{spec.ckpt}' was trained on {', '.join(future[:5])}{', …' if len(future) > 5 else ''}, "
-                              f"which the student meets only after task 1 ({', '.join(stream.data.classes[:stream.seen(0)])}). "
+                              f"which the student meets only after task 1 ({', '.join(stream.data.classes[:stream.n_seen(0)])}). "
                               "It would teach the future. Use other weights, or allow_leak=1 (the result row will say so).")
     return 'yes'
 
@@ -90,7 +90,7 @@ def first_teacher(
     spec:TeacherSpec, stream:Stream, cfg:Config,
 )->tuple: # (wrapped teacher with a head for task 1, does it come with weights?)
     "A teacher as it is before task 1"
-    n1, card = stream.seen(0), read_card(spec.ckpt) if spec.ckpt else None
+    n1, card = stream.n_seen(0), read_card(spec.ckpt) if spec.ckpt else None
     names = card['classes'] if card else stream.data.classes[:n1]
     alone = replace(spec, ckpt='', save_to='', search_default=False, classes=None)              # checkpoints/{type}_ft.pth knows all classes
     is_module, state = isinstance(spec.arch, nn.Module), load_weights(spec.ckpt) if spec.ckpt else None
@@ -156,14 +156,14 @@ class Learner:
         for s in self.taught_by() + ([] if student is None and not (cfg.student_ckpt or cfg.student_pretrained) else
                                      [TeacherSpec('student', cfg.student_type if student is None else student, cfg.student_ckpt, cfg.student_pretrained)]):
             self.out.leak = max(self.out.leak, leak_of(s, stream, cfg))                # refused here, before anything is trained
-        if self.cls.by_means and self.memory.capacity < d.n_class:
+        if self.cls.classifies_by_means and self.memory.capacity < d.n_class:
             raise ConfigError(f"replay_capacity={cfg.replay_capacity}: {key} classifies by the means of kept images and needs at least one of each of {d.n_class} classes.")
         self.student = build_student(self.cfg, d, copy.deepcopy(student))
         grow_head(self.student, self.width(0), cfg.seed, 'student', keep=False)
         self.untrained = copy.deepcopy(self.student)
         to_device(ctx, self.student, self.untrained)
 
-    def width(self, t)->int: "Rows of the student's head in task `t`"; return len(self.stream.data.classes) if self.cfg.cl_mask == 'full' else self.stream.seen(t)
+    def width(self, t)->int: "Rows of the student's head in task `t`"; return len(self.stream.data.classes) if self.cfg.cl_mask == 'full' else self.stream.n_seen(t)
     def data(self, t)->Data: return self.stream.until(t) if self.cls.cumulative else self.stream.task(t)
     def taught_by(self)->list: "Specs of the teachers that are asked"; return self.specs if 'generic' in self.roles else self.specs[:1] if 'expert' in self.roles else []
     def balanced(self, t, what, mix=(0., 0.))->Balanced:
@@ -186,7 +186,7 @@ def _cast(self:Learner, t:int)->tuple: # (teachers, their roles)
     grow_head(self.student, self.width(t), self.cfg.seed, 'student', t)
     who = []
     for r in self.roles:
-        if r == 'snapshot' and snapshot is not None: who.append((limit_to_seen(snapshot, self.stream.seen(t - 1), self.width(t)), r))
+        if r == 'snapshot' and snapshot is not None: who.append((limit_to_seen(snapshot, self.stream.n_seen(t - 1), self.width(t)), r))
         if r == 'ema' and t:
             who.append((freeze_all(copy.deepcopy(self.student)), r)); who[-1][0].changes_each_step = True      # after every step
         if r in ('expert', 'generic'): who += [(self.school(t, i, r), r) for i in range(1 if r == 'expert' else len(self.specs))]
@@ -200,14 +200,14 @@ def _school(self:Learner, t:int, i:int, role:str)->KDModel:
         self.teachers[name] = first_teacher(spec, self.stream, c)
     m, has_weights = self.teachers[name]
     m.columns = None
-    grow_head(m, self.stream.seen(t), c.seed, name, t)
+    grow_head(m, self.stream.n_seen(t), c.seed, name, t)
     if role == 'generic' and (t or has_weights): apply_freeze(m, level=0, freeze_bn=True)
     else: m.requires_grad_(True); m.frozen_modules = set()
     if c.finetune_epochs:
         ld = self.balanced(t, name, (0., c.finetune_cutmix_alpha or (1. if c.finetune_use_cutmix else 0.)))
         finetune(m, self.ctx.but(data=self.with_memory(t)), self.task_name(t, name), ld)
         self.out.cost['teacher_images'] += len(ld)*ld.batch_size*c.finetune_epochs
-    return limit_to_seen(freeze_all(m), self.stream.seen(t), self.width(t))
+    return limit_to_seen(freeze_all(m), self.stream.n_seen(t), self.width(t))
 
 Learner.cast, Learner.school = _cast, _school
 
@@ -215,11 +215,11 @@ Learner.cast, Learner.school = _cast, _school
 def _teach(self:Learner, t:int, teachers, roles):
     "Fit the bridge, then teach the student; returns the method"
     c, cls = self.cfg, self.cls
-    if not teachers and cls.teachers_used != 'none': cls = cls.plain
+    if not teachers and cls.teachers_used != 'none': cls = cls.without_teachers
     now = TaskContext(t, self.stream.classes(t).start, roles, self.ewc, self.si)
     with forked_rng(c.seed, 'init', self.key, t): method = cls(c, self.student, teachers, self.params, now)
     to_device(self.ctx, method)
-    seen = self.with_memory(t, None if c.bridge_objective == 'distil' else method.known)     # labels judge a bridge on classes its teachers know
+    seen = self.with_memory(t, None if c.bridge_objective == 'distil' else method.known_columns)     # labels judge a bridge on classes its teachers know
     if cls.adapts and c.teacher_adapt_epochs and len(seen.val):
         for m in teachers:
             if m.adapter is not None: m.adapter.requires_grad_(True)
@@ -228,7 +228,7 @@ def _teach(self:Learner, t:int, teachers, roles):
         self.out.cost['bridge_images'] += (n := len(ld)*ld.batch_size*c.teacher_adapt_epochs)
         self.out.cost['teacher_forwards'] += n*len(teachers)
         freeze_all(*teachers)
-    own = len(self.stream.classes(t))/self.stream.seen(t) if cls.fills_early else 0.
+    own = len(self.stream.classes(t))/self.stream.n_seen(t) if cls.fills_early else 0.
     ld = Replay(self.data(t), self.memory, c.batch_size, c.replay_ratio, own, seed=c.seed, phase=f't{t + 1}-B', device=self.acc.device,
                 data_aug=c.data_aug, num_workers=c.num_workers)
     emas = [m for m, r in zip(teachers, roles) if r == 'ema']
@@ -252,20 +252,20 @@ Learner.teach, Learner.follow = _teach, _follow
 # %% ../../nbs/07_cl/05_learner.ipynb #00bda5a8
 def _consolidate(self:Learner, t:int, method):
     "Anchor the weights that mattered; a λ that must diverge is refused now"
-    method.consolidate(); self.si = method.now.si
+    method.after_task(); self.si = method.task.si
     c, last = self.cfg, t + 1 == len(self.stream)
     if not c.lambda_ewc or last: return
     ds, gen = self.data(t).train, generator(c.seed, 'fisher', t)
     pos = torch.randperm(len(ds), generator=gen)[:c.fisher_n]
     x = normalise(ds.images(pos, self.acc.device), self.stream.data.mean, self.stream.data.std)
-    self.ewc.consolidate(self.student.model, fisher_diag(self.student.model, x, c.fisher, ds.y[pos], gen, self.stream.seen(t)))
+    self.ewc.consolidate(self.student.model, fisher_diag(self.student.model, x, c.fisher, ds.y[pos], gen, self.stream.n_seen(t)))
     check_ewc(self.ewc, c.lambda_ewc, c)
 
 def _remember(self:Learner, t:int, method, teachers):
     "Offer the task's images to the memory, with the logits they have now"
     if not self.memory.capacity: return
     c, data = self.cfg, self.data(t)
-    syn, makes = getattr(method, 'synergy', None), method.synergises and bool(teachers)
+    syn, makes = getattr(method, 'synergy', None), method.makes_synergy and bool(teachers)
     names = [f'teacher{i}' for i in range(len(teachers))] if makes else []
     def extra(outs, s): return dict(feature=outs['student']['feat_2d']) | ({} if s is None else dict(logvar=s['logvar']))
     o, _ = collect_logits(dict(student=self.student) | dict(zip(names, teachers)), self.eval_loader(data.train, data),
@@ -273,9 +273,9 @@ def _remember(self:Learner, t:int, method, teachers):
     if makes and syn is None: o['synergy'] = o['average']
     if makes: self.out.cost['teacher_forwards'] += len(data.train)*len(teachers)
     names = dict(synergy=['synergy'], student=['student'], both=['synergy', 'student'])[c.store]
-    k = self.width(t) if c.store == 'student' else self.stream.seen(t)       # a head that is whole has an opinion on classes to come
-    if makes and method.known is not None:                                      # what no teacher knows, the student says
-        other = torch.ones(o['student'].shape[1], dtype=torch.bool); other[method.known.cpu()] = False
+    k = self.width(t) if c.store == 'student' else self.stream.n_seen(t)       # a head that is whole has an opinion on classes to come
+    if makes and method.known_columns is not None:                                      # what no teacher knows, the student says
+        other = torch.ones(o['student'].shape[1], dtype=torch.bool); other[method.known_columns.cpu()] = False
         o['synergy'] = torch.where(other, o['student'], o['synergy'])
     sets = torch.stack([o.get(n, o['student'])[:, :k] for n in names], 1)
     self.memory.add(data.train, t, k, sets, certainty_weights(o['logvar']) if 'logvar' in o else None, o['feature'])
@@ -292,7 +292,7 @@ def _features(self:Learner)->dict: # {label: (n, D)}
 
 def _ask(self:Learner, ds:ImageSet, data:Data, method, teachers=())->tuple: # ({name: (N, K)}, labels)
     "Everybody's logits on some images, in float32"
-    teachers = {f'{r}{i}': m for i, (r, m) in enumerate(zip(method.now.roles, teachers), 1)}
+    teachers = {f'{r}{i}': m for i, (r, m) in enumerate(zip(method.task.roles, teachers), 1)}
     syn = getattr(method, 'synergy', None) if teachers else None
     def student(b):
         s = self.student(b.x)
@@ -304,12 +304,12 @@ def _ask(self:Learner, ds:ImageSet, data:Data, method, teachers=())->tuple: # ({
 def _examine(self:Learner, t:int, method, teachers):
     "Both rows of R, and what teachers and synergy know"
     data, o = self.stream.until(t), self.out
-    if method.by_means: method.examine(self._features())
+    if method.classifies_by_means: method.set_class_means(self._features())
     z, y = self.ask(data.test, data, method, teachers)
     a, b = task_accuracies(z['student'], y, self.stream, t); o.class_il.append(a); o.task_il.append(b)
-    o.others.append({k: accuracy(v[:, :self.stream.seen(t)], y) for k, v in z.items()})
-    seen = z['student'][:, :self.stream.seen(t)]
-    o.final, o.sure = seen.argmax(1).tolist(), [] if method.by_means else seen.softmax(1).amax(1).tolist()
+    o.others.append({k: accuracy(v[:, :self.stream.n_seen(t)], y) for k, v in z.items()})
+    seen = z['student'][:, :self.stream.n_seen(t)]
+    o.final, o.sure = seen.argmax(1).tolist(), [] if method.classifies_by_means else seen.softmax(1).amax(1).tolist()
     z, y = self.ask(data.val, data, method)
     o.val_class_il.append(task_accuracies(z['student'], y, self.stream, t)[0])
     o.composition.append(torch.bincount(self.memory.y, minlength=len(self.stream.data.classes)).tolist() if len(self.memory) else [])
@@ -347,7 +347,7 @@ def _load(self:Learner)->int: # The task to begin with
         m.load_state_dict(s[k])
     for k, o in s['teachers'].items():
         m = first_teacher(self.specs[int(k.removeprefix('expert').removeprefix('generic')) - 1], self.stream, self.cfg)[0]
-        grow_head(m, self.stream.seen(t)).load_state_dict(o['state']); self.teachers[k] = (m, o['has'])
+        grow_head(m, self.stream.n_seen(t)).load_state_dict(o['state']); self.teachers[k] = (m, o['has'])
     self.memory.load(s['memory']); self.ewc.load(s['ewc'], self.acc.device); self.out = CLResult(**s['out'])
     if s['si'] is not None: self.si = SI(self.student.model, self.cfg.si_c, self.cfg.si_xi); self.si.load_state_dict(s['si'])
     self.run.n_rows = s['rows']      # rows of the phases begun since are kept or cut by `fit`, which knows how far they came

@@ -4,231 +4,349 @@
 
 # %% auto #0
 __all__ = ['cl_methods', 'TaskContext', 'register_cl_method', 'list_cl_methods', 'check_cl_method', 'mean_over', 'CLMethod',
-           'Plain', 'register_weights', 'SynapticIntelligence', 'LwF', 'ICaRL', 'FirstICaRL', 'AverageCL', 'ASIBCL']
+           'SharedTerms', 'register_weights', 'SynapticIntelligence', 'LwF', 'ICaRL', 'FirstICaRL', 'AverageCL',
+           'ASIBCL']
 
 # %% ../../nbs/07_cl/04_methods.ipynb #d1374204
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.config import Config, ConfigError, method_params, unknown_name
 from .fisher import EWC, SI
+from ..core.config import Config, Registry, method_params
 from ..core.runtime import FOREIGN
-from ..distil.losses import ce_loss, kd_loss, upcast
 from ..distil.asmb import ASMB
-from ..distil.methods import AvgZ, Method, check_class, check_name, check_params, with_method_defaults, weighted
+from ..distil.losses import ce_loss, kd_loss, upcast
+from ..distil.methods import AvgZ, Method, check_class, check_name, check_params, weighted
 
 # %% ../../nbs/07_cl/04_methods.ipynb #95505876
 @dataclass
 class TaskContext:
     "What a method knows about the task it is in"
-    task:int = 0                            # Counted from 0
-    lo:int = 0                              # First label of the task
-    roles:tuple = ()                        # Of the teachers, in their order: 'expert', 'generic', 'snapshot', 'ema'
+    index:int = 0                           # Counted from 0
+    first_label:int = 0                     # Labels below are of earlier tasks
+    roles:tuple = ()                        # Of the teachers: 'expert', 'generic', 'snapshot', 'ema'
     ewc:EWC = field(default_factory=EWC)    # Anchors of past tasks
     si:SI|None = None                       # Importance gathered so far
 
-cl_methods:dict[str, type] = {}
+# %% ../../nbs/07_cl/04_methods.ipynb #bf17bf77
+cl_methods = Registry('cl_method')
 
 def register_cl_method(
     name:str=None, # As `cl_method=` takes it
-    params=None,   # Its own parameters, a pydantic model
+    params=None,   # The method's parameters, a pydantic model
 ):
     "Class decorator; registering a name of your own again replaces it"
-    check_name('cl_method', name); check_params(name, params)
-    def _reg(cls):
-        check_class(name, cls, cl_methods, ('cfg', 'student', 'teachers', 'params', 'now'))
+    check_name('cl_method', name)
+    check_params(name, params)
+    def register(cls):
+        check_class(name, cls, cl_methods, ('cfg', 'student', 'teachers', 'params', 'task'))
         cl_methods[name] = cls
         method_params.pop(f'cl:{name}', None)
-        if params is not None: method_params[f'cl:{name}'] = params
+        if params is not None:
+            method_params[f'cl:{name}'] = params
         return cls
-    return _reg
+    return register
 
-def list_cl_methods()->list: "Names `cl_method=` takes"; return sorted(cl_methods)
+# %% ../../nbs/07_cl/04_methods.ipynb #827a1e39
+def list_cl_methods()->list:
+    "Names `cl_method=` takes"
+    return cl_methods.names()
 
+# %% ../../nbs/07_cl/04_methods.ipynb #64224ade
 def check_cl_method(name:str)->type:
     "The class of that name; unknown names are refused with the nearest"
-    if name not in cl_methods: raise unknown_name('cl_method', name, cl_methods)
-    return cl_methods[name]
+    return cl_methods.find(name)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #6880c288
 def mean_over(
-    v:Tensor,  # (B,) one number a sample
-    m:Tensor,  # (B,) bool
+    v:Tensor,     # (B,) one number a sample
+    mask:Tensor,  # (B,) bool
 )->Tensor:
     "Mean of the chosen samples; 0 where there are none"
-    return (v*m).sum()/m.sum().clamp_min(1)
+    return (v*mask).sum()/mask.sum().clamp_min(1)
 
+# %% ../../nbs/07_cl/04_methods.ipynb #5890227a
 class CLMethod(Method):
     "Base of every continual method: the shared terms, weighted by `defaults`"
-    rehearses = True        # Has a memory
-    fills_early = False     # The memory already holds images of the task while it is learnt
-    cumulative = False      # A new student for every task, on everything so far (joint)
-    plain = None            # The class that stands in while there is no teacher (first task, snapshot only)
-    by_means = False        # Is examined by its memory's features: `examine` gets them
-    synergises = False      # Makes logits of its own from its teachers', which a memory may keep
-    deaf = ()               # Weights it has no term for: typing one is refused
-    defaults = Method.defaults | dict(ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
-                                      cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='herding', store='student')
+    rehearses = True                # Has a memory
+    fills_early = False             # The memory already holds images of the task while it is learnt
+    cumulative = False              # A new student for every task, on everything so far (joint)
+    without_teachers = None         # The class that is used while there is no teacher (first task, snapshot only)
+    classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
+    makes_synergy = False           # Makes logits from its teachers', which a memory may store
+    unused_weights = ()             # Weights it has no term for: giving one is refused
+    defaults = Method.defaults | dict(
+        ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
+        cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='herding', store='student')
 
-    def __init__(self, cfg:Config, student, teachers, params=None, now:TaskContext=None):
+    def __init__(self, cfg:Config, student, teachers, params=None, task:TaskContext=None):
         super().__init__(cfg, student, teachers, params)
-        self.now, self.net = now or TaskContext(), [student.model]      # in a list: not this method's parameters
-        cols = [t.columns for t in teachers]
-        self.known = None if not cols or any(c is None for c in cols) else torch.cat(cols).unique()      # columns some teacher knows
-
-    def seen_by(self, z:Tensor, fresh:Tensor)->Tensor:
-        "Logits as each image's cross-entropy sees them: classes that `cl_mask` closes to it are out"
-        mask, lo = self.cfg.cl_mask, self.now.lo
-        if mask in ('full', 'seen') or lo == 0: return z
-        old = torch.arange(z.shape[1], device=z.device) < lo
-        closed = fresh[:, None] & old
-        if mask == 'separated': closed = closed | (~fresh[:, None] & ~old)
-        return z.masked_fill(closed, FOREIGN)
+        self.task = task or TaskContext()
+        self.net = [student.model]              # in a list: not this method's parameters
+        columns = [t.columns for t in teachers]
+        all_known = not columns or any(c is None for c in columns)
+        # columns of the classes that some teacher knows; None = all
+        self.known_columns = None if all_known else torch.cat(columns).unique()
+        self.known = self.known_columns         # the name until 06_trainers reads `known_columns`
 
     def kd_term(self, z_s, z_t, when, weight=None, columns=None, reduction='mean')->Tensor:
-        "The KD term, on the classes some teacher knows: a snapshot is not to say that an image is of no new class"
-        if columns is None: columns = self.known
+        "The KD term, on the classes that some teacher knows: a snapshot must not rule out new classes"
+        columns = self.known_columns if columns is None else columns
         return super().kd_term(z_s, z_t, when, weight, columns, reduction)
 
-    def stored_distance(self, z:Tensor, batch)->Tensor: # (B,); 0 for new images
-        "D(student's first K_s columns, stored logits), averaged over the stored sets"
-        known = torch.arange(z.shape[1], device=z.device) < batch.known[:, None]
-        stored = F.pad(batch.stored, (0, z.shape[1] - batch.stored.shape[2]))
-        if self.cfg.cl_der_loss == 'mse':
-            return (((z[:, None] - stored)**2*known[:, None]).sum(2)/batch.known.clamp_min(1)[:, None]).mean(1)
-        zs = torch.where(known, z, FOREIGN)
-        return torch.stack([kd_loss(zs, torch.where(known, t, FOREIGN), self.cfg.tau_start, reduction='none') for t in stored.unbind(1)]).mean(0)
+# %% ../../nbs/07_cl/04_methods.ipynb #41ed7ae2
+@patch
+def masked_logits(
+    self:CLMethod,
+    z:Tensor,       # (B, K)
+    is_new:Tensor,  # (B,)
+)->Tensor: # (B, K) with closed classes at `FOREIGN`, whose softmax is 0
+    "Logits as each image's cross-entropy sees them"
+    mask, lo = self.cfg.cl_mask, self.task.first_label
+    if mask in ('full', 'seen') or lo == 0:
+        return z
+    old = torch.arange(z.shape[1], device=z.device) < lo
+    closed = is_new[:, None] & old
+    if mask == 'separated':
+        closed = closed | (~is_new[:, None] & ~old)
+    return z.masked_fill(closed, FOREIGN)
 
-    def after_step(self): "Called after every step of the optimiser"
-    def consolidate(self): "Called when the task is over"
-
-    def predict(self, s_out:dict)->Tensor: "What the student is examined by"; return s_out['logit']
-    def examine(self, features): "Called before an examination, with {label: (n, D) features of its memory items}"
-
-# %% ../../nbs/07_cl/04_methods.ipynb #0f5ac8e0
-def _base_terms(self:CLMethod, batch, s_out, kd=None)->dict: # name → (weight, term)
-    "All shared terms that have a weight; a method of chapter 5 below asks for this in place of its own"
-    c, z, fresh, terms = self.cfg, upcast(s_out['logit']), batch.fresh, {}
-    if c.ce_alpha > 0:
-        ce = ce_loss(self.seen_by(z, fresh), batch.y, c.label_smoothing, reduction='none')
-        terms['ce'] = (c.ce_alpha, mean_over(ce, fresh))
-        if batch.stored is not None and c.cl_replay_ce > 0: terms['ce_old'] = (c.ce_alpha*c.cl_replay_ce, mean_over(ce, ~fresh))
-    if c.kd_alpha > 0 and kd is not None: terms['kd'] = (c.kd_alpha, kd())
-    if c.cl_der_alpha > 0 and batch.stored is not None:
-        d = self.stored_distance(z, batch)
-        if c.use_certainty_weight: d = d*batch.certainty/mean_over(batch.certainty, ~fresh).clamp_min(1e-6)
-        terms['der'] = (c.cl_der_alpha, mean_over(d, ~fresh))
-    if c.lambda_ewc > 0 and self.now.ewc.anchors: terms['ewc'] = (c.lambda_ewc, self.now.ewc.penalty(self.net[0]))
+# %% ../../nbs/07_cl/04_methods.ipynb #c4c011d8
+@patch
+def ce_terms(self:CLMethod, z:Tensor, batch)->dict: # name → (weight, term)
+    "Cross-entropy of new and of replayed images, each averaged over its own"
+    c = self.cfg
+    if c.ce_alpha <= 0:
+        return {}
+    ce = ce_loss(self.masked_logits(z, batch.is_new), batch.y, c.label_smoothing, reduction='none')
+    terms = dict(ce=(c.ce_alpha, mean_over(ce, batch.is_new)))
+    if batch.stored is not None and c.cl_replay_ce > 0:
+        terms['ce_old'] = (c.ce_alpha*c.cl_replay_ce, mean_over(ce, ~batch.is_new))
     return terms
 
-CLMethod.base_terms = _base_terms
+# %% ../../nbs/07_cl/04_methods.ipynb #5a008309
+@patch
+def stored_distance(self:CLMethod, z:Tensor, batch)->Tensor: # (B,); 0 for new images
+    "D(student's first K_s columns, stored logits), averaged over the stored sets"
+    seen = torch.arange(z.shape[1], device=z.device) < batch.n_seen[:, None]
+    stored = F.pad(batch.stored, (0, z.shape[1] - batch.stored.shape[2]))
+    if self.cfg.cl_der_loss == 'mse':
+        n = batch.n_seen.clamp_min(1)[:, None]
+        return (((z[:, None] - stored)**2*seen[:, None]).sum(2)/n).mean(1)
+    z = torch.where(seen, z, FOREIGN)
+    sets = [torch.where(seen, t, FOREIGN) for t in stored.unbind(1)]
+    return torch.stack([kd_loss(z, t, self.cfg.tau_start, reduction='none') for t in sets]).mean(0)
 
-class Plain(CLMethod):
+# %% ../../nbs/07_cl/04_methods.ipynb #c51e28de
+@patch
+def stored_terms(self:CLMethod, z:Tensor, batch)->dict: # name → (weight, term)
+    "Replayed images' distance to their stored logits; certain ones count more (`use_certainty_weight`)"
+    c = self.cfg
+    if c.cl_der_alpha <= 0 or batch.stored is None:
+        return {}
+    d, old = self.stored_distance(z, batch), ~batch.is_new
+    if c.use_certainty_weight:
+        d = d*batch.certainty/mean_over(batch.certainty, old).clamp_min(1e-6)
+    return dict(der=(c.cl_der_alpha, mean_over(d, old)))
+
+# %% ../../nbs/07_cl/04_methods.ipynb #d26ee1f0
+@patch
+def ewc_terms(self:CLMethod)->dict: # name → (weight, term)
+    "The penalty for moving weights that matter, once there is an anchor"
+    if self.cfg.lambda_ewc <= 0 or not self.task.ewc.anchors:
+        return {}
+    return dict(ewc=(self.cfg.lambda_ewc, self.task.ewc.penalty(self.net[0])))
+
+# %% ../../nbs/07_cl/04_methods.ipynb #0f5ac8e0
+@patch
+def base_terms(
+    self:CLMethod,
+    batch,         # A `ReplayBatch`
+    s_out:dict,    # The student's output
+    kd=None,       # () → the KD term, of a method of chapter 5
+)->dict: # name → (weight, term)
+    "All shared terms that have a weight"
+    z, terms = upcast(s_out['logit']), {}
+    terms |= self.ce_terms(z, batch)
+    if self.cfg.kd_alpha > 0 and kd is not None:
+        terms['kd'] = (self.cfg.kd_alpha, kd())
+    return terms | self.stored_terms(z, batch) | self.ewc_terms()
+
+# %% ../../nbs/07_cl/04_methods.ipynb #c57f48da
+@patch
+def after_task(self:CLMethod):
+    "Called when the task is over"
+
+# %% ../../nbs/07_cl/04_methods.ipynb #25ecc338
+@patch
+def predict(self:CLMethod, s_out:dict)->Tensor: # (B, K)
+    "The logits by which the student is evaluated"
+    return s_out['logit']
+
+# %% ../../nbs/07_cl/04_methods.ipynb #dc38f1d3
+class SharedTerms(CLMethod):
     "The shared terms and nothing else"
     teachers_used = 'none'
-    deaf = ('kd_alpha', 'cl_old_kd')
-    def loss(self, batch, s_out, t_outs, when): return weighted(**self.base_terms(batch, s_out))
+    unused_weights = ('kd_alpha', 'cl_old_kd')
 
-CLMethod.plain = Plain
+    def loss(self, batch, s_out, t_outs, when):
+        return weighted(**self.base_terms(batch, s_out))
+
+CLMethod.without_teachers = SharedTerms
 
 # %% ../../nbs/07_cl/04_methods.ipynb #d923734d
-def register_weights(name:str, about:str, rehearses=True, cumulative=False, fills_early=False, **weights):
+def register_weights(
+    name:str,           # As `cl_method=` takes it
+    about:str,          # One line, the class's docstring
+    rehearses=True,     # Has a memory
+    cumulative=False,   # A new student for every task, on everything so far
+    fills_early=False,  # Replays images of the current task, too
+    **weights,          # Of the shared terms
+)->type:
     "Register a method that is a choice of weights"
-    deaf = Plain.deaf + (() if rehearses else ('cl_der_alpha', 'cl_replay_ce')) + (('lambda_ewc',) if cumulative else ())
-    cls = type(name, (Plain,), dict(__doc__=about, deaf=deaf, rehearses=rehearses, cumulative=cumulative, fills_early=fills_early, defaults=Plain.defaults | weights))
-    return register_cl_method(name)(cls)
+    unused = list(SharedTerms.unused_weights)
+    if not rehearses:
+        unused += ['cl_der_alpha', 'cl_replay_ce']
+    if cumulative:
+        unused += ['lambda_ewc']
+    traits = dict(__doc__=about, unused_weights=tuple(unused), rehearses=rehearses, cumulative=cumulative,
+                  fills_early=fills_early, defaults=SharedTerms.defaults | weights)
+    return register_cl_method(name)(type(name, (SharedTerms,), traits))
 
+# %% ../../nbs/07_cl/04_methods.ipynb #7ade5084
 register_weights('naive', "Each task as if there were no other", rehearses=False)
-register_weights('joint', "A new student on everything so far: the upper bound", rehearses=False, cumulative=True)
+register_weights('joint', "A new student on everything so far: the upper bound",
+                 rehearses=False, cumulative=True)
 register_weights('er', "Experience replay: new and kept images")
-register_weights('er_ace', "Replay; new images leave old classes alone (Caccia et al. 2022)", cl_mask='ace', fills_early=True)
-register_weights('der', "Replay of logits (Buzzega et al. 2020)", cl_replay_ce=0., cl_der_alpha=.5, cl_mask='full')
-register_weights('derpp', "Replay of logits and labels (Buzzega et al. 2020)", cl_replay_ce=1., cl_der_alpha=.05, cl_mask='full')
-register_weights('ewc', "Elastic weight consolidation, online (Schwarz et al. 2018)", rehearses=False, lambda_ewc=.4)
+register_weights('er_ace', "Replay; new images leave old classes alone (Caccia et al. 2022)",
+                 cl_mask='ace', fills_early=True)
+register_weights('der', "Replay of logits (Buzzega et al. 2020)",
+                 cl_replay_ce=0., cl_der_alpha=.5, cl_mask='full')
+register_weights('derpp', "Replay of logits and labels (Buzzega et al. 2020)",
+                 cl_replay_ce=1., cl_der_alpha=.05, cl_mask='full')
+register_weights('ewc', "Elastic weight consolidation, online (Schwarz et al. 2018)",
+                 rehearses=False, lambda_ewc=.4)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #de496e97
 @register_cl_method('si')
-class SynapticIntelligence(Plain):
+class SynapticIntelligence(SharedTerms):
     "Synaptic intelligence (Zenke et al. 2017)"
-    rehearses, deaf = False, Plain.deaf + ('cl_der_alpha', 'cl_replay_ce')
-    def __init__(self, cfg, student, teachers, params=None, now=None):
-        super().__init__(cfg, student, teachers, params, now)
-        self.si = SI(student.model, cfg.si_c, cfg.si_xi, self.now.si)
+    rehearses = False
+    unused_weights = SharedTerms.unused_weights + ('cl_der_alpha', 'cl_replay_ce')
+
+    def __init__(self, cfg, student, teachers, params=None, task=None):
+        super().__init__(cfg, student, teachers, params, task)
+        self.si = SI(student.model, cfg.si_c, cfg.si_xi, self.task.si)
 
     def loss(self, batch, s_out, t_outs, when):
         terms = self.base_terms(batch, s_out)
-        if self.now.task and self.cfg.si_c > 0: terms['si'] = (self.cfg.si_c, self.si.penalty())
+        if self.task.index and self.cfg.si_c > 0:
+            terms['si'] = (self.cfg.si_c, self.si.penalty())
         return weighted(**terms)
 
-    def after_step(self): self.si.stepped()
-    def consolidate(self): self.now.si = self.si.consolidate()
+    def after_step(self):
+        self.si.after_step()
+
+    def after_task(self):
+        self.task.si = self.si.consolidate()
 
 # %% ../../nbs/07_cl/04_methods.ipynb #15ca36bb
 @register_cl_method('lwf')
 class LwF(CLMethod):
     "Learning without forgetting"
-    rehearses, deaf = False, ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
+    rehearses = False
+    unused_weights = ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1.)
+
     def loss(self, batch, s_out, t_outs, when):
         terms = self.base_terms(batch, s_out)
-        if self.cfg.cl_old_kd > 0: terms['old_kd'] = (self.cfg.cl_old_kd, self.teacher_kd(s_out, t_outs[0], when))
+        if self.cfg.cl_old_kd > 0:
+            terms['old_kd'] = (self.cfg.cl_old_kd, self.teacher_kd(s_out, t_outs[0], when))
         return weighted(**terms)
 
+# %% ../../nbs/07_cl/04_methods.ipynb #b9029b60
 @register_cl_method('icarl')
 class ICaRL(CLMethod):
     "Incremental classifier and representation learning: exemplars by herding, nearest mean of exemplars"
-    by_means, deaf = True, ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
+    classifies_by_means = True
+    unused_weights = ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., replay_policy='herding')
 
-    def __init__(self, cfg, student, teachers, params=None, now=None):
-        super().__init__(cfg, student, teachers, params, now)
-        self.means = None
+    def __init__(self, cfg, student, teachers, params=None, task=None):
+        super().__init__(cfg, student, teachers, params, task)
+        self.means = None      # label → (D,), of length 1
 
-    def loss(self, batch, s_out, t_outs, when):
-        z, lo = upcast(s_out['logit']), self.now.lo
-        bce = F.binary_cross_entropy_with_logits
-        terms = dict(bce=(self.cfg.ce_alpha, bce(z[:, lo:], F.one_hot(batch.y, z.shape[1])[:, lo:].to(z.dtype), reduction='none').sum(1).mean()))
-        if t_outs: terms['old_kd'] = (self.cfg.cl_old_kd, bce(z[:, :lo], upcast(t_outs[0]['logit'])[:, :lo].sigmoid(), reduction='none').sum(1).mean())
-        if self.cfg.lambda_ewc > 0 and self.now.ewc.anchors: terms['ewc'] = (self.cfg.lambda_ewc, self.now.ewc.penalty(self.net[0]))
-        return weighted(**terms)
+class FirstICaRL(ICaRL):
+    "The first task, without a snapshot"
+    teachers_used = 'none'
 
-    def examine(self, features):
-        self.means = {c: F.normalize(F.normalize(f, dim=1).mean(0), dim=0) for c, f in features.items()}
+ICaRL.without_teachers = FirstICaRL
 
-    def predict(self, s_out):
-        "Minus the distance to each class mean; a class the memory holds nothing of cannot be answered"
-        f = F.normalize(upcast(s_out['feat_2d']), dim=1)
-        z = f.new_full((len(f), s_out['logit'].shape[1]), float('-inf'))
-        for c, m in self.means.items(): z[:, c] = -(f - m.to(f.device)).norm(dim=1)
-        return z
+# %% ../../nbs/07_cl/04_methods.ipynb #045fcacb
+@patch
+def loss(self:ICaRL, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
+    "Binary cross-entropy: labels for the new classes, the snapshot's outputs for the old ones"
+    def bce(z, target):
+        return F.binary_cross_entropy_with_logits(z, target, reduction='none').sum(1).mean()
+    c, z, lo = self.cfg, upcast(s_out['logit']), self.task.first_label
+    labels = F.one_hot(batch.y, z.shape[1]).to(z.dtype)
+    terms = dict(bce=(c.ce_alpha, bce(z[:, lo:], labels[:, lo:])))
+    if t_outs:
+        target = upcast(t_outs[0]['logit'])[:, :lo].sigmoid()
+        terms['old_kd'] = (c.cl_old_kd, bce(z[:, :lo], target))
+    return weighted(**terms, **self.ewc_terms())
 
-class FirstICaRL(ICaRL): "The first task, without a snapshot"; teachers_used = 'none'
-ICaRL.plain = FirstICaRL
+# %% ../../nbs/07_cl/04_methods.ipynb #e2c5da7f
+@patch
+def set_class_means(
+    self:ICaRL,
+    features:dict,   # label → (n, D) features of the memory's items
+):
+    "The mean direction of each class's exemplars"
+    self.means = {c: F.normalize(F.normalize(f, dim=1).mean(0), dim=0) for c, f in features.items()}
+
+# %% ../../nbs/07_cl/04_methods.ipynb #070e8ae8
+@patch
+def predict(self:ICaRL, s_out:dict)->Tensor: # (B, K)
+    "Minus the distance to each class mean; a class without exemplars cannot be predicted"
+    f = F.normalize(upcast(s_out['feat_2d']), dim=1)
+    z = f.new_full((len(f), s_out['logit'].shape[1]), float('-inf'))
+    for c, mean in self.means.items():
+        z[:, c] = -(f - mean.to(f.device)).norm(dim=1)
+    return z
 
 # %% ../../nbs/07_cl/04_methods.ipynb #12066221
 @register_cl_method('avgz')
 class AverageCL(CLMethod, AvgZ):
     "Replay, and the plain average of the teachers' logits: what the bridge has to beat"
-    synergises, deaf = True, ('cl_old_kd',)
+    makes_synergy = True
+    unused_weights = ('cl_old_kd',)
     defaults = CLMethod.defaults | dict(kd_alpha=1., cl_teachers='snapshot', cl_mask='full', cl_der_alpha=.1)
 
+# %% ../../nbs/07_cl/04_methods.ipynb #27ebad26
 @register_cl_method('asib')
 class ASIBCL(CLMethod, ASMB):
     "Replay, and the synergy of the task's teachers through the bottleneck"
-    synergises = True
+    makes_synergy = True
     defaults = AverageCL.defaults | dict(cl_old_kd=1.)
 
-    def synergy_ce(self, z, batch):
+    def synergy_ce(self, z, batch)->Tensor:
         "On the images and in the columns of classes that some teacher knows"
-        if self.known is None: return super().synergy_ce(z, batch)
-        at = torch.searchsorted(self.known, batch.y).clamp_max(len(self.known) - 1)
-        return mean_over(ce_loss(z[:, self.known], at, self.cfg.label_smoothing, reduction='none'), self.known[at] == batch.y)
+        known = self.known_columns
+        if known is None:
+            return super().synergy_ce(z, batch)
+        at = torch.searchsorted(known, batch.y).clamp_max(len(known) - 1)
+        ce = ce_loss(z[:, known], at, self.cfg.label_smoothing, reduction='none')
+        return mean_over(ce, known[at] == batch.y)
 
-    def adapt_terms(self, syn, t_outs, when):
+    def adapt_terms(self, syn, t_outs, when)->dict: # name → (weight, term)
         "λ_old τ² KL(snapshot's old columns ‖ synergy's old columns)"
-        if self.cfg.cl_old_kd == 0 or 'snapshot' not in self.now.roles: return {}
-        old = t_outs[self.now.roles.index('snapshot')]
-        return dict(old_kd=(self.cfg.cl_old_kd, self.kd_term(syn['open_logit'], old['logit'].detach(), when, columns=old['columns'])))
+        if self.cfg.cl_old_kd == 0 or 'snapshot' not in self.task.roles:
+            return {}
+        old = t_outs[self.task.roles.index('snapshot')]
+        kd = self.kd_term(syn['open_logit'], old['logit'].detach(), when, columns=old['columns'])
+        return dict(old_kd=(self.cfg.cl_old_kd, kd))

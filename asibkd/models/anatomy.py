@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['meta_copy', 'ModuleCall', 'record_calls', 'find_logits', 'logits_of', 'trace_meta', 'trace_blank', 'trace',
-           'MapReader', 'map_reader', 'named_heads', 'has_params', 'find_heads', 'head_input', 'called_children',
-           'find_units', 'has_matrix', 'ends_by_size', 'repeated_modules', 'ends_by_layer', 'find_block_ends',
-           'Anatomy', 'number_blocks', 'listed_blocks', 'last_map', 'anatomy']
+           'MapReader', 'map_reader', 'has_weights', 'named_heads', 'find_heads', 'head_input', 'called_children',
+           'find_units', 'ends_by_size', 'repeated_modules', 'ends_by_layer', 'find_block_ends', 'Anatomy',
+           'number_blocks', 'listed_blocks', 'last_map', 'anatomy']
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #cddbab88
+# %% ../../nbs/02_models/01_anatomy.ipynb #9a6d2ee4
 import copy, math
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from torch import nn
 from ..core.config import ConfigError
 from ..core.runtime import forked_rng
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #ee76e915
+# %% ../../nbs/02_models/01_anatomy.ipynb #e5483a57
 def meta_copy(
     model:nn.Module, # Stays as it is
 )->nn.Module: # On the meta device, in evaluation mode
@@ -29,7 +29,7 @@ def meta_copy(
     memo |= {id(b): b.detach().to('meta') for b in model.buffers()}
     return copy.deepcopy(model, memo).eval()
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #3e37ada2
+# %% ../../nbs/02_models/01_anatomy.ipynb #70344ba7
 @dataclass
 class ModuleCall:
     "One call of one module"
@@ -39,7 +39,7 @@ class ModuleCall:
     inp: object = None  # First argument
     out: object = None  # Return value
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #74042918
+# %% ../../nbs/02_models/01_anatomy.ipynb #fd8f0b23
 def record_calls(
     model:nn.Module,
     x, # One batch
@@ -58,7 +58,7 @@ def record_calls(
     finally:
         for h in hooks: h.remove()
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #b62bae5c
+# %% ../../nbs/02_models/01_anatomy.ipynb #4f71a00f
 def find_logits(
     out, # What a model returned
 ):  # A tensor, or None
@@ -71,7 +71,7 @@ def find_logits(
         return next((o for o in out if torch.is_tensor(o) and o.ndim == 2), None)
     return out
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #add18da1
+# %% ../../nbs/02_models/01_anatomy.ipynb #a269d3a7
 def logits_of(
     out,      # What a model returned
     name='',  # Of the model, for the error
@@ -86,7 +86,7 @@ def logits_of(
     raise ConfigError(f"Model '{name}' returned {kind}; expected logits of shape (batch, classes), "
                       "or a dict with a 'logits' entry. Wrap it in a module that returns them.")
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #79f08a21
+# %% ../../nbs/02_models/01_anatomy.ipynb #3b5c57ba
 def trace_meta(
     model:nn.Module,
     img_size:int, # Pixels
@@ -99,7 +99,7 @@ def trace_meta(
             return logits_of(out), calls
         except Exception: continue   # it cannot be copied, needs numbers, or is not made for this size
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #1a3dd606
+# %% ../../nbs/02_models/01_anatomy.ipynb #6c1cc705
 def trace_blank(
     model:nn.Module,
     img_size:int, # Pixels
@@ -121,7 +121,7 @@ def trace_blank(
         for m, mode in modes.items(): m.training = mode
     return logits_of(out, name), calls
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #97acbcb7
+# %% ../../nbs/02_models/01_anatomy.ipynb #4ed36d9c
 def trace(
     model:nn.Module,
     img_size=32, # Pixels
@@ -131,7 +131,7 @@ def trace(
     "Record one forward pass of `model`, without changing it"
     return trace_meta(model, img_size, in_chans) or trace_blank(model, img_size, in_chans, name)
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #a1590398
+# %% ../../nbs/02_models/01_anatomy.ipynb #4d5e6549
 @dataclass
 class MapReader:
     "Where a feature map is found, and how it is read"
@@ -154,7 +154,7 @@ class MapReader:
         h = max(1, round(math.sqrt(t.shape[1]*x.shape[-2]/x.shape[-1])))
         return t.transpose(1, 2).reshape(len(t), -1, h, t.shape[1]//h)
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #009b0c0b
+# %% ../../nbs/02_models/01_anatomy.ipynb #c291b4ab
 def map_reader(
     call:ModuleCall, # Of a single image
     prefix=None,     # Tokens that are no patch, where the model says so
@@ -170,7 +170,15 @@ def map_reader(
     n_prefix = prefix if fits else s[1] - math.isqrt(s[1])**2
     return MapReader(call.name, 'tokens', s[2], math.isqrt(s[1] - n_prefix), n_prefix, item) if n_prefix <= 8 else None
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #aa230a0d
+# %% ../../nbs/02_models/01_anatomy.ipynb #dd0e5bed
+def has_weights(
+    m:nn.Module,
+    ndim=0, # Of at least so many dimensions: 2 leaves out norms
+)->bool:
+    "Does the module, or one inside it, have such parameters?"
+    return any(p.ndim >= ndim for p in m.parameters())
+
+# %% ../../nbs/02_models/01_anatomy.ipynb #7833407a
 def named_heads(
     model:nn.Module,
     ran:dict, # Module name → its call
@@ -179,15 +187,11 @@ def named_heads(
     heads = model.get_classifier() if hasattr(model, 'get_classifier') else ()
     heads = list(heads) if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
     mods = dict(model.named_modules())
-    names = [n for n, m in mods.items() if any(m is h for h in heads) and n in ran and has_params(m)]
+    names = [n for n, m in mods.items() if any(m is h for h in heads) and n in ran and has_weights(m)]
     takes_feature = all(ran[n].inp.ndim == 2 or isinstance(mods[n], (nn.Linear, nn.Conv2d)) for n in names)
     return names if len(names) == len(heads) and takes_feature else []
 
-def has_params(m:nn.Module)->bool:
-    "Does the module, or one inside it, have parameters?"
-    return any(True for _ in m.parameters())
-
-# %% ../../nbs/02_models/01_anatomy.ipynb #51ea7385
+# %% ../../nbs/02_models/01_anatomy.ipynb #d294bc09
 def find_heads(
     model:nn.Module,
     calls,       # From `trace`
@@ -205,7 +209,7 @@ def find_heads(
     raise ConfigError(f"{type(model).__name__}: no module makes the {n_class} logits. "
                       f"Expected a last nn.Linear or nn.Conv2d with {n_class} outputs; end the model with one.")
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #4fcfbff4
+# %% ../../nbs/02_models/01_anatomy.ipynb #8499fd38
 def head_input(
     head:nn.Module,
     t,             # What the head was given
@@ -214,7 +218,7 @@ def head_input(
     if t.ndim == 2: return t
     return t.flatten(2).mean(-1) if isinstance(head, nn.Conv2d) else t.flatten(1, -2).mean(1)
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #49a7d80d
+# %% ../../nbs/02_models/01_anatomy.ipynb #3d629077
 def called_children(
     ran:dict, # Module name → its first call
 )->dict: # Module name → calls directly below it, in order
@@ -226,7 +230,7 @@ def called_children(
         if c.name: children.setdefault(parent, []).append(c)
     return children
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #77181838
+# %% ../../nbs/02_models/01_anatomy.ipynb #c7935ca7
 def find_units(
     model:nn.Module,
     ran:dict,     # Module name → its first call
@@ -238,7 +242,7 @@ def find_units(
     def sides(name): return {r.side for c in children.get(name, []) if (r := map_reader(c, prefix))}
     def walk(name):
         units, below = [], [c for c in children.get(name, []) if c.name not in heads]
-        weighted = [c.name for c in below if has_params(model.get_submodule(c.name))]
+        weighted = [c.name for c in below if has_weights(model.get_submodule(c.name))]
         for c in below:
             holds_head = any(h.startswith(c.name + '.') for h in heads)
             only_one = weighted == [c.name] and c.name in children
@@ -246,11 +250,7 @@ def find_units(
         return units
     return walk('')
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #70fc8b08
-def has_matrix(m:nn.Module)->bool:
-    "Does the module have a weight with more than one dimension, as a norm has not?"
-    return any(p.ndim > 1 for p in m.parameters())
-
+# %% ../../nbs/02_models/01_anatomy.ipynb #d523a052
 def ends_by_size(
     model:nn.Module,
     units,        # From `find_units`
@@ -265,24 +265,24 @@ def ends_by_size(
         runs[-1].append((c.name, model.get_submodule(c.name)))
     ends = []
     for run in runs:   # it ends with its last container, not with the norm or permutation behind it
-        containers = [n for n, m in run if has_matrix(m) and any(True for _ in m.children())]
-        if any(has_matrix(m) for _, m in run): ends.append(containers[-1] if containers else run[-1][0])
+        containers = [n for n, m in run if has_weights(m, 2) and any(True for _ in m.children())]
+        if any(has_weights(m, 2) for _, m in run): ends.append(containers[-1] if containers else run[-1][0])
     return ends
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #e3aa5af9
+# %% ../../nbs/02_models/01_anatomy.ipynb #a806d1b6
 def repeated_modules(
     model:nn.Module,
 )->list: # Names, in order; empty where nothing is repeated three times
     "The largest group of modules of one class under one parent"
     groups = {}
     for n, m in model.named_modules():
-        if n and has_params(m) and any(True for _ in m.children()):
+        if n and has_weights(m) and any(True for _ in m.children()):
             groups.setdefault((n.rpartition('.')[0], type(m)), []).append((n, m))
     groups = [g for g in groups.values() if len(g) > 2]
     groups.sort(key=lambda g: sum(p.numel() for _, m in g for p in m.parameters()))
     return [n for n, _ in groups[-1]] if groups else []
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #07093c56
+# %% ../../nbs/02_models/01_anatomy.ipynb #5477e527
 def ends_by_layer(
     model:nn.Module,
     units,        # From `find_units`
@@ -293,11 +293,11 @@ def ends_by_layer(
     runs = []
     for c in units:
         m = model.get_submodule(c.name)
-        if has_matrix(m): runs.append([c])
+        if has_weights(m, 2): runs.append([c])
         elif runs and side(runs[-1][-1]) == side(c) and not isinstance(m, nn.Flatten): runs[-1].append(c)
     return [run[-1].name for run in runs]
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #141ae77b
+# %% ../../nbs/02_models/01_anatomy.ipynb #2793de6d
 def find_block_ends(
     model:nn.Module,
     units,        # From `find_units`
@@ -307,7 +307,7 @@ def find_block_ends(
     ends = ends_by_size(model, units, prefix)
     return ends if len(ends) > 1 else repeated_modules(model) or ends_by_layer(model, units, prefix)
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #d37eea76
+# %% ../../nbs/02_models/01_anatomy.ipynb #1a52159e
 @dataclass
 class Anatomy:
     "Where a model keeps its head, blocks and feature maps"
@@ -319,7 +319,7 @@ class Anatomy:
     feat_dims: list       # Widths of what goes into the heads; feat_2d has their sum
     n_class: int
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #5744fcd4
+# %% ../../nbs/02_models/01_anatomy.ipynb #b9a2e8b6
 def number_blocks(
     model:nn.Module,
     ran:dict, # Module name → its first call
@@ -336,7 +336,7 @@ def number_blocks(
         else: block_of[n] = block_of.get(n.rpartition('.')[0], 0) if n else 0
     return block_of
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #07ef7d01
+# %% ../../nbs/02_models/01_anatomy.ipynb #409ac58f
 def listed_blocks(
     model:nn.Module,
     ran:dict,     # Module name → its first call
@@ -350,7 +350,7 @@ def listed_blocks(
     return [n for n in names
             if n in ran and times[n] == 1 and ran[n].end < before and map_reader(ran[n], prefix)]
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #daa9bdee
+# %% ../../nbs/02_models/01_anatomy.ipynb #5bffde4f
 def last_map(
     model:nn.Module,
     calls,         # From `trace`
@@ -369,7 +369,7 @@ def last_map(
         if reader and reader.side == stages[-1].side and not passes_on: late.append(reader)
     return late[-1] if late else None
 
-# %% ../../nbs/02_models/01_anatomy.ipynb #6e2acb56
+# %% ../../nbs/02_models/01_anatomy.ipynb #5ca657b5
 def anatomy(
     model:nn.Module,
     img_size=32, # Pixels

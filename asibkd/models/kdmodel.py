@@ -40,7 +40,7 @@ def capture(
     finally:
         for h in hooks: h.remove()
 
-# %% ../../nbs/02_models/02_kdmodel.ipynb #f500850f
+# %% ../../nbs/02_models/02_kdmodel.ipynb #e8fce727
 def set_dropout(
     model:nn.Module, # Changed in place
     head:str,        # Name of the head
@@ -84,7 +84,7 @@ class KDModel(nn.Module):
         "The modules that make the logits"
         return [self.model.get_submodule(h) for h in self.anatomy.heads]
 
-# %% ../../nbs/02_models/02_kdmodel.ipynb #48b28747
+# %% ../../nbs/02_models/02_kdmodel.ipynb #9d8054cb
 @patch
 def spread(self:KDModel,
     z, # (B, its own classes)
@@ -93,7 +93,7 @@ def spread(self:KDModel,
     if self.columns is None: return z
     return z.new_full((len(z), self.n_class), FOREIGN).index_copy(1, self.columns, z)
 
-# %% ../../nbs/02_models/02_kdmodel.ipynb #2632a736
+# %% ../../nbs/02_models/02_kdmodel.ipynb #96daf58a
 @patch
 def forward(self:KDModel,
     x, # (B, C, H, W) images
@@ -120,7 +120,7 @@ def classify(self:KDModel,
           for h, f in zip(self.heads, feat.split(self.anatomy.feat_dims, 1))]
     return self.spread(zs[0] if len(zs) == 1 else torch.stack(zs).mean(0))
 
-# %% ../../nbs/02_models/02_kdmodel.ipynb #617b06a7
+# %% ../../nbs/02_models/02_kdmodel.ipynb #f9afd0ba
 @patch
 def dry_run(self:KDModel)->dict: # As `forward`; only the shapes count
     "One image of the size it was built for, without arithmetic where the model allows it"
@@ -129,18 +129,19 @@ def dry_run(self:KDModel)->dict: # As `forward`; only the shapes count
         except Exception:   # a model that looks at numbers
             return copy.deepcopy(self).eval()(torch.zeros(1, *self.shape, device=next(self.parameters()).device))
 
-# %% ../../nbs/02_models/02_kdmodel.ipynb #054b00bf
+# %% ../../nbs/02_models/02_kdmodel.ipynb #a9008df9
 @patch
 def stage_shapes(self:KDModel)->list: # [(C, h, w)]
     "Shapes of the intermediate maps"
     return [tuple(s.shape[1:]) for s in self.dry_run()['stages']]
 
+# %% ../../nbs/02_models/02_kdmodel.ipynb #5588ca57
 @patch
 def last_shape(self:KDModel)->tuple: # (C, h, w)
     "Shape of the map in front of the head"
     return tuple(self.dry_run()['feat_4d'].shape[1:])
 
-# %% ../../nbs/02_models/02_kdmodel.ipynb #d699ae4a
+# %% ../../nbs/02_models/02_kdmodel.ipynb #942bcad9
 @patch
 def train(self:KDModel,
     mode=True,
