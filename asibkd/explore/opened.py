@@ -33,7 +33,7 @@ from ..eval.evaluate import load_synergy
 from ..eval.deploy import save_state, save_student, student_card
 from ..analysis.tables import load_summary
 
-# %% ../../nbs/10_explore/00_opened.ipynb #1f21dfce
+# %% ../../nbs/10_explore/00_opened.ipynb #278134f3
 def untrained_networks(
     cfg:Config,  # As `settle_config` returns it
     data:Data,
@@ -49,13 +49,14 @@ def untrained_networks(
         m.eval()
     return teachers, student, synergy
 
-# %% ../../nbs/10_explore/00_opened.ipynb #3e85e746
+# %% ../../nbs/10_explore/00_opened.ipynb #c2fccb9f
 def _untrained_summary(run:Path, cfg:Config, data:Data, teachers:dict, student, synergy)->dict:
     "What summary.json holds, as far as screens read it"
     loader = Loader(data.test, data, 64)
     z, y = collect_logits(teachers | dict(asmb=student), loader, synergy, list(teachers), 'asmb')
-    rows = [dict(key=k, model=k, role=role, val_acc=0., params=1, test_acc_last=0., test_acc_val_selected=accuracy(z[k], y))
-            for k, role in (*((n, 'teacher') for n in teachers), ('synergy', 'ensemble'), ('asmb', 'student'))]
+    roles = dict.fromkeys(teachers, 'teacher') | dict(synergy='ensemble', asmb='student')
+    rows = [dict(key=k, model=k, role=role, val_acc=0., params=1, test_acc_val_selected=accuracy(z[k], y),
+                 test_acc_last=0.) for k, role in roles.items()]
     return dict(exp_id=run.name, kind='distil', method='asmb', dataset=data.name, seed=cfg.seed, rows=rows,
                 images={k: len(getattr(data, k)) for k in ('train', 'val', 'test')},
                 weights=dict.fromkeys(teachers, asdict(WeightsInfo('finetuned'))))
@@ -113,7 +114,7 @@ class FinishedRun:
                 del self.cache[images[0]]
         return self.cache[key]
 
-# %% ../../nbs/10_explore/00_opened.ipynb #aeb7a998
+# %% ../../nbs/10_explore/00_opened.ipynb #ba08d7b9
 def _weights_file(run:Path, spec:TeacherSpec, summary:dict): # '' where a teacher was used as it was built
     "The file with a teacher's weights"
     name, weights = spec.name, summary['weights'][spec.name]
@@ -142,7 +143,7 @@ def _open_teacher(run:Path, spec:TeacherSpec, summary:dict, data:Data, cfg:Confi
     t, _ = build_teacher(plain, data, cfg.model_copy(update=dict(finetune_epochs=1)))
     return load_into(t, load_weights(file), file) if file else t
 
-# %% ../../nbs/10_explore/00_opened.ipynb #df0d58df
+# %% ../../nbs/10_explore/00_opened.ipynb #a9b4d37d
 def _open_student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
     "The student with its selected weights"
     if given is None and not json.loads((run/'student.json').read_text(encoding='utf-8'))['type']:
@@ -150,7 +151,7 @@ def _open_student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
     s = build_student(cfg.model_copy(update=dict(student_ckpt='', student_pretrained=False)), data, given)
     return load_into(s, load_weights(run/'student.safetensors'), run/'student.safetensors')
 
-# %% ../../nbs/10_explore/00_opened.ipynb #b5e1ff7d
+# %% ../../nbs/10_explore/00_opened.ipynb #d40f39bb
 def _open_data(s:dict, cfg:Config, train=None, val=None, test=None)->Data:
     "The images of a run, checked against its summary"
     if train is None and (s['dataset'] != cfg.dataset or cfg.dataset not in list_datasets()):
@@ -203,7 +204,7 @@ def list_views(data:Data)->list: # [(its name on the screen, its number for `app
              for flip in range(1 + data.flip) for dy in range(k) for dx in range(k)]
     return sorted(views, key=lambda v: v[0] != 'as it is')
 
-# %% ../../nbs/10_explore/00_opened.ipynb #18bcc70d
+# %% ../../nbs/10_explore/00_opened.ipynb #bc3d48e9
 def image_outputs(
     o:FinishedRun,
     i:int,         # Position in the split
@@ -224,7 +225,7 @@ def image_outputs(
                         teachers=[t(x) for t in o.teachers.values()])
     return o.cached(('image', split, i, view), compute)
 
-# %% ../../nbs/10_explore/00_opened.ipynb #afe1bb52
+# %% ../../nbs/10_explore/00_opened.ipynb #37006997
 def _loader(o:FinishedRun, split, most)->Loader:
     "The first `most` images of a split, in order"
     ds = getattr(o.data, split)
@@ -237,7 +238,7 @@ def mean_query(o:FinishedRun, split='test', most=2000)->Tensor: # (D,)
         return predict(lambda b: o.student(b.x)['feat_2d'], _loader(o, split, most).epoch(0))[0].mean(0)
     return o.cached(('mean', split, most), compute)
 
-# %% ../../nbs/10_explore/00_opened.ipynb #084f7403
+# %% ../../nbs/10_explore/00_opened.ipynb #c31c5b55
 def bridge_outputs(
     o:FinishedRun,
     outputs:dict,          # From `image_outputs`
@@ -254,12 +255,12 @@ def bridge_outputs(
     with torch.inference_mode():
         return o.synergy(dict(feat_2d=scale*q), outputs['teachers'])
 
-# %% ../../nbs/10_explore/00_opened.ipynb #5ba6b131
+# %% ../../nbs/10_explore/00_opened.ipynb #af573830
 def attention_table(
     o:FinishedRun,
     attn:Tensor,  # (1, heads, N), from `bridge_outputs`
     t_outs,       # The teachers' outputs
-)->tuple: # Table: row a head, column a teacher, rows summing to 1 · {teacher: (heads, h, w)} with spatial tokens, else {}
+)->tuple: # Table (row a head, column a teacher; rows sum to 1) · spatial tokens: {teacher: (heads, h, w)}, else {}
     "Attention over the teachers, head by head, and over the positions of their maps"
     is_spatial = o.synergy.key == 'feat_4d'
     sizes = [t['feat_4d'].shape[-2:] if is_spatial else (1, 1) for t in t_outs]
@@ -300,7 +301,7 @@ def top_classes(
     t.index += 1
     return t
 
-# %% ../../nbs/10_explore/00_opened.ipynb #8cc45ef6
+# %% ../../nbs/10_explore/00_opened.ipynb #b43d34d7
 def all_logits(
     o:FinishedRun,
     outputs:dict,       # From `image_outputs`
@@ -320,11 +321,11 @@ def split_outputs(o:FinishedRun, split='test', most=2000)->tuple: # As `collect_
         return collect_logits(models, _loader(o, split, most), o.synergy, list(o.teachers), 'student')
     return o.cached(('split', split, most), compute)
 
-# %% ../../nbs/10_explore/00_opened.ipynb #414d5a09
+# %% ../../nbs/10_explore/00_opened.ipynb #44ddf33a
 def image_table(
     z:dict, y:Tensor,  # From `split_outputs`
     teachers,          # Their names
-)->pd.DataFrame: # Row: an image; label, predictions of each model, disagree, wrong, entropy; of the bridge nats, share_<teacher>
+)->pd.DataFrame: # A row per image: label, each model's prediction, disagree, wrong, entropy, nats, share_<teacher>
     "Labels, predictions, uncertainty, and what the bridge did, image by image"
     models = [*teachers, *(k for k in ('average', 'synergy') if k in z), 'student']
     p = z['student'].softmax(1)
@@ -337,7 +338,7 @@ def image_table(
         t = t.assign(nats=z['nats'].tolist(), **shares)
     return t
 
-# %% ../../nbs/10_explore/00_opened.ipynb #794562f1
+# %% ../../nbs/10_explore/00_opened.ipynb #13e8ea76
 FILTERS = {
     'all images': lambda t: t,
     'teachers disagree': lambda t: t[t.disagree],
@@ -345,7 +346,7 @@ FILTERS = {
     'most uncertain': lambda t: t.nlargest(50, 'entropy'),
 }
 
-# %% ../../nbs/10_explore/00_opened.ipynb #832bd525
+# %% ../../nbs/10_explore/00_opened.ipynb #a00dc5e8
 def pick_images(
     t:pd.DataFrame,       # From `image_table`
     filter='all images',  # One of `FILTERS`
