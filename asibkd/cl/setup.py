@@ -6,7 +6,7 @@
 __all__ = ['ROLES', 'roles_of', 'refuse', 'one_shot_rules', 'role_rules', 'mask_rules', 'term_rules', 'teacher_rules', 'check_cl',
            'leak_of', 'used_specs', 'student_spec', 'build_first', 'first_teacher', 'limit_to_seen']
 
-# %% ../../nbs/07_cl/05_setup.ipynb #28ba76a0
+# %% ../../nbs/07_cl/05_setup.ipynb #9c9329b4
 import copy
 from dataclasses import replace
 
@@ -21,14 +21,14 @@ from ..models.kdmodel import KDModel, spread_classes
 from ..models.teachers import create_teacher, load_into, load_weights
 from ..trainers.build import TeacherSpec, build_teacher, dropout_of, read_card
 
-# %% ../../nbs/07_cl/05_setup.ipynb #8e9354f8
+# %% ../../nbs/07_cl/05_setup.ipynb #fdc0ce0c
 ROLES = ('expert', 'generic', 'snapshot', 'ema')
 
 def roles_of(cfg:Config)->list:
     "The roles in `cl_teachers`"
     return [r for r in (cfg.cl_teachers or '').replace(' ', '').split('+') if r]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #615f7aad
+# %% ../../nbs/07_cl/05_setup.ipynb #2cedb2c7
 def refuse(
     rules:list,   # (condition, message)
 ):
@@ -37,7 +37,7 @@ def refuse(
         if holds:
             raise ConfigError(message)
 
-# %% ../../nbs/07_cl/05_setup.ipynb #13e786f2
+# %% ../../nbs/07_cl/05_setup.ipynb #52462f44
 def one_shot_rules(c:Config)->list: # (condition, message)
     "Parameters that only one-shot runs have"
     rows = [('method', c.method != 'asmb', 'methods of continual learning have the key cl_method'),
@@ -49,7 +49,7 @@ def one_shot_rules(c:Config)->list: # (condition, message)
             ('cache_views', c.cache_views > 0, 'what is replayed is drawn anew in every step')]
     return [(given, f"{k}={getattr(c, k)} with cl_mode=1: {why}.") for k, given, why in rows]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #0107f13d
+# %% ../../nbs/07_cl/05_setup.ipynb #a2c81136
 def role_rules(c:Config)->list: # (condition, message)
     "Roles that are unknown, doubled, or could not be trained"
     roles = roles_of(c)
@@ -62,7 +62,7 @@ def role_rules(c:Config)->list: # (condition, message)
              "finetune_epochs=0: expert and generic teachers get new rows for new classes, which would stay "
              "untrained. Raise it, or choose other cl_teachers.")]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #5eaada26
+# %% ../../nbs/07_cl/05_setup.ipynb #00cf194d
 def mask_rules(
     c:Config,    # With the method's values
     key:str,     # The method's name
@@ -71,14 +71,15 @@ def mask_rules(
     "What a mask that closes classes cannot be combined with"
     closes = c.cl_mask in ('ace', 'separated')
     return [(closes and c.label_smoothing,
-             f"cl_mask={c.cl_mask} closes classes, label_smoothing gives every class a share: set label_smoothing=0."),
+             f"cl_mask={c.cl_mask} closes classes, label_smoothing gives every class a share: "
+             "set label_smoothing=0."),
             (c.cl_mask == 'separated' and cls.fills_early,
              f"cl_mask=separated: {key} replays the task's own images among the old ones, which it would close. "
              "Use ace."),
             (closes and cls.classifies_by_means,
              f"cl_mask={c.cl_mask}: {key} has no softmax to close classes in. Use seen or full.")]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #e4473519
+# %% ../../nbs/07_cl/05_setup.ipynb #133e3dd9
 def term_rules(
     given:Config,  # As the user gave it
     c:Config,      # With the method's values
@@ -97,7 +98,7 @@ def term_rules(
             (c.store != 'student' and not cls.makes_synergy,
              f"store={c.store}: {key} has no synergy; use store=student.")]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #4f79215b
+# %% ../../nbs/07_cl/05_setup.ipynb #957f2eb1
 def teacher_rules(
     given:Config,  # As the user gave it
     c:Config,      # With the method's values
@@ -110,9 +111,10 @@ def teacher_rules(
             (roles and without and given.cl_teachers,
              f"cl_teachers={given.cl_teachers}: {key} uses no teacher. Use asib or avgz."),
             (roles and key in ('lwf', 'icarl') and roles != ['snapshot'],
-             f"cl_teachers={c.cl_teachers}: {key} learns from the snapshot. Use asib or avgz for other teachers.")]
+             f"cl_teachers={c.cl_teachers}: {key} learns from the snapshot. "
+             "Use asib or avgz for other teachers.")]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #d08c943f
+# %% ../../nbs/07_cl/05_setup.ipynb #01f3eb97
 def check_cl(
     cfg:Config,   # As resolved
     key:str,      # The continual method
@@ -140,12 +142,13 @@ def leak_of(
     future = [c for c in classes[n:] if c in card['classes']]
     if future and not cfg.allow_leak:
         more = ', …' if len(future) > 5 else ''
-        raise CheckpointError(f"{spec.name}: '{spec.ckpt}' was trained on {', '.join(future[:5])}{more}, which the "
-                              f"student meets only after task 1 ({', '.join(classes[:n])}). It would teach the future. "
-                              "Use other weights, or allow_leak=1 (the result row will say so).")
+        raise CheckpointError(
+            f"{spec.name}: '{spec.ckpt}' was trained on {', '.join(future[:5])}{more}, which the student meets "
+            f"only after task 1 ({', '.join(classes[:n])}). It would teach the future. "
+            "Use other weights, or allow_leak=1 (the result row will say so).")
     return 'yes' if future else ''
 
-# %% ../../nbs/07_cl/05_setup.ipynb #ff44cb93
+# %% ../../nbs/07_cl/05_setup.ipynb #9c1dc44a
 def used_specs(
     specs:list,   # Of all teachers, from `teacher_specs`
     roles:list,   # From `roles_of`
@@ -155,7 +158,7 @@ def used_specs(
         return specs
     return specs[:1] if 'expert' in roles else []
 
-# %% ../../nbs/07_cl/05_setup.ipynb #6da848e2
+# %% ../../nbs/07_cl/05_setup.ipynb #b0429ba3
 def student_spec(
     student,      # The user's module, or None
     cfg:Config,
@@ -166,7 +169,7 @@ def student_spec(
     arch = cfg.student_type if student is None else student
     return [TeacherSpec('student', arch, cfg.student_ckpt, cfg.student_pretrained)]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #e2ea9394
+# %% ../../nbs/07_cl/05_setup.ipynb #1b7e0abd
 def build_first(
     spec:TeacherSpec,
     stream:Stream,
@@ -177,14 +180,16 @@ def build_first(
     data = stream.data
     with forked_rng(cfg.seed, 'cl', spec.name):
         if isinstance(spec.arch, nn.Module):
-            return create_teacher(copy.deepcopy(spec.arch), None, img_size=data.shape[-1], in_chans=data.shape[0],
-                                  dropout=dropout_of(spec.arch, cfg), use_adapter=cfg.use_distillation_adapter,
-                                  adapter_hidden=cfg.distill_hidden_dim, adapter_out=cfg.distill_out_dim)
+            return create_teacher(
+                copy.deepcopy(spec.arch), None, img_size=data.shape[-1], in_chans=data.shape[0],
+                dropout=dropout_of(spec.arch, cfg), use_adapter=cfg.use_distillation_adapter,
+                adapter_hidden=cfg.distill_hidden_dim, adapter_out=cfg.distill_out_dim)
         # checkpoints/{type}_ft.pth knows all classes: it is not looked for
         alone = replace(spec, ckpt='', save_to='', search_default=False, classes=None)
-        return build_teacher(alone, replace(data, classes=names), cfg.model_copy(update=dict(finetune_epochs=1)))[0]
+        cfg = cfg.model_copy(update=dict(finetune_epochs=1))
+        return build_teacher(alone, replace(data, classes=names), cfg)[0]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #3a0cb817
+# %% ../../nbs/07_cl/05_setup.ipynb #395df541
 def first_teacher(
     spec:TeacherSpec,
     stream:Stream,
@@ -199,7 +204,7 @@ def first_teacher(
     if state is not None:
         weights = {k.removeprefix('model.'): v for k, v in state.items()}
         rows = weights.get(f'{t.anatomy.heads[0]}.weight')
-        if rows is not None and len(rows) != t.n_class:                     # a checkpoint that does not name its classes
+        if rows is not None and len(rows) != t.n_class:         # it does not name its classes
             grow_head(t, len(rows), keep=False)
         load_into(t, state, spec.ckpt)
     grow_head(t, n, cfg.seed, spec.name, 0, keep=bool(spec.ckpt) and names[:n] == classes[:n])
