@@ -32,7 +32,7 @@ def baseline_config(cfg:Config)->Config:
     "The same run for a baseline: the weights of the run's method are left out"
     return cfg.model_copy(update={k: None for k in METHOD_WEIGHTS})
 
-# %% ../../nbs/11_run/02_cl.ipynb #d6da5124
+# %% ../../nbs/11_run/02_cl.ipynb #73c2e90c
 def stream_of(
     data:Data,
     cfg:Config,   # num_tasks, task_sizes, class_order, class_order_seed
@@ -41,12 +41,12 @@ def stream_of(
     seed = cfg.seed if cfg.class_order_seed is None else cfg.class_order_seed
     return create_stream(data, cfg.num_tasks, seed, cfg.task_sizes, cfg.class_order)
 
-# %% ../../nbs/11_run/02_cl.ipynb #572ef805
+# %% ../../nbs/11_run/02_cl.ipynb #d96bc55f
 def task_classes(stream:Stream)->list:
     "The class names of each task"
     return [[stream.data.classes[c] for c in stream.classes(t)] for t in range(len(stream))]
 
-# %% ../../nbs/11_run/02_cl.ipynb #6ad9004c
+# %% ../../nbs/11_run/02_cl.ipynb #36688801
 def check_given_teachers(
     teachers,     # The user's modules, or None
     cfg:Config,
@@ -60,7 +60,7 @@ def check_given_teachers(
             "cl_teachers=generic (they stay as they are, but for their heads) or cl_teachers=expert+snapshot "
             "(the first is fine-tuned task by task), with cl_method=asib or avgz.")
 
-# %% ../../nbs/11_run/02_cl.ipynb #bfc6fa09
+# %% ../../nbs/11_run/02_cl.ipynb #b532a050
 def create_learners(
     ctx:RunContext,
     stream:Stream,
@@ -77,7 +77,7 @@ def create_learners(
     learners[main] = Learner(main, stream, ctx, specs, student, params)
     return learners
 
-# %% ../../nbs/11_run/02_cl.ipynb #1c952822
+# %% ../../nbs/11_run/02_cl.ipynb #77067db0
 def memory_columns(l:Learner)->dict:
     "What the method keeps of earlier tasks, and what that costs"
     mb = l.memory.megabytes
@@ -85,7 +85,7 @@ def memory_columns(l:Learner)->dict:
     kind = 'all' if l.cls.cumulative else 'replay' if l.memory.capacity else 'none'
     return dict(memory=kind, memory_items=len(l.memory), memory_mb=mb['images'] + logits, logits_mb=logits)
 
-# %% ../../nbs/11_run/02_cl.ipynb #d276661e
+# %% ../../nbs/11_run/02_cl.ipynb #edcbeaa5
 def cl_row(
     o:CLResult,
     l:Learner,
@@ -100,7 +100,7 @@ def cl_row(
                 val_acc=cl_metrics(o.val_class_il)['ACC'], **class_il, task_ACC=task_il['ACC'],
                 task_BWT=task_il['BWT'], task_FWT=task_il['FWT'], **memory_columns(l), **o.cost, leak=o.leak)
 
-# %% ../../nbs/11_run/02_cl.ipynb #af7d090e
+# %% ../../nbs/11_run/02_cl.ipynb #5e2a6815
 def cl_verdict(
     done:dict,      # name → CLResult
     key:str,        # The run's method
@@ -113,7 +113,7 @@ def cl_verdict(
     y = stream.until(len(stream) - 1).test.y
     return verdict(key, acc, predictions, y, max(acc, key=acc.get, default=''))
 
-# %% ../../nbs/11_run/02_cl.ipynb #f3bfc019
+# %% ../../nbs/11_run/02_cl.ipynb #7239da38
 def save_results(
     run,             # The run folder
     done:dict,       # name → CLResult
@@ -131,7 +131,7 @@ def save_results(
     if len(l.memory):
         save_state(l.memory.items, run/'memory.safetensors')
 
-# %% ../../nbs/11_run/02_cl.ipynb #cbe66a27
+# %% ../../nbs/11_run/02_cl.ipynb #7b5569a2
 def cl_summary_of(
     ctx:RunContext,
     done:dict,        # name → CLResult
@@ -153,7 +153,7 @@ def cl_summary_of(
                 images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')},
                 time=time) | cl_verdict(done, key, l.stream)
 
-# %% ../../nbs/11_run/02_cl.ipynb #6a86491f
+# %% ../../nbs/11_run/02_cl.ipynb #7ab4f393
 def run_cl(
     ctx:RunContext,
     teachers=None, student=None,   # The user's modules
