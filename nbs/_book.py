@@ -46,7 +46,8 @@ def run(f):
             c.source = ''
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1', 'PYTHONWARNINGS': 'ignore', 'IN_TEST': '1',
            'PYTHONPATH': os.pathsep.join(filter(None, [str(here.parent), os.environ.get('PYTHONPATH')]))}
-    client = NotebookClient(nb, timeout=900, kernel_name='python3', coalesce_streams=True, resources={'metadata': {'path': str(f.parent)}})
+    client = NotebookClient(nb, timeout=900, kernel_name='python3', extra_arguments=['--log-level=ERROR'], coalesce_streams=True,
+                            resources={'metadata': {'path': str(f.parent)}})
     try:
         client.execute(env=env)
     except Exception as e:

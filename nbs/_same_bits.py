@@ -22,7 +22,7 @@ CASES = {'quickstart': {}, 'quickstart-cl': dict(cl_mode=1),
          'killed': SHORT | dict(checkpoint_steps=3, student_epochs_per_stage=4),
          'killed-cl': SHORT | dict(cl_mode=1, cl_method='asib', num_tasks=3, checkpoint_steps=3)}
 # what a later version calls by another name: in summary.json, and in the names of tensors
-RENAMED = {}
+RENAMED = {'known': 'n_seen'}   # classes seen when an item of memory.safetensors was stored
 
 RUN = '''
 import json, sys
@@ -101,6 +101,7 @@ def typed(s):
     if 'own' in s:
         s['method_params'] = s.pop('own')
     s['rows'] = [typed_row(r, s) for r in s['rows']]
+    s['gates'] = [{k: v for k, v in g.items() if k != 'epochs'} for g in s['gates']]       # new: how many there were
     if any(isinstance(w, str) for w in s.get('weights', {}).values()):
         s['weights'] = {k: typed_weights(w) for k, w in s['weights'].items()}
     return s

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Batch', 'draw_views', 'apply_views', 'padding', 'n_views', 'augment', 'normalise', 'mix',
-           'big_transform', 'stream', 'Loader', 'make_loader']
+           'large_image_transform', 'stream_batches', 'Loader', 'make_loader']
 
 # %% ../../nbs/01_data/03_batches.ipynb #66645d0a
 import signal
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 from ..core.config import DataError, unknown_name
 from ..core.runtime import forked_rng, generator, seed_of
@@ -31,10 +30,16 @@ class Batch:
     row: torch.Tensor|None=None # int64 (B,) on the CPU: number of (image of the source, view) among all pairs
 
     def __len__(self): return len(self.x)
+
     @property
-    def B(self): return len(self.x)
+    def B(self)->int:
+        "Images in the batch"
+        return len(self.x)
+
     @property
-    def hard(self): return self.y.argmax(1) if self.y.is_floating_point() else self.y
+    def hard(self)->torch.Tensor: # int64 (B,)
+        "One class an image: the label, or after mixing the larger part"
+        return self.y.argmax(1) if self.y.is_floating_point() else self.y
 
 # %% ../../nbs/01_data/03_batches.ipynb #26a37c13
 def draw_views(
@@ -48,10 +53,11 @@ def draw_views(
     at = torch.randint(k*k, (n,), generator=gen)
     return at*2 + (torch.randint(2, (n,), generator=gen) if flip else 0)
 
+# %% ../../nbs/01_data/03_batches.ipynb #fedbf76f
 def apply_views(
     x,       # (B, C, H, W)
-    view,    # (B,) as above
-    pad:int,
+    view,    # (B,) from `draw_views`
+    pad:int, # p, pixels
 )->torch.Tensor: # (B, C, H, W)
     "Crop and flip every image by its view"
     (b, c, h, w), k = x.shape, 2*pad + 1
@@ -62,17 +68,20 @@ def apply_views(
     at = (row[:, :, None]*(w + 2*pad) + col[:, None, :]).view(b, 1, h*w).expand(b, c, h*w)
     return F.pad(x, (pad,)*4).flatten(2).gather(2, at).view(b, c, h, w)
 
-# %% ../../nbs/01_data/03_batches.ipynb #af7e3d86
-AUGMENTATIONS = ('0', '1', 'standard')
-
-def padding(shape)->int: # pixels
+# %% ../../nbs/01_data/03_batches.ipynb #452ab286
+def padding(
+    shape, # (C, H, W)
+)->int: # pixels
     "An eighth of the shorter side: 4 for 32×32"
     return min(shape[1:])//8
+
+# %% ../../nbs/01_data/03_batches.ipynb #af7e3d86
+AUGMENTATIONS = ('0', '1', 'standard')
 
 def n_views(
     data_aug,  # '0', '1' or 'standard'
     shape,     # (C, H, W)
-)->int|None: # None: not to be numbered
+)->int|None: # None: they cannot be numbered
     "How many views an image has"
     if str(data_aug) not in AUGMENTATIONS: raise unknown_name('data_aug', data_aug, AUGMENTATIONS)
     if str(data_aug) == '0': return 1
@@ -92,43 +101,54 @@ def augment(
     view = draw_views(len(x), pad, flip, generator(*key, 'crop'))
     x = apply_views(x, view.to(x.device, non_blocking=True), pad)
     if data_aug == 'standard': return x, view
+    from torchvision.transforms import v2
     rand = v2.RandAugment()
     with forked_rng(*key, 'randaugment'): return torch.cat([rand(o) for o in x.split(group)]), None
 
 # %% ../../nbs/01_data/03_batches.ipynb #ba1c9459
-def normalise(x, mean, std):
+def normalise(
+    x,    # uint8 (B, C, H, W)
+    mean, # Of each channel, in units where 255 is 1
+    std,  # … standard deviation
+)->torch.Tensor: # float (B, C, H, W)
     "uint8 images → floats with mean 0 and deviation 1 in each channel"
-    mean, std = (torch.as_tensor(o, dtype=torch.float32, device=x.device).view(1, -1, 1, 1) for o in (mean, std))
+    def per_channel(o): return torch.as_tensor(o, dtype=torch.float32, device=x.device).view(1, -1, 1, 1)
+    mean, std = per_channel(mean), per_channel(std)
     return (x.float() - mean*255).div_(std*255)
 
+# %% ../../nbs/01_data/03_batches.ipynb #b857af33
 def mix(
     x,               # float (B, C, H, W), normalised
     y,               # int64 (B,)
-    n_class:int,
+    n_class:int,     # Width of the mixed labels
     mixup:float,     # MixUp's α; 0 = off
     cutmix:float,    # CutMix's α; 0 = off; wins
     *key,            # Names the draw
-)->tuple: # x, and y as float (B, n_class); both as they came when neither is on
+)->tuple: # x, and y as float (B, n_class); both unchanged when neither is on
     "Mix a batch with itself, rolled by one"
     if not (mixup or cutmix): return x, y
-    fn = v2.CutMix(alpha=cutmix, num_classes=n_class) if cutmix else v2.MixUp(alpha=mixup, num_classes=n_class)
-    with forked_rng(*key, 'mix'): return fn(x, y)
+    from torchvision.transforms import v2
+    kind, alpha = (v2.CutMix, cutmix) if cutmix else (v2.MixUp, mixup)
+    with forked_rng(*key, 'mix'): return kind(alpha=alpha, num_classes=n_class)(x, y)
 
 # %% ../../nbs/01_data/03_batches.ipynb #ff2025f7
-def big_transform(
-    data_aug:str,  # As above
+def large_image_transform(
+    data_aug:str,  # '0', '1' or 'standard'
     shape,         # (C, H, W)
     flip:bool,     # May images be mirrored?
-)->v2.Transform:
+)->'v2.Transform':
     "Per-sample augmentation of large images"
+    from torchvision.transforms import v2
     steps = [v2.RandomResizedCrop(shape[1:], antialias=True)]
     if flip: steps.append(v2.RandomHorizontalFlip())
     if data_aug == '1': steps.append(v2.RandAugment())
     return v2.Compose(steps)
 
-class _Fetch(torch.utils.data.Dataset):
+# %% ../../nbs/01_data/03_batches.ipynb #5b67423a
+class _Samples(torch.utils.data.Dataset):
     "`(index, seed)` → uint8 (C, H, W); seed None: no augmentation"
     def __init__(self, source, shape, tfm): self.source, self.shape, self.tfm = source, shape, tfm
+
     def __getitem__(self, job):
         i, seed = job
         try: im = self.source[i]
@@ -139,11 +159,17 @@ class _Fetch(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(seed)
             return self.tfm(im)
 
-def _collate(items): return next((o for o in items if isinstance(o, str)), None) or torch.stack(items)
-def _quiet_worker(_): signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is the main process's to handle
+# %% ../../nbs/01_data/03_batches.ipynb #ac8c5911
+def _collate(items):
+    "The batch, or the message of the first image that could not be read"
+    return next((o for o in items if isinstance(o, str)), None) or torch.stack(items)
 
 # %% ../../nbs/01_data/03_batches.ipynb #a88e01fe
-def stream(
+def _ignore_ctrl_c(worker):
+    "Ctrl-C is the main process's to handle"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def stream_batches(
     source,         # Gives image i
     shape,          # (C, H, W)
     jobs,           # Iterable of lists of (index, seed), a list a batch
@@ -152,10 +178,10 @@ def stream(
     device='cpu',   # Batches end up here
 ):
     "Yield uint8 batches; the workers end with the generator, however it ends"
-    dl = DataLoader(_Fetch(source, shape, tfm), batch_sampler=jobs, num_workers=num_workers, collate_fn=_collate,
-                    worker_init_fn=_quiet_worker if num_workers else None, generator=torch.Generator(),
-                    pin_memory=torch.device(device).type == 'cuda')
-    it = iter(dl)
+    it = iter(DataLoader(
+        _Samples(source, shape, tfm), batch_sampler=jobs, num_workers=num_workers, collate_fn=_collate,
+        worker_init_fn=_ignore_ctrl_c if num_workers else None, generator=torch.Generator(),
+        pin_memory=torch.device(device).type == 'cuda'))
     try:
         for x in it:
             if isinstance(x, str): raise DataError(x)
@@ -177,7 +203,7 @@ class Loader:
         mix=(0., 0.),         # (MixUp α, CutMix α)
         num_workers=2,        # For streamed sets; never changes a result
         drop_last=None,       # None = when training
-        recycle=0,            # Training batches: epoch e draws what epoch e mod `recycle` drew; 0 = always anew
+        recycle=0,            # Epoch e repeats the draws of epoch e mod `recycle`; 0 = always new ones
     ):
         self.ds, self.data, self.train, self.key = ds, data, train, (seed, phase)
         self.device, self.num_workers = torch.device(device), num_workers
@@ -187,62 +213,84 @@ class Loader:
         self.n_views = self.recycle or (None if any(self.mix) else n_views(self.aug, ds.shape))
         if not len(ds): raise DataError(f"There are no images to load for phase '{phase}'.")
         if self.aug == '1' and ds.shape[0] != 3:
-            raise DataError(f"RandAugment needs 3 channels; the images have {ds.shape[0]}. Use data_aug=standard or 0.")
+            raise DataError(f"RandAugment needs 3 channels; the images have {ds.shape[0]}. "
+                            "Use data_aug=standard or 0.")
         self.batch_size = min(batch_size, len(ds))
         self.drop_last = train if drop_last is None else drop_last
 
-    def __len__(self): return len(self.ds)//self.batch_size if self.drop_last else -(-len(self.ds)//self.batch_size)
+    def __len__(self):
+        return len(self.ds)//self.batch_size if self.drop_last else -(-len(self.ds)//self.batch_size)
 
-    def drawn(self, e)->tuple: # Key of the draws of epoch `e`
-        return (self.key[0], 'recycled', e % self.recycle) if self.recycle else (*self.key, e)
+# %% ../../nbs/01_data/03_batches.ipynb #d73c2354
+@patch
+def draw_key(self:Loader, e)->tuple:
+    "The key that the draws of epoch `e` start from, e.g. (seed, phase, epoch)"
+    return (self.key[0], 'recycled', e % self.recycle) if self.recycle else (*self.key, e)
 
-    def order(self, e)->torch.Tensor: # (N,) positions
-        "The order of epoch `e`"
-        n = len(self.ds)
-        return torch.randperm(n, generator=generator(*self.drawn(e), 'order')) if self.train else torch.arange(n)
-
-    @property
-    def view_key(self)->tuple|None: # None where views have no number
-        "What view number v looks like: two loaders of one recipe make the same pictures of the same images"
-        if self.n_views is None: return None
-        if self.recycle: return ('recycled', self.recycle, self.key[0], self.batch_size, self.aug, *self.mix, self.data.flip, seed_of(*self.ds.ids.tolist()))
-        return ('plain',) if self.aug == '0' else ('crop', padding(self.ds.shape))
+# %% ../../nbs/01_data/03_batches.ipynb #88dfd238
+@patch
+def order(self:Loader, e)->torch.Tensor: # (N,) positions
+    "The order of epoch `e`"
+    n = len(self.ds)
+    if not self.train: return torch.arange(n)
+    return torch.randperm(n, generator=generator(*self.draw_key(e), 'order'))
 
 # %% ../../nbs/01_data/03_batches.ipynb #9cffeab0
+@patch
 def _steps(self:Loader, e, start):
     "(step, positions) of epoch `e` from `start` on"
     order, n = self.order(e).split(self.batch_size), len(self)
     ks = torch.randperm(n, generator=generator(*self.key, e, 'steps')).tolist() if self.recycle else range(n)
     return [(k, order[k]) for k in ks[start:]]
 
-def _raw(self:Loader, e, steps):
+# %% ../../nbs/01_data/03_batches.ipynb #5cb3b305
+@patch
+def _raw_batches(self:Loader, e, steps):
     "uint8 batches; those of large images are augmented already"
-    ds, each = self.ds, self.aug != '0' and not is_small(self.ds.shape)
+    ds = self.ds
     if not ds.streamed: return (ds.images(p, self.device) for _, p in steps)
-    seed = lambda k, j: seed_of(*self.drawn(e), k, j) if each else None
-    jobs = ([(i, seed(k, j)) for j, i in enumerate(ds.ids[p].tolist())] for k, p in steps)
-    tfm = big_transform(self.aug, ds.shape, self.data.flip) if each else None
-    return stream(ds.source, ds.shape, jobs, tfm, self.num_workers, self.device)
+    augmented = self.aug != '0' and not is_small(ds.shape)
+    def job(k, j, i): return i, seed_of(*self.draw_key(e), k, j) if augmented else None
+    jobs = ([job(k, j, i) for j, i in enumerate(ds.ids[p].tolist())] for k, p in steps)
+    tfm = large_image_transform(self.aug, ds.shape, self.data.flip) if augmented else None
+    return stream_batches(ds.source, ds.shape, jobs, tfm, self.num_workers, self.device)
 
-def _epoch(self:Loader, e=0, start=0):
-    "The batches of epoch `e`, beginning with step `start`; earlier steps are not computed"
-    steps = self._steps(e, start)
-    images = self._raw(e, steps)
-    try:
-        for (k, p), x in zip(steps, images): yield self._batch(x, p, (*self.drawn(e), k))
-    finally: images.close()
-
+# %% ../../nbs/01_data/03_batches.ipynb #123136fe
+@patch
 def _batch(self:Loader, x, p, key):
     "Augment (small images), normalise, mix"
-    aug, y = self.aug if is_small(self.ds.shape) else '0', self.ds.y[p].to(self.device, non_blocking=True)
+    aug = self.aug if is_small(self.ds.shape) else '0'
+    y = self.ds.y[p].to(self.device, non_blocking=True)
     with one_thread():
         x, view = augment(x, aug, self.data.flip, *key)
         x, y = mix(normalise(x, *self.stats), y, self.data.n_class, *self.mix, *key)
-    if self.recycle: view = torch.full_like(p, key[-2])                     # the number of the epoch that is repeated
-    idx, row = p.to(self.device, non_blocking=True), None if self.n_views is None else self.ds.ids[p]*self.n_views + view
-    return Batch(x, y, idx, None if row is None else view.to(self.device, non_blocking=True), row)
+    if self.recycle: view = torch.full_like(p, key[-2])            # the number of the epoch that is repeated
+    idx = p.to(self.device, non_blocking=True)
+    if self.n_views is None: return Batch(x, y, idx, None, None)
+    return Batch(x, y, idx, view.to(self.device, non_blocking=True), self.ds.ids[p]*self.n_views + view)
 
-Loader._steps, Loader._raw, Loader.epoch, Loader._batch = _steps, _raw, _epoch, _batch
+# %% ../../nbs/01_data/03_batches.ipynb #8b95950c
+@patch
+def epoch(self:Loader,
+    e=0,      # Epoch, from 0
+    start=0,  # First step; earlier ones are not computed
+):
+    "The batches of epoch `e`"
+    steps = self._steps(e, start)
+    images = self._raw_batches(e, steps)
+    try:
+        for (k, p), x in zip(steps, images): yield self._batch(x, p, (*self.draw_key(e), k))
+    finally: images.close()
+
+# %% ../../nbs/01_data/03_batches.ipynb #7e0f6acb
+@patch(as_prop=True)
+def view_key(self:Loader)->tuple|None: # None where views have no number
+    "What view number v looks like: two loaders with one key make the same pictures of the same images"
+    if self.n_views is None: return None
+    if self.recycle:
+        return ('recycled', self.recycle, self.key[0], self.batch_size, self.aug, *self.mix, self.data.flip,
+                seed_of(*self.ds.ids.tolist()))
+    return ('plain',) if self.aug == '0' else ('crop', padding(self.ds.shape))
 
 # %% ../../nbs/01_data/03_batches.ipynb #7cd3eadc
 def make_loader(
@@ -259,6 +307,6 @@ def make_loader(
     if split not in ('train', 'val', 'test'): raise unknown_name('split', split, ('train', 'val', 'test'))
     train = split == 'train' if train is None else train
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill) if mix is None else mix
-    batch = cfg.batch_size if train else 4*cfg.batch_size                   # without gradients there is room for more
+    batch = cfg.batch_size if train else 4*cfg.batch_size          # without gradients there is room for more
     return Loader(getattr(data, split), data, batch, train, cfg.seed, phase, device, cfg.data_aug, mix,
                   cfg.num_workers, recycle=recycle)
