@@ -66,7 +66,7 @@ def shares(page): return [float(v) for v in re.findall(r'[01](?:\.\d+)?(?=\s|$)'
 def test_voila(run, page, shots, tmp_path):
     "An image is chosen, a slider is moved, and what is shown is what the functions say"
     from asibkd.explore.opened import attention_table, all_logits, bridge_outputs, image_outputs, open_run, top_classes
-    from asibkd.explore.serve import answers_on
+    from asibkd.explore.serve import is_listening
     o = open_run(run, device='cpu')
     seen = image_outputs(o, 7)
     def expected(toward): s = bridge_outputs(o, seen, toward); return attention_table(o, s['attn'], seen['teachers'])[0], top_classes(all_logits(o, seen, s), o.data.classes)
@@ -102,8 +102,8 @@ def test_voila(run, page, shots, tmp_path):
         page.get_by_text('type a number from 0 to 499').wait_for()
         shots(page, 'moved')
         assert not page.errors, page.errors
-        p.send_signal(signal.SIGINT); assert p.wait(40) == 0 and 'ended' in p.stdout.read()          # Ctrl-C ends it cleanly
-    assert not answers_on(int(address.rstrip('/').rsplit(':', 1)[1]))
+        p.send_signal(signal.SIGINT); assert p.wait(40) == 0 and 'stopped' in p.stdout.read()          # Ctrl-C ends it cleanly
+    assert not is_listening(int(address.rstrip('/').rsplit(':', 1)[1]))
 
 def test_jupyterlab(run, page, shots, tmp_path):
     "The same notebook by hand: open it, run all cells, the screen is there"
@@ -111,11 +111,11 @@ def test_jupyterlab(run, page, shots, tmp_path):
     shutil.copy(root/'nbs'/'explore.ipynb', tmp_path/'explore.ipynb')
     home = {k: str(tmp_path/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTERLAB_WORKSPACES_DIR', 'JUPYTERLAB_SETTINGS_DIR', 'IPYTHONDIR')}
     env = {**os.environ, **home, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ASIBKD_RUN': run}
-    from asibkd.explore.serve import answers_on, free_port
+    from asibkd.explore.serve import is_listening, free_port
     argv = ['jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={(port := free_port())}', f'--ServerApp.root_dir={tmp_path}', '--IdentityProvider.token=here', '--LabApp.news_url=None',
             '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--ServerApp.shutdown_no_activity_timeout=300']
     with serving(argv, r'http://127\.0\.0\.1:\d+/lab', env=env, cwd=tmp_path) as (p, address):
-        until(page, lambda: answers_on(port), bool)
+        until(page, lambda: is_listening(port), bool)
         page.goto(f'{address}/tree/explore.ipynb?token=here')
         page.get_by_text(re.compile(r'\| Idle$')).first.wait_for()                                     # before that, a kernel's start may swallow the request
         page.locator('.lm-MenuBar-itemLabel', has_text=re.compile('^Run$')).click()
@@ -156,14 +156,14 @@ def test_a_one_shot_run_has_no_continual_screen(run, monkeypatch):
 
 def test_sigterm_takes_voila_along(run, tmp_path):
     "Whoever ends the command from outside leaves no server behind"
-    from asibkd.explore.serve import answers_on
+    from asibkd.explore.serve import is_listening
     with serving(['asibkd.run.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:(\d+)/', env={**os.environ, 'PYTHONPATH': str(root)}, cwd=tmp_path) as (p, address):
-        port = int(address.rstrip('/').rsplit(':', 1)[1]); assert answers_on(port)
+        port = int(address.rstrip('/').rsplit(':', 1)[1]); assert is_listening(port)
         p.terminate(); assert p.wait(40) == 0
-    assert not answers_on(port)
+    assert not is_listening(port)
 
 def test_without_voila(run, monkeypatch):
-    from asibkd import serve
+    from asibkd.explore import serve
     from asibkd.core.config import RunError
     monkeypatch.setattr(serve, 'find_spec', lambda name: None)
     with pytest.raises(RunError, match='pip install voila'): serve.serve(run, browser=False)
@@ -183,10 +183,10 @@ def test_the_notebook_comes_along():
     assert Path(explore_notebook()).read_bytes() == (root/'nbs'/'explore.ipynb').read_bytes()
 
 def test_a_monitor_never_breaks_a_run(tiny, monkeypatch):
-    from asibkd import widgets
+    from asibkd.explore import monitor
     from asibkd.run.experiment import run_experiment
-    monkeypatch.setattr(widgets, 'plot_parts', lambda rows: 1/0)
-    live = widgets.LiveMonitorCB(show=True)
+    monkeypatch.setattr(monitor, 'plot_parts', lambda rows: 1/0)
+    live = monitor.LiveMonitorCB(show=True)
     s = run_experiment(callbacks=[live], **tiny)
     assert s['test_acc_val_selected'] >= 0 and not live.on and len(live.rows) == 4                      # two teachers, A, B
 

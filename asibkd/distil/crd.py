@@ -8,12 +8,14 @@ __all__ = ['Negatives', 'nce', 'Memory', 'CRDParams', 'CRD']
 # %% ../../nbs/05_distil/05_crd.ipynb #3ce8bec6
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from pydantic import BaseModel, Field
 from torch import nn, Tensor
 
 from ..core.config import ConfigError
 from .losses import upcast
-from .methods import Method, register_method, weighted
+from .methods import register_method, weighted
+from .single import SingleTeacher
 
 # %% ../../nbs/05_distil/05_crd.ipynb #2b4cb746
 class Negatives(nn.Module):
@@ -25,28 +27,36 @@ class Negatives(nn.Module):
         super().__init__()
         count = torch.bincount(labels)
         self.k, self.n, most = k, len(labels), int(count.max())
-        if most == self.n: raise ConfigError("crd contrasts images of different classes; the training images are of one class.")
+        if most == self.n:
+            raise ConfigError("crd contrasts images of different classes; the training images are of one class.")
         self.distinct, self.window = self.n - most >= k, min(self.n, k + most)
         for name, v in dict(labels=labels, order=labels.argsort(stable=True), count=count, end=count.cumsum(0)).items():
             self.register_buffer(name, v, persistent=False)
 
-    def forward(self,
-        y:Tensor,  # (B,) classes of the images that want negatives
-    )->Tensor: # (B, k) indices
-        if not self.distinct: return self._with_replacement(y)
-        circle = torch.randperm(self.n, device=y.device)
-        start = torch.randint(self.n, (len(y), 1), device=y.device)
-        found = circle[(start + torch.arange(self.window, device=y.device)) % self.n]      # (B, window)
-        other = self.labels[found] != y[:, None]
-        place = other.cumsum(1) - 1
-        place = torch.where(other & (place < self.k), place, self.k)                       # what is not wanted: last column
-        return found.new_zeros(len(y), self.k + 1).scatter_(1, place, found)[:, :self.k]
+# %% ../../nbs/05_distil/05_crd.ipynb #a83794cd
+@patch
+def forward(self:Negatives,
+    y:Tensor,  # (B,) classes of the images that want negatives
+)->Tensor: # (B, k) indices
+    "Images of other classes, distinct where there are enough"
+    if not self.distinct: return self.with_replacement(y)
+    circle = torch.randperm(self.n, device=y.device)
+    start = torch.randint(self.n, (len(y), 1), device=y.device)
+    found = circle[(start + torch.arange(self.window, device=y.device)) % self.n]      # (B, window)
+    other = self.labels[found] != y[:, None]
+    place = other.cumsum(1) - 1
+    place = torch.where(other & (place < self.k), place, self.k)           # what is not wanted: last column
+    return found.new_zeros(len(y), self.k + 1).scatter_(1, place, found)[:, :self.k]
 
-    def _with_replacement(self, y):
-        "Uniform among the images outside the class: sorted by class, they are one arc of the circle"
-        rest = self.n - self.count[y][:, None]
-        at = (torch.rand(len(y), self.k, device=y.device)*rest).long().clamp(max=rest - 1)
-        return self.order[(self.end[y][:, None] + at) % self.n]
+# %% ../../nbs/05_distil/05_crd.ipynb #581cd312
+@patch
+def with_replacement(self:Negatives,
+    y:Tensor, # (B,)
+)->Tensor: # (B, k) indices
+    "Uniform among the images outside the class: sorted by class, they are one arc of the circle"
+    rest = self.n - self.count[y][:, None]
+    at = (torch.rand(len(y), self.k, device=y.device)*rest).long().clamp(max=rest - 1)
+    return self.order[(self.end[y][:, None] + at) % self.n]
 
 # %% ../../nbs/05_distil/05_crd.ipynb #6fbd4d48
 def nce(
@@ -72,53 +82,79 @@ class Memory(nn.Module):
         self.register_buffer('bank', torch.empty(n, d).uniform_(-bound, bound))
         self.register_buffer('z', torch.tensor(-1.))                       # negative: not set yet
 
-    def forward(self,
-        g:Tensor,    # (B, d) embeddings, with gradient
-        idx:Tensor,  # (B, 1 + K): the image itself, then its negatives
-    )->Tensor: # (B, 1 + K): p = exp(m·g/T)/Z
-        e = ((g @ self.bank.T).gather(1, idx)/self.t).exp()
-        with torch.no_grad(): self.z.copy_(torch.where(self.z > 0, self.z, e.mean()*len(self.bank)))
-        return e/self.z
+# %% ../../nbs/05_distil/05_crd.ipynb #70b0e425
+@patch
+def forward(self:Memory,
+    g:Tensor,    # (B, d) embeddings, with gradient
+    idx:Tensor,  # (B, 1 + K): the image itself, then its negatives
+)->Tensor: # (B, 1 + K): p = exp(m·g/T)/Z
+    "How well each embedding fits the old ones of its image and of the negatives"
+    e = ((g @ self.bank.T).gather(1, idx)/self.t).exp()
+    with torch.no_grad():
+        self.z.copy_(torch.where(self.z > 0, self.z, e.mean()*len(self.bank)))
+    return e/self.z
 
-    @torch.no_grad()
-    def update(self,
-        g:Tensor,    # (B, d) the new embeddings
-        idx:Tensor,  # (B,) which images they are of
-    ):
-        "Move the images of a batch toward their new embeddings; the old bank is left to the backward pass"
-        new = F.normalize(self.momentum*self.bank[idx] + (1 - self.momentum)*g, dim=1)
-        self.bank = self.bank.index_copy(0, idx, new)
+# %% ../../nbs/05_distil/05_crd.ipynb #34f6f683
+@patch
+@torch.no_grad()
+def update(self:Memory,
+    g:Tensor,    # (B, d) the new embeddings
+    idx:Tensor,  # (B,) which images they are of
+):
+    "Move the images of a batch toward their new embeddings; the old bank is left to the backward pass"
+    new = F.normalize(self.momentum*self.bank[idx] + (1 - self.momentum)*g, dim=1)
+    self.bank = self.bank.index_copy(0, idx, new)
 
-# %% ../../nbs/05_distil/05_crd.ipynb #404d40f0
+# %% ../../nbs/05_distil/05_crd.ipynb #0d4e94b1
 class CRDParams(BaseModel, extra='forbid'):
     "CRD's own weight"
     crd_beta:float = Field(0.8, ge=0, description="Weight of the contrastive term.")
 
+# %% ../../nbs/05_distil/05_crd.ipynb #404d40f0
 @register_method('crd', CRDParams)
-class CRD(Method):
+class CRD(SingleTeacher):
     "CE + crd_beta · contrast with the teacher's memory and with the student's (Tian et al. 2020)"
-    teachers_used, defaults = 'one', {**Method.defaults, 'ce_alpha': 1., 'kd_alpha': 0.}
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
-        if labels is None: raise ConfigError("crd keeps a memory of the training images: create_method needs their `labels`.")
+        if labels is None:
+            raise ConfigError("crd keeps a memory of the training images: create_method needs their `labels`.")
         d, n = cfg.crd_feat_dim, len(labels)
         self.embed_s, self.embed_t = nn.Linear(student.feat_dim, d), nn.Linear(teachers[0].feat_dim, d)
         self.memory_s, self.memory_t = (Memory(n, d, cfg.crd_nce_t, cfg.crd_momentum) for _ in range(2))
         self.negatives = Negatives(labels, cfg.crd_nce_k)
 
-    def contrast(self, f_s, f_t, batch)->Tensor:
-        "Both directions, then both memories move"
-        idx = torch.cat([batch.idx[:, None], self.negatives(self.negatives.labels[batch.idx])], 1)
-        with torch.autocast(f_s.device.type, enabled=False):               # exp(·/0.07) is no place for half precision
-            g_s, g_t = F.normalize(self.embed_s(upcast(f_s)), dim=1), F.normalize(self.embed_t(upcast(f_t.detach())), dim=1)
-            n = self.negatives.n
-            loss = nce(self.memory_t(g_s, idx), n) + nce(self.memory_s(g_t, idx), n)
-        self.memory_s.update(g_s, batch.idx); self.memory_t.update(g_t, batch.idx)
-        return loss
+# %% ../../nbs/05_distil/05_crd.ipynb #ed7ed96f
+@patch
+def embed(self:CRD,
+    f_s:Tensor, # (B, D_s) the student's feature, with gradient
+    f_t:Tensor, # (B, D_t) the teacher's; detached here
+)->tuple: # g_s, g_t: (B, d) of length 1
+    "Both features in the space where they are compared"
+    g_s, g_t = self.embed_s(upcast(f_s)), self.embed_t(upcast(f_t.detach()))
+    return F.normalize(g_s, dim=1), F.normalize(g_t, dim=1)
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms = self.base_terms(batch, s_out, lambda: self.teacher_kd(s_out, t_outs[0], when))
-        if self.params.crd_beta > 0:
-            terms['crd'] = (self.params.crd_beta, self.contrast(s_out['feat_2d'], t_outs[0]['feat_2d'], batch))
-        return weighted(**terms)
+# %% ../../nbs/05_distil/05_crd.ipynb #e761cca8
+@patch
+def contrast(self:CRD,
+    f_s:Tensor, f_t:Tensor, # As in `embed`
+    batch,                  # Its `idx` says which images these are
+)->Tensor:
+    "Both directions, then both memories move"
+    idx = torch.cat([batch.idx[:, None], self.negatives(self.negatives.labels[batch.idx])], 1)
+    with torch.autocast(f_s.device.type, enabled=False):               # exp(·/0.07) is no place for half precision
+        g_s, g_t = self.embed(f_s, f_t)
+        n = self.negatives.n
+        loss = nce(self.memory_t(g_s, idx), n) + nce(self.memory_s(g_t, idx), n)
+    self.memory_s.update(g_s, batch.idx)
+    self.memory_t.update(g_t, batch.idx)
+    return loss
+
+# %% ../../nbs/05_distil/05_crd.ipynb #9ef2cdb6
+@patch
+def loss(self:CRD, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
+    "CE + crd_beta · contrast"
+    terms = self.usual_terms(batch, s_out, t_outs, when)
+    if self.params.crd_beta > 0:
+        terms['crd'] = (self.params.crd_beta, self.contrast(s_out['feat_2d'], t_outs[0]['feat_2d'], batch))
+    return weighted(**terms)

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['weigh_equal', 'weigh_entropy', 'weigh_confidence', 'min_norm', 'weigh_min_norm', 'Weighing', 'AVER', 'EBKD', 'AEKD',
-           'CAMKDParams', 'CAMKD', 'FitNetMKD']
+           'CAMKDParams', 'check_last_maps', 'CAMKD', 'FitNetMKD']
 
 # %% ../../nbs/05_distil/06_multi.ipynb #148bb72b
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from pydantic import BaseModel, Field
 from torch import nn, Tensor
 
 from ..core.config import ConfigError
+from ..core.runtime import FOREIGN
 from .losses import ce_loss, upcast
 from .methods import Method, register_method, weighted
 from .single import Regressor, hint_loss, hint_pair
-from ..core.runtime import FOREIGN
 
 # %% ../../nbs/05_distil/06_multi.ipynb #8ed7971f
 def weigh_equal(
@@ -24,19 +25,21 @@ def weigh_equal(
     z_t:Tensor, # (M, B, K) teachers' logits
     y:Tensor,   # (B,) int64 labels
 )->Tensor: # (M, B), sums to 1 over the teachers
-    "AVER: everybody alike"
+    "AVER: equal weights"
     return upcast(z_t).new_full(z_t.shape[:2], 1/len(z_t))
 
+# %% ../../nbs/05_distil/06_multi.ipynb #449d270f
 def weigh_entropy(
     z_s, z_t, y, # As in `weigh_equal`
-)->Tensor:
-    "EBKD: softmax over teachers of minus the entropy of their answer (Kwon et al. 2020)"
+)->Tensor: # (M, B)
+    "EBKD: softmax over teachers of minus the entropy of their output (Kwon et al. 2020)"
     log_p = upcast(z_t.detach()).log_softmax(-1)
     return (log_p.exp()*log_p).sum(-1).softmax(0)
 
+# %% ../../nbs/05_distil/06_multi.ipynb #401abec5
 def weigh_confidence(
     z_s, z_t, y, # As in `weigh_equal`
-)->Tensor:
+)->Tensor: # (M, B)
     "CA-MKD: (1 − softmax over teachers of their cross-entropy)/(M − 1) (Zhang et al. 2022, eq. 3)"
     m = len(z_t)
     if m == 1: return weigh_equal(z_s, z_t, y)
@@ -49,51 +52,69 @@ def min_norm(
 )->Tensor: # (M,) ≥ 0, sums to 1
     "The convex weights that make Σ w_t g_t shortest"
     m, bit = len(gram), torch.arange(len(gram), device=gram.device)
-    faces = (torch.arange(1, 2**m, device=gram.device)[:, None] >> bit & 1).to(gram.dtype)     # every non-empty set of teachers
+    # every non-empty set of teachers, as a row of 0 and 1
+    faces = (torch.arange(1, 2**m, device=gram.device)[:, None] >> bit & 1).to(gram.dtype)
     g = gram/gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(m, device=gram.device, dtype=gram.dtype)
-    a = g*faces[:, :, None]*faces[:, None, :] + torch.diag_embed(1 - faces) + 1e-6*eye   # equal teachers: share alike
+    # 1e-6: equal teachers get equal weights
+    a = g*faces[:, :, None]*faces[:, None, :] + torch.diag_embed(1 - faces) + 1e-6*eye
     w = torch.linalg.solve_ex(a, faces[..., None])[0][..., 0]*faces
     w = w/w.sum(1, keepdim=True)
-    cost = (w[:, :, None]*w[:, None]*(g + 1e-6*eye)).sum((1, 2))           # no matmul: autocast would halve its precision
+    cost = (w[:, :, None]*w[:, None]*(g + 1e-6*eye)).sum((1, 2))       # no matmul: autocast would halve its precision
     best = torch.where((w >= -1e-6).all(1) & cost.isfinite(), cost, torch.inf).argmin(0, keepdim=True)
     return w.index_select(0, best)[0].clamp_min(0)
 
+# %% ../../nbs/05_distil/06_multi.ipynb #467109a1
 def weigh_min_norm(
     z_s, z_t, y, # As in `weigh_equal`
     tau=1.,      # Temperature: the gradients are those of the softened loss
-)->Tensor:
-    "AEKD: min-norm weights of the teachers' gradients at the student's logits, one set a batch (Du et al. 2020, eq. 8)"
+)->Tensor: # (M, B): one set of weights a batch
+    "AEKD: min-norm weights of the teachers' gradients at the student's logits (Du et al. 2020, eq. 8)"
     z_s, z_t = upcast(z_s.detach()), upcast(z_t.detach())
-    known = z_t > FOREIGN/2                                                 # (half types round FOREIGN) a class a teacher does not know has no gradient
-    g = (torch.where(known, z_s/tau, FOREIGN).softmax(-1) - (z_t/tau).softmax(-1)).flatten(1)
-    w = min_norm((g[:, None]*g).sum(-1))                                   # no matmul: autocast would halve its precision
+    knows = z_t > FOREIGN/2                                 # no gradient on a class that a teacher does not know
+    g = (torch.where(knows, z_s/tau, FOREIGN).softmax(-1) - (z_t/tau).softmax(-1)).flatten(1)
+    w = min_norm((g[:, None]*g).sum(-1))                    # no matmul: autocast would halve its precision
     return (w/w.sum())[:, None].expand(-1, z_s.shape[0])
 
 # %% ../../nbs/05_distil/06_multi.ipynb #98f3e9f3
 class Weighing(Method):
-    "ce_alpha · CE + kd_alpha · Σ_t w_t KD_t; a subclass says `weigh`"
+    "ce_alpha · CE + kd_alpha · Σ_t w_t KD_t; a subclass defines `weigh`"
     weigh = staticmethod(weigh_equal)
 
-    def weights(self, z_s, z_t, y, tau): return self.weigh(z_s, z_t, y)    # aekd also wants the temperature
+# %% ../../nbs/05_distil/06_multi.ipynb #cf3509e2
+@patch
+def weights(self:Weighing, z_s, z_t, y, # As in `weigh_equal`
+    tau:float, # Temperature of the moment; only `aekd` uses it
+)->Tensor: # (M, B)
+    "The weights of a batch"
+    return self.weigh(z_s, z_t, y)
 
-    def weighed_kd(self, batch, s_out, t_outs, when)->Tensor:
-        "The mean over teachers, each on the classes it knows"
-        z_t = torch.stack([o['logit'] for o in t_outs])
-        w = self.weights(s_out['logit'].detach(), z_t, batch.hard, self.tau(when))
-        return sum(self.teacher_kd(s_out, o, when, weight=v) for o, v in zip(t_outs, w))
+# %% ../../nbs/05_distil/06_multi.ipynb #ae7652e0
+@patch
+def weighed_kd(self:Weighing, batch, s_out, t_outs, when)->Tensor:
+    "The weighted mean of the teachers' KD terms, each on the classes it knows"
+    z_t = torch.stack([o['logit'] for o in t_outs])
+    w = self.weights(s_out['logit'].detach(), z_t, batch.hard, self.tau(when))
+    return sum(self.teacher_kd(s_out, o, when, weight=v) for o, v in zip(t_outs, w))
 
-    def loss(self, batch, s_out, t_outs, when):
-        return weighted(**self.base_terms(batch, s_out, lambda: self.weighed_kd(batch, s_out, t_outs, when)))
+# %% ../../nbs/05_distil/06_multi.ipynb #5e3e4b7e
+@patch
+def loss(self:Weighing, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
+    "CE and the weighted KD"
+    return weighted(**self.base_terms(batch, s_out, lambda: self.weighed_kd(batch, s_out, t_outs, when)))
 
+# %% ../../nbs/05_distil/06_multi.ipynb #16e95b61
 @register_method('aver')
-class AVER(Weighing): "The mean of the teachers' losses"
+class AVER(Weighing):
+    "The mean of the teachers' losses"
 
+# %% ../../nbs/05_distil/06_multi.ipynb #1816032f
 @register_method('ebkd')
 class EBKD(Weighing):
     "Entropy-based weights (Kwon et al. 2020)"
     weigh = staticmethod(weigh_entropy)
 
+# %% ../../nbs/05_distil/06_multi.ipynb #f80f76e2
 @register_method('aekd')
 class AEKD(Weighing):
     "Min-norm weights of the gradients (Du et al. 2020)"
@@ -104,13 +125,27 @@ class AEKD(Weighing):
         if len(teachers) > 10:
             raise ConfigError(f"aekd solves for at most 10 teachers, got {len(teachers)}. Use aver, ebkd or camkd.")
 
-    def weights(self, z_s, z_t, y, tau): return self.weigh(z_s, z_t, y, tau)
+    def weights(self, z_s, z_t, y, tau):
+        "The gradients are those of the softened loss"
+        return self.weigh(z_s, z_t, y, tau)
 
-# %% ../../nbs/05_distil/06_multi.ipynb #59484b0f
+# %% ../../nbs/05_distil/06_multi.ipynb #1ddeb488
 class CAMKDParams(BaseModel, extra='forbid'):
     "CA-MKD's own weight"
     camkd_beta:float = Field(50., ge=0, description="Weight of the feature term.")
 
+# %% ../../nbs/05_distil/06_multi.ipynb #d657dacd
+def check_last_maps(
+    student, teachers, # The wrapped models
+):
+    "CA-MKD's feature term needs a last map that is pooled into the classifier"
+    odd = [m.name for m in (student, *teachers) if m.feat4_dim is None]
+    odd += [t.name for t in teachers if t.feat4_dim != t.feat_dim]
+    if odd:
+        raise ConfigError("camkd's feature term needs a last map that is pooled into the classifier; "
+                          f"'{odd[0]}' has none. Set camkd_beta=0.")
+
+# %% ../../nbs/05_distil/06_multi.ipynb #59484b0f
 @register_method('camkd', CAMKDParams)
 class CAMKD(Weighing):
     "Confidence-aware weights on logits and on features (Zhang et al. 2022)"
@@ -120,38 +155,47 @@ class CAMKD(Weighing):
         super().__init__(cfg, student, teachers, params)
         if not params.camkd_beta: return
         self.needs_maps = True
-        odd = [m.name for m in (student, *teachers) if m.feat4_dim is None] + [t.name for t in teachers if t.feat4_dim != t.feat_dim]
-        if odd: raise ConfigError(f"camkd's feature term needs a last map that is pooled into the classifier; '{odd[0]}' has none. Set camkd_beta=0.")
+        check_last_maps(student, teachers)
         s, *ts = [m.last_shape() for m in (student, *teachers)]
         self.regress = nn.ModuleList([Regressor(s, t) for t in ts])
-        self.classify = [t.classify for t in teachers]                     # theirs, not ours: not among our parameters
+        self.classify = [t.classify for t in teachers]                     # the teachers', not among our parameters
 
-    def feature_term(self, batch, s_out, t_outs)->Tensor:
-        "Σ_t w_t ‖r_t(F_s) − F_t‖², the weights from the teachers' classifiers behind r_t"
-        f = [r(s_out['feat_4d']) for r in self.regress]
-        with torch.no_grad(): z = torch.stack([c(v.mean((2, 3))) for c, v in zip(self.classify, f)])
-        w = self.weigh(None, z, batch.hard)
-        gap = [(upcast(v) - upcast(o['feat_4d'].detach())).pow(2).flatten(1).mean(1) for v, o in zip(f, t_outs)]
-        return (w*torch.stack(gap)).sum(0).mean()
+# %% ../../nbs/05_distil/06_multi.ipynb #51a4ab4a
+@patch
+def feature_term(self:CAMKD, batch, s_out, t_outs)->Tensor:
+    "Σ_t w_t ‖r_t(F_s) − F_t‖², the weights from the teachers' classifiers behind r_t"
+    f = [r(s_out['feat_4d']) for r in self.regress]
+    with torch.no_grad():
+        z = torch.stack([c(v.mean((2, 3))) for c, v in zip(self.classify, f)])
+    w = self.weigh(None, z, batch.hard)
+    gap = [(upcast(v) - upcast(o['feat_4d'].detach())).pow(2).flatten(1).mean(1) for v, o in zip(f, t_outs)]
+    return (w*torch.stack(gap)).sum(0).mean()
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms = self.base_terms(batch, s_out, lambda: self.weighed_kd(batch, s_out, t_outs, when))
-        if self.params.camkd_beta > 0: terms['feat'] = (self.params.camkd_beta, self.feature_term(batch, s_out, t_outs))
-        return weighted(**terms)
+# %% ../../nbs/05_distil/06_multi.ipynb #355453ad
+@patch
+def loss(self:CAMKD, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
+    "CE, the weighted KD and the feature term"
+    terms = self.base_terms(batch, s_out, lambda: self.weighed_kd(batch, s_out, t_outs, when))
+    if self.params.camkd_beta > 0:
+        terms['feat'] = (self.params.camkd_beta, self.feature_term(batch, s_out, t_outs))
+    return weighted(**terms)
 
 # %% ../../nbs/05_distil/06_multi.ipynb #3439272d
 @register_method('fitnet_mkd')
 class FitNetMKD(Weighing):
     "AVER + hint_beta · mean over teachers of the hint"
     needs_maps = True
+
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
         shapes = student.stage_shapes()
-        self.regress = nn.ModuleList([Regressor(*hint_pair(shapes, t.stage_shapes(), cfg.hint_layer)) for t in teachers])
+        pairs = [hint_pair(shapes, t.stage_shapes(), cfg.hint_layer) for t in teachers]
+        self.regress = nn.ModuleList([Regressor(*pair) for pair in pairs])
 
     def loss(self, batch, s_out, t_outs, when):
         terms = self.base_terms(batch, s_out, lambda: self.weighed_kd(batch, s_out, t_outs, when))
         if self.cfg.hint_beta > 0:
             pairs = [hint_pair(s_out['stages'], o['stages'], self.cfg.hint_layer) for o in t_outs]
-            terms['hint'] = (self.cfg.hint_beta, sum(hint_loss(r(a), c) for r, (a, c) in zip(self.regress, pairs))/len(pairs))
+            hints = [hint_loss(r(a), c) for r, (a, c) in zip(self.regress, pairs)]
+            terms['hint'] = (self.cfg.hint_beta, sum(hints)/len(pairs))
         return weighted(**terms)
