@@ -14,7 +14,7 @@ _WHERE = {
     'core.config': 'Config resolve list_presets parameter_table '
                    'AsibError ConfigError DataError CheckpointError RunError',
     # methods, teachers, students, data of your own
-    'distil.methods': 'Method register_method check_method weighted average_logits',
+    'distil.methods': 'Method register_method check_method weighted',
     'trainers.build': 'create_method list_methods',   # there every method of the package is registered
     'cl.methods': 'CLMethod register_cl_method list_cl_methods',
     'models.teachers': 'register_model create_teacher list_teachers',
@@ -26,7 +26,7 @@ _WHERE = {
     'core.runtime': 'RunContext When eval_mode create_accelerator generator forked_rng seed_everything tau_at beta_at',
     'core.runfolder': 'Run',
     'freeze': 'apply_freeze freeze_report freeze_all',
-    'ib_mbm': 'IB_MBM Synergy',
+    'ib_mbm': 'IB_MBM Synergy average_logits',
     'distil.losses': 'ce_loss kd_loss dkd_losses ib_kl feature_loss at_loss rkd_distance rkd_angle',
     'distil.metrics': 'accuracy collect_logits ece scores',
     'trainers.loop': 'Callback Phase',

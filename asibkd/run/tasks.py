@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..analysis.compare import collect, compare_runs, plot_compare, default_baseline, win_table
-from ..cl.learner import check_cl
+from ..cl.setup import check_cl
 from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params, read_yaml,
                                 resolve)
 from ..core.runtime import (Run, RunContext, atomic_write, create_accelerator, exp_name, set_deterministic,
