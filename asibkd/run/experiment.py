@@ -8,7 +8,7 @@ __all__ = ['COLUMNS_OF_A_RUN', 'split_given', 'function_source', 'code_hash', 'm
            'run_distil', 'tracker', 'open_context', 'run_in_folder', 'objects_id', 'explained_stops', 'run_experiment',
            'parameters_set']
 
-# %% ../../nbs/11_run/03_experiment.ipynb #94bde1ba
+# %% ../../nbs/11_run/03_experiment.ipynb #7f0c0cc4
 import ast, contextlib, copy, hashlib, inspect, json, textwrap
 
 import torch
@@ -30,7 +30,7 @@ from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, object_fingerprint,
                                    settle_config, teacher_specs, train_teacher)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #f06571d6
+# %% ../../nbs/11_run/03_experiment.ipynb #c3266d9b
 def split_given(
     objects:dict,   # teachers, student, train, … as given; what turns out to be a name is taken out
     params:dict,
@@ -47,7 +47,7 @@ def split_given(
         return params
     return params | dict(dataset=type(objects['train']).__name__, data_root='')
 
-# %% ../../nbs/11_run/03_experiment.ipynb #c3d6c161
+# %% ../../nbs/11_run/03_experiment.ipynb #bcec5595
 def function_source(f)->str:
     "A function's syntax, without comments; its byte code where there is no file"
     try:
@@ -55,7 +55,7 @@ def function_source(f)->str:
     except (OSError, TypeError, SyntaxError):
         return f.__code__.co_code.hex()
 
-# %% ../../nbs/11_run/03_experiment.ipynb #e1a311af
+# %% ../../nbs/11_run/03_experiment.ipynb #30a0fbe9
 def code_hash(
     cls:type,  # The method's class
 )->str: # '' for a method of the package
@@ -70,7 +70,7 @@ def code_hash(
                 parts.append((k, repr(v)))
     return 'code:' + hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest() if classes else ''
 
-# %% ../../nbs/11_run/03_experiment.ipynb #637f7447
+# %% ../../nbs/11_run/03_experiment.ipynb #c51aeb3a
 def method_class(name:str,
     cl_mode, # Continual learning?
 )->type:
@@ -81,7 +81,7 @@ def method_class(name:str,
         raise ConfigError(f"'{name}' is not a method of continual learning: leave cl_mode out and use method={name}.")
     return check_cl_method(name) if cl_mode else check_method(name)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #87b22a21
+# %% ../../nbs/11_run/03_experiment.ipynb #887a7a25
 def preset_summary(
     _file,        # The YAML file of `run_experiment`
     params:dict,
@@ -91,7 +91,7 @@ def preset_summary(
     chosen = {k: v for d in layers for k, v in d.items() if k not in from_file and k not in given}
     return ', '.join(f'{k}={v}' for k, v in chosen.items()) or 'decides nothing'
 
-# %% ../../nbs/11_run/03_experiment.ipynb #0cc39086
+# %% ../../nbs/11_run/03_experiment.ipynb #50e59cbd
 def save_effective_config(
     run:Run, cfg:Config,
     acc,      # The run's accelerator: device and precision go to env.json
@@ -107,7 +107,7 @@ def save_effective_config(
         machine = environment(acc.device) | dict(precision=acc.mixed_precision)
         atomic_write(run/'env.json', json.dumps(machine, indent=1))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #fc0d41ca
+# %% ../../nbs/11_run/03_experiment.ipynb #e277f964
 def finish_run(
     run:Run,
     summary:dict,   # Becomes summary.json
@@ -127,7 +127,7 @@ def finish_run(
         log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {str(e).rstrip('.')}. "
                     f"Everything else is there; `asibkd report {run.path}` tries again.")
 
-# %% ../../nbs/11_run/03_experiment.ipynb #e4ce7aa8
+# %% ../../nbs/11_run/03_experiment.ipynb #89956a46
 def prepare_teachers(
     specs,          # TeacherSpec of each
     student,        # The wrapped student: the method is checked against it
@@ -143,7 +143,7 @@ def prepare_teachers(
     freeze_teachers(teachers, specs, cfg)
     return teachers, infos
 
-# %% ../../nbs/11_run/03_experiment.ipynb #ddb2f498
+# %% ../../nbs/11_run/03_experiment.ipynb #9b01099f
 def save_freeze_report(
     models:dict,  # name → wrapped network
     path,         # freeze_report.csv
@@ -152,7 +152,7 @@ def save_freeze_report(
     import pandas as pd
     pd.concat([freeze_report(m).assign(model=n) for n, m in models.items()]).to_csv(path, index=False)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #35497549
+# %% ../../nbs/11_run/03_experiment.ipynb #caf9298f
 def changes_teachers(
     cfg:Config,
     teachers,    # Wrapped teachers, frozen as configured
@@ -161,10 +161,11 @@ def changes_teachers(
     adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs
     return bool(adapts and cfg.bridge_objective != 'distil' and not all(map(is_frozen, teachers)))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #c9f76309
-COLUMNS_OF_A_RUN = 'method dataset seed val_acc test_acc_val_selected test_acc_last train_acc params macs baseline'.split()
+# %% ../../nbs/11_run/03_experiment.ipynb #8536a00a
+COLUMNS_OF_A_RUN = ('method', 'dataset', 'seed', 'val_acc', 'test_acc_val_selected', 'test_acc_last', 'train_acc',
+                    'params', 'macs', 'baseline')
 
-# %% ../../nbs/11_run/03_experiment.ipynb #339bdb38
+# %% ../../nbs/11_run/03_experiment.ipynb #94fcf1be
 def run_distil(
     ctx:RunContext,
     teachers=None, student=None,  # The user's own modules
@@ -185,7 +186,7 @@ def run_distil(
     row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
     return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #39805698
+# %% ../../nbs/11_run/03_experiment.ipynb #0ca87fd6
 def tracker(cfg:Config, run)->list: # Callbacks for `fit`
     "Send epoch rows to TensorBoard or Weights & Biases"
     if cfg.track == 'none': return []
@@ -202,7 +203,7 @@ def tracker(cfg:Config, run)->list: # Callbacks for `fit`
     w = wandb.init(project='asibkd', name=run.id, config=run.params, dir=str(run.path))
     return [lambda row: w.log(numbers(row))]
 
-# %% ../../nbs/11_run/03_experiment.ipynb #66cd9adf
+# %% ../../nbs/11_run/03_experiment.ipynb #caaeac90
 def open_context(
     run:Run, cfg:Config,
     train=None, val=None, test=None,  # The user's own datasets
@@ -216,11 +217,12 @@ def open_context(
     cfg = settle_config(cfg, data)
     save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
     precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
-    log.info(f"{run.path}: {data.name}, {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
+    log.info(f"{run.path}: {data.name}, "
+             f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
              f"{data.n_class} classes, {data.shape}; {acc.device}, {precision}")
     return RunContext(cfg, data, acc, run, (*callbacks, *tracker(cfg, run)))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #4ad5398a
+# %% ../../nbs/11_run/03_experiment.ipynb #08f4355e
 def run_in_folder(
     run:Run, cfg:Config,
     extra,                        # Values of the method's own parameters
@@ -232,7 +234,7 @@ def run_in_folder(
     work = run_cl if cfg.cl_mode else run_distil
     finish_run(run, *work(ctx, teachers, student, extra))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #b707fd94
+# %% ../../nbs/11_run/03_experiment.ipynb #3d6f92b4
 def objects_id(
     objects:dict,  # From `split_given`
     cfg:Config,
@@ -242,10 +244,11 @@ def objects_id(
     teachers = objects['teachers']
     if teachers is not None and not len(teachers):
         raise ConfigError("teachers=[]: give at least one teacher.")
-    given = [o for o in (*(teachers or ()), *(objects[k] for k in ('student', 'train', 'val', 'test'))) if o is not None]
+    others = [objects[k] for k in ('student', 'train', 'val', 'test')]
+    given = [o for o in (*(teachers or ()), *others) if o is not None]
     return '+'.join(filter(None, [*map(object_fingerprint, given), code_hash(method)]))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #06b999f3
+# %% ../../nbs/11_run/03_experiment.ipynb #b6907e6d
 @contextlib.contextmanager
 def explained_stops(run:Run, cfg:Config):
     "Inside: Ctrl-C and an exhausted GPU are explained"
@@ -258,7 +261,7 @@ def explained_stops(run:Run, cfg:Config):
         raise RunError(f"Out of GPU memory: lower batch_size ({cfg.batch_size}), or use_amp=1. "
                        f"{str(e).splitlines()[0]}") from e
 
-# %% ../../nbs/11_run/03_experiment.ipynb #ed4a02b1
+# %% ../../nbs/11_run/03_experiment.ipynb #c905184c
 def run_experiment(
     _file='',                          # A YAML file of parameters (the command line's -f)
     teachers=None,                     # Your own modules (or names) instead of teacher1_type, teacher2_type

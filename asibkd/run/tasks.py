@@ -8,7 +8,7 @@ __all__ = ['OBJECTS', 'finetune_target', 'finetune_in_folder', 'run_finetune', '
            'shared_teachers', 'LoopPlan', 'plan_loop', 'params_of_method', 'loop_runs', 'run_loop', 'compare_methods',
            'cl_compare']
 
-# %% ../../nbs/11_run/04_tasks.ipynb #6bda897a
+# %% ../../nbs/11_run/04_tasks.ipynb #402019ba
 import json, os, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from ..analysis.compare import collect, compare_runs, plot_compare, default_baseline, win_table
 from ..cl.learner import check_cl
-from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params, read_yaml,
-                                resolve)
+from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params,
+                                read_yaml, resolve)
 from ..core.runtime import (Run, RunContext, atomic_write, create_accelerator, exp_name, set_deterministic,
                                  setup_log)
 from ..data.batches import make_loader
@@ -33,7 +33,7 @@ from ..trainers.build import (TeacherSpec, build_student, build_teacher, settle_
                                    train_teacher)
 from ..trainers.phases import to_device
 
-# %% ../../nbs/11_run/04_tasks.ipynb #91015423
+# %% ../../nbs/11_run/04_tasks.ipynb #fdb1494a
 def finetune_target(
     cfg:Config,
 )->tuple: # (architecture, path of the checkpoint)
@@ -41,7 +41,7 @@ def finetune_target(
     arch = cfg.teacher_type or cfg.teacher1_type
     return arch, Path(cfg.finetune_ckpt1 or f'checkpoints/{arch}_ft.pth')
 
-# %% ../../nbs/11_run/04_tasks.ipynb #872b85a9
+# %% ../../nbs/11_run/04_tasks.ipynb #8b774d8b
 def finetune_in_folder(
     run:Run, cfg:Config,
     arch:str,   # Architecture
@@ -62,10 +62,10 @@ def finetune_in_folder(
     for split in ('val', 'test'):
         z, y = collect_logits({'t': teacher}, make_loader(cfg, data, split, 'eval', device=acc.device))
         reached[f'{split}_acc'] = accuracy(z['t'], y)
-    return dict(kind='finetune', type=arch, dataset=data.name, checkpoint=str(path), skipped=False, **reached, seed=cfg.seed,
-                time=dict(seconds=info.seconds))
+    return dict(kind='finetune', type=arch, dataset=data.name, checkpoint=str(path), skipped=False, **reached,
+                seed=cfg.seed, time=dict(seconds=info.seconds))
 
-# %% ../../nbs/11_run/04_tasks.ipynb #c3a768e9
+# %% ../../nbs/11_run/04_tasks.ipynb #5474b7ef
 def run_finetune(
     _file='',   # A YAML file of parameters
     **params,   # Any parameter of `Config`
@@ -89,7 +89,7 @@ def run_finetune(
         log.info(f"{arch}: validation {out['val_acc']:.4f}, test {out['test_acc']:.4f} → {path}")
     return out
 
-# %% ../../nbs/11_run/04_tasks.ipynb #7c0ea698
+# %% ../../nbs/11_run/04_tasks.ipynb #d8a9c316
 def check_evaluation(cfg:Config):
     "Refuse an evaluation without the checkpoints it needs"
     if cfg.eval_mode == 'single' and not (cfg.ckpt_path or cfg.student_ckpt):
@@ -98,7 +98,7 @@ def check_evaluation(cfg:Config):
         raise ConfigError("eval_mode=synergy needs mbm_ckpt=…, e.g. results/<exp_id>/bridge.safetensors, "
                           "and student_ckpt=….")
 
-# %% ../../nbs/11_run/04_tasks.ipynb #30f89eb3
+# %% ../../nbs/11_run/04_tasks.ipynb #4c1bded4
 def evaluate_single(
     cfg:Config, data,  # Settled parameters, `Data`
     acc,               # Accelerator
@@ -111,7 +111,7 @@ def evaluate_single(
     to_device(RunContext(cfg, data, acc), net)
     return report_splits({net.name: net}, data, cfg, acc)
 
-# %% ../../nbs/11_run/04_tasks.ipynb #a901c807
+# %% ../../nbs/11_run/04_tasks.ipynb #04308ccb
 def evaluate_synergy(
     cfg:Config, data,  # Settled parameters, `Data`
     acc,               # Accelerator
@@ -125,7 +125,7 @@ def evaluate_synergy(
     to_device(RunContext(cfg, data, acc), synergy, student, *teachers.values())
     return report_splits(teachers | {'student': student}, data, cfg, acc, synergy, list(teachers), 'student')
 
-# %% ../../nbs/11_run/04_tasks.ipynb #249f96af
+# %% ../../nbs/11_run/04_tasks.ipynb #5f8a6d92
 def add_rows(
     path:Path,
     rows:list,  # of dicts
@@ -137,7 +137,7 @@ def add_rows(
         old = [pd.read_csv(path)] if path.exists() else []
         atomic_write(path, pd.concat([*old, pd.DataFrame(rows)], ignore_index=True).to_csv(index=False))
 
-# %% ../../nbs/11_run/04_tasks.ipynb #a3de74ac
+# %% ../../nbs/11_run/04_tasks.ipynb #239680df
 def evaluation_rows(
     report:dict,        # From `report_splits`
     cfg:Config, data,   # Settled parameters, `Data`
@@ -146,11 +146,11 @@ def evaluation_rows(
     def row(split, model, o):
         disagreement = {f'disagree_{m}': r for m, r in o.get('disagreement', {}).items()}
         by_class = dict(zip(map(str, data.classes), o['per_class'][model]))
-        return dict(mode=cfg.eval_mode, dataset=data.name, split=split, model=model, **o['models'][model], **disagreement,
-                    per_class=json.dumps(by_class, ensure_ascii=False))
+        return dict(mode=cfg.eval_mode, dataset=data.name, split=split, model=model, **o['models'][model],
+                    **disagreement, per_class=json.dumps(by_class, ensure_ascii=False))
     return [row(s, m, o) for s, o in report.items() for m in o['models']]
 
-# %% ../../nbs/11_run/04_tasks.ipynb #03af8c3b
+# %% ../../nbs/11_run/04_tasks.ipynb #891ac556
 def run_evaluate(
     _file='',   # A YAML file of parameters
     **params,   # Any parameter of `Config`
@@ -166,7 +166,7 @@ def run_evaluate(
     add_rows(Path(cfg.results_dir)/'evaluation.csv', evaluation_rows(report, cfg, data))
     return report
 
-# %% ../../nbs/11_run/04_tasks.ipynb #6de987ea
+# %% ../../nbs/11_run/04_tasks.ipynb #cba08931
 def demo_run(
     results='results', # Where the run folder is
     **params,          # Any parameter, e.g. mbm_tokens='spatial'
@@ -174,7 +174,7 @@ def demo_run(
     "A finished quickstart run for the explorer: made, or found"
     return run_experiment(**dict(preset='quickstart', compare=0, results_dir=str(results)) | params)['run']
 
-# %% ../../nbs/11_run/04_tasks.ipynb #b21a2e51
+# %% ../../nbs/11_run/04_tasks.ipynb #3288c065
 def with_defaults(
     _file,         # A YAML file of parameters, or ''
     params:dict,
@@ -184,14 +184,14 @@ def with_defaults(
     in_file = read_yaml(_file) if _file else {}
     return {k: v for k, v in values.items() if k not in in_file} | params
 
-# %% ../../nbs/11_run/04_tasks.ipynb #48959e91
+# %% ../../nbs/11_run/04_tasks.ipynb #2071700c
 def split_list(
     o,  # 'a,b c', a number, or a list
 )->list: # of strings
     "What was typed as a list"
     return [str(v) for v in (str(o).replace(',', ' ').split() if isinstance(o, (str, int)) else o)]
 
-# %% ../../nbs/11_run/04_tasks.ipynb #808fa889
+# %% ../../nbs/11_run/04_tasks.ipynb #7d042a89
 def shared_teachers(
     cfg:Config,
 )->dict: # finetune_ckpt1, finetune_ckpt2, where they are not given
@@ -206,7 +206,7 @@ def shared_teachers(
     keys = ('finetune_ckpt1', 'finetune_ckpt2')
     return {k: str(folder/f) for k, f in zip(keys, files) if not getattr(cfg, k)}
 
-# %% ../../nbs/11_run/04_tasks.ipynb #94f560e6
+# %% ../../nbs/11_run/04_tasks.ipynb #4e92906b
 @dataclass
 class LoopPlan:
     "What a loop will run"
@@ -215,7 +215,7 @@ class LoopPlan:
     seeds:list     # Numbers, as strings
     params:dict    # What all runs share
 
-# %% ../../nbs/11_run/04_tasks.ipynb #fd081485
+# %% ../../nbs/11_run/04_tasks.ipynb #0661c1ac
 def plan_loop(
     methods,       # As `run_loop` takes them
     seeds,
@@ -228,23 +228,26 @@ def plan_loop(
     for m in names:
         method_class(m, cl)
     if bad := [k for k in (key, 'seed', 'exp_id') if k in params]:
-        raise ConfigError(f"'{bad[0]}' is what the loop varies. Use --methods and --seeds; run folders get automatic names.")
+        raise ConfigError(f"'{bad[0]}' is what the loop varies. Use --methods and --seeds; "
+                          "run folders get automatic names.")
     if not names or not split_list(seeds):
         raise ConfigError("The loop needs at least one method and one seed: --methods 'asmb ce' --seeds '0 1'.")
     return LoopPlan(key, names, split_list(seeds), params)
 
-# %% ../../nbs/11_run/04_tasks.ipynb #6c0e4630
+# %% ../../nbs/11_run/04_tasks.ipynb #f28f4593
 def params_of_method(
     plan:LoopPlan,
     method:str,
 )->dict:
     "The shared parameters without those that belong to other methods of the loop"
     prefix = 'cl:' if plan.key == 'cl_method' else ''
-    special = {m: {*method_params[prefix + m].model_fields} if prefix + m in method_params else set() for m in plan.methods}
-    of_any = set().union(*special.values())
-    return {k: v for k, v in (dict(compare=0) | plan.params).items() if k in special[method] or k not in of_any}
+    def special(m):
+        return {*method_params[prefix + m].model_fields} if prefix + m in method_params else set()
+    of_any = set().union(*map(special, plan.methods))
+    shared = dict(compare=0) | plan.params
+    return {k: v for k, v in shared.items() if k in special(method) or k not in of_any}
 
-# %% ../../nbs/11_run/04_tasks.ipynb #a7ef2780
+# %% ../../nbs/11_run/04_tasks.ipynb #dfa5e5ff
 def loop_runs(
     plan:LoopPlan,
     own_teachers=False,  # Did the user hand over modules?
@@ -262,10 +265,10 @@ def loop_runs(
             runs.append(p)
     return runs
 
-# %% ../../nbs/11_run/04_tasks.ipynb #79f3d82d
+# %% ../../nbs/11_run/04_tasks.ipynb #8e593426
 OBJECTS = ('teachers', 'student', 'train', 'val', 'test', 'callbacks')   # Of `run_experiment`, not of `Config`
 
-# %% ../../nbs/11_run/04_tasks.ipynb #f48295ec
+# %% ../../nbs/11_run/04_tasks.ipynb #c69eaac7
 def run_loop(
     methods='',        # Names, as a list or 'asmb, ce fitnet'; empty = the environment's METHOD_LIST, else asmb
     seeds='0 1 2',     # Numbers, likewise
@@ -278,7 +281,7 @@ def run_loop(
     plan = plan_loop(methods, seeds, given)
     return [run_experiment(**p, **objects) for p in loop_runs(plan, objects.get('teachers') is not None)]
 
-# %% ../../nbs/11_run/04_tasks.ipynb #cbd84781
+# %% ../../nbs/11_run/04_tasks.ipynb #e4fb8cdd
 def compare_methods(
     methods,              # As in `run_loop`
     seeds='0 1 2',
@@ -287,10 +290,11 @@ def compare_methods(
 )->dict: # table, wins (with continual learning), runs: DataFrames · figure
     "Methods over seeds: mean ± t-interval, paired differences"
     runs = collect(*(s['run'] for s in run_loop(methods, seeds, _file, **params)))
-    return dict(table=compare_runs(runs, baseline or default_baseline(runs)), wins=win_table(runs) if 'ACC' in runs else None,
-                figure=plot_compare(runs), runs=runs)
+    wins = win_table(runs) if 'ACC' in runs else None
+    table = compare_runs(runs, baseline or default_baseline(runs))
+    return dict(table=table, wins=wins, figure=plot_compare(runs), runs=runs)
 
-# %% ../../nbs/11_run/04_tasks.ipynb #a3bcb52d
+# %% ../../nbs/11_run/04_tasks.ipynb #58d3b99a
 def cl_compare(
     methods='naive er derpp asib joint',
     seeds='0 1 2',
