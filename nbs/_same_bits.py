@@ -101,6 +101,7 @@ def typed(s):
     if 'own' in s:
         s['method_params'] = s.pop('own')
     s['rows'] = [typed_row(r, s) for r in s['rows']]
+    s['gates'] = [{k: v for k, v in g.items() if k != 'epochs'} for g in s['gates']]       # new: how many there were
     if any(isinstance(w, str) for w in s.get('weights', {}).values()):
         s['weights'] = {k: typed_weights(w) for k, w in s['weights'].items()}
     return s

@@ -28,7 +28,7 @@ from .figures import (calibration_error, confused_pairs, confusion_table, disagr
                             load_predictions, plot_confusion, plot_curves, plot_disagreement, plot_front, plot_information, plot_reliability, plot_seeds,
                             reliability_table, student_curves)
 from ..distil.methods import methods
-from .page import code, fold, picture, render, section, table, text
+from .page import code, details, picture, render, section, table, text
 from ..core.runtime import atomic_write
 
 # %% ../../nbs/09_analysis/06_report.ipynb #19bb1e6c
@@ -71,7 +71,7 @@ def config_parts(c:dict)->tuple:
                  meaning=known[k].description if k in known else '') for k, v in c.items() if usual.get(k, ...) != v and k not in unread]
     every = pd.DataFrame([dict(parameter=k, value=show(v)) for k, v in c.items()])
     differ = pd.DataFrame(rows, columns=['parameter', 'value', 'default', 'meaning'])
-    return table(differ, 'Parameters that differ from the defaults'), fold(f'All {len(c)} parameters', table(every, 'All parameters'))
+    return table(differ, 'Parameters that differ from the defaults'), details(f'All {len(c)} parameters', table(every, 'All parameters'))
 
 def env_part(run)->dict|None:
     "Versions and machine"

@@ -29,7 +29,8 @@ from ..distil.metrics import accuracy, collect_logits
 from ..trainers.phases import adapt, distil, finetune, to_device
 from .streams import Stream, create_stream, grow_head
 from ..models.teachers import create_teacher, load_into, load_weights
-from ..trainers.loop import PhaseCheckpoint, load_state
+from ..trainers.loop import Callback
+from ..trainers.callbacks import EmaCB, callback_states, load_callback_states, load_state
 
 # %% ../../nbs/07_cl/05_learner.ipynb #e53c86a9
 ROLES = ('expert', 'generic', 'snapshot', 'ema')
@@ -174,6 +175,8 @@ class Learner:
         data = self.data(t); val = join(data.val, self.memory)
         if known is not None: val = val.subset(torch.isin(val.y, known.cpu()).nonzero().flatten())
         return replace(data, val=val)
+    @property
+    def user_callbacks(self)->list: return [o for o in self.ctx.callbacks if isinstance(o, Callback)]
     def eval_loader(self, ds:ImageSet, data:Data)->Loader:
         return Loader(ds, data, 4*self.cfg.batch_size, device=self.acc.device, num_workers=self.cfg.num_workers)
     def task_name(self, t, what): return f'{self.name}t{t + 1}-{what}'
@@ -205,8 +208,8 @@ def _school(self:Learner, t:int, i:int, role:str)->KDModel:
     else: m.requires_grad_(True); m.frozen_modules = set()
     if c.finetune_epochs:
         ld = self.balanced(t, name, (0., c.finetune_cutmix_alpha or (1. if c.finetune_use_cutmix else 0.)))
-        finetune(m, self.ctx.but(data=self.with_memory(t)), self.task_name(t, name), ld)
-        self.out.cost['teacher_images'] += len(ld)*ld.batch_size*c.finetune_epochs
+        fitted = finetune(m, self.ctx.but(data=self.with_memory(t)), self.task_name(t, name), ld)
+        self.out.cost['teacher_images'] += len(ld)*ld.batch_size*fitted.epochs
     return limit_to_seen(freeze_all(m), self.stream.n_seen(t), self.width(t))
 
 Learner.cast, Learner.school = _cast, _school
@@ -225,29 +228,22 @@ def _teach(self:Learner, t:int, teachers, roles):
             if m.adapter is not None: m.adapter.requires_grad_(True)
         ld = self.balanced(t, 'A')
         self.out.gates.append(dict(adapt(self.student, teachers, method, self.ctx.but(data=seen), 0, self.task_name(t, 'A'), ld), task=t + 1))
-        self.out.cost['bridge_images'] += (n := len(ld)*ld.batch_size*c.teacher_adapt_epochs)
+        self.out.cost['bridge_images'] += (n := len(ld)*ld.batch_size*self.out.gates[-1]['epochs'])
         self.out.cost['teacher_forwards'] += n*len(teachers)
         freeze_all(*teachers)
     own = len(self.stream.classes(t))/self.stream.n_seen(t) if cls.fills_early else 0.
     ld = Replay(self.data(t), self.memory, c.batch_size, c.replay_ratio, own, seed=c.seed, phase=f't{t + 1}-B', device=self.acc.device,
                 data_aug=c.data_aug, num_workers=c.num_workers)
     emas = [m for m, r in zip(teachers, roles) if r == 'ema']
-    distil(self.student, teachers, method, self.ctx.but(data=self.data(t)), epochs=c.epochs, name=self.task_name(t, 'B'), loader=ld, stepped=lambda: (method.after_step(), self.follow(emas)),
-           keep={f'ema{i}': m for i, m in enumerate(emas)})
-    n = len(ld)*c.epochs*(ld.batch_size + ld.n_old)
+    fitted = distil(self.student, teachers, method, self.ctx.but(data=self.data(t)), epochs=c.epochs, name=self.task_name(t, 'B'),
+                    loader=ld, callbacks=[EmaCB(self.student.model, m.model, c.cl_ema_decay) for m in emas],
+                    keep={f'ema{i}': m for i, m in enumerate(emas)})
+    n = len(ld)*fitted.epochs*(ld.batch_size + ld.n_old)
     self.out.cost['student_images'] += n
     self.out.cost['teacher_forwards'] += n*(len(teachers) if cls.teachers_used != 'none' else 0)
     return method
 
-@torch.no_grad()
-def _follow(self:Learner, emas):
-    "Move the averaged students a step toward the student"
-    for m in emas:
-        for a, b in zip(m.model.state_dict().values(), self.student.model.state_dict().values()):
-            if a.is_floating_point(): a.lerp_(b.to(a.dtype), 1 - self.cfg.cl_ema_decay)
-            else: a.copy_(b)
-
-Learner.teach, Learner.follow = _teach, _follow
+Learner.teach = _teach
 
 # %% ../../nbs/07_cl/05_learner.ipynb #00bda5a8
 def _consolidate(self:Learner, t:int, method):
@@ -331,7 +327,7 @@ def _save(self:Learner, t:int):
     "The state after task `t`"
     if self.run is None: return
     state = dict(task=t, student=self.student.state_dict(), untrained=self.untrained.state_dict(), memory=self.memory.state(), ewc=self.ewc.state(),
-                 si=None if self.si is None else self.si.state_dict(), out=vars(self.out), rows=getattr(self.run, 'n_rows', 0),
+                 si=None if self.si is None else self.si.state_dict(), out=vars(self.out), rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks),
                  teachers={k: dict(state=m.state_dict(), has=h) for k, (m, h) in self.teachers.items()})
     if not self.acc.is_main_process: return
     atomic_save(state, self.run/'checkpoint'/f'{self.name}tasks.pt')
@@ -350,6 +346,7 @@ def _load(self:Learner)->int: # The task to begin with
         grow_head(m, self.stream.n_seen(t)).load_state_dict(o['state']); self.teachers[k] = (m, o['has'])
     self.memory.load(s['memory']); self.ewc.load(s['ewc'], self.acc.device); self.out = CLResult(**s['out'])
     if s['si'] is not None: self.si = SI(self.student.model, self.cfg.si_c, self.cfg.si_xi); self.si.load_state_dict(s['si'])
+    load_callback_states(self.user_callbacks, s['callbacks'])
     self.run.n_rows = s['rows']      # rows of the phases begun since are kept or cut by `fit`, which knows how far they came
     return t + 1
 

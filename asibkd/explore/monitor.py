@@ -14,12 +14,13 @@ from fastcore.basics import patch
 
 from ..core.config import log
 from ..core.runtime import watched
+from ..trainers.loop import Callback
 from ..analysis.figures import plot_curves
 from .browse import plot_parts
 from .widgets import show_figure, side_by_side
 
 # %% ../../nbs/10_explore/05_monitor.ipynb #73f8a459
-class LiveMonitorCB:
+class LiveMonitorCB(Callback):
     "`run_experiment(callbacks=[LiveMonitorCB()])`: accuracies and loss terms while a notebook's run trains"
     def __init__(self,
         show=None,  # Show figures? None: where a notebook is watched
@@ -34,6 +35,18 @@ class LiveMonitorCB:
         new_phase = len(self.rows) < 2 or row['phase'] != self.rows[-2]['phase']
         if self.on and (new_phase or time.perf_counter() >= self.next):
             self.draw()
+
+    def after_epoch(self, loop):
+        "An epoch of the run is over"
+        self(loop.row)
+
+    def state_dict(self)->dict:
+        "The rows, so that a resumed run shows them all"
+        return dict(rows=self.rows)
+
+    def load_state_dict(self, state):
+        "Go on from a checkpoint"
+        self.rows = list(state['rows'])
 
 # %% ../../nbs/10_explore/05_monitor.ipynb #50afc753
 @patch

@@ -28,7 +28,9 @@ from ..distil.methods import create_method
 from ..trainers.phases import DistilStep, adapt, distil, to_device, train_loader
 from ..models.students import create_student
 from ..models.teachers import create_teacher
-from ..trainers.loop import Phase, create_optimizer, create_schedule, fit, train_epoch, unprepare
+from ..trainers.callbacks import FiniteCB, LogCB
+from ..trainers.fit import fit
+from ..trainers.loop import Loop, Phase, train_epoch, unprepare
 
 # %% ../../nbs/11_run/05_bench.ipynb #686af5e1
 def side_by_side(
@@ -83,11 +85,11 @@ class Steps:
         self.obj = DistilStep(self.student, self.teachers, self.method, ask=ask or (lambda t: LiveTeacher(t, cfg)))
         groups = [dict(params=[*self.student.parameters(), *self.method.parameters()], lr=1e-3, weight_decay=0.)]
         self.phase = Phase('bench', self.obj, groups, self.some, 1, None, {})
-        self.opt = create_optimizer(groups, cfg); self.schedule = create_schedule(self.opt, cfg, 1, len(self.some))
-        self.model = self.acc.prepare_model(self.obj)
+        self.loop = Loop(self.phase, ctx, [FiniteCB(), LogCB()]).prepare()
+        self.opt = self.loop.opt
 
     def __call__(self)->int: # Images
-        train_epoch(self.phase, self.model, self.opt, self.schedule, self.acc, self.cfg, 0)
+        train_epoch(self.loop)
         return len(self.some)*self.batch
 
     def fill(self):
