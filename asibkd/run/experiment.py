@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS_OF_A_RUN', 'split_given', 'function_source', 'code_hash', 'method_class', 'preset_summary',
-           'save_effective_config', 'finish_run', 'prepare_teachers', 'save_freeze_report', 'changes_teachers',
-           'run_distil', 'tracker', 'open_context', 'run_in_folder', 'objects_id', 'explained_stops', 'run_experiment',
+           'save_effective_config', 'finish_run', 'open_context', 'prepare_teachers', 'save_freeze_report',
+           'changes_teachers', 'run_distil', 'run_in_folder', 'objects_id', 'explained_stops', 'run_experiment',
            'parameters_set']
 
-# %% ../../nbs/11_run/03_experiment.ipynb #7f0c0cc4
+# %% ../../nbs/11_run/03_experiment.ipynb #63557915
 import ast, contextlib, copy, hashlib, inspect, json, textwrap
 
 import torch
@@ -29,8 +29,9 @@ from .students import train_all
 from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, object_fingerprint,
                                    settle_config, teacher_specs, train_teacher)
+from ..trainers.callbacks import tracker
 
-# %% ../../nbs/11_run/03_experiment.ipynb #c3266d9b
+# %% ../../nbs/11_run/03_experiment.ipynb #f06571d6
 def split_given(
     objects:dict,   # teachers, student, train, … as given; what turns out to be a name is taken out
     params:dict,
@@ -47,7 +48,7 @@ def split_given(
         return params
     return params | dict(dataset=type(objects['train']).__name__, data_root='')
 
-# %% ../../nbs/11_run/03_experiment.ipynb #bcec5595
+# %% ../../nbs/11_run/03_experiment.ipynb #c3d6c161
 def function_source(f)->str:
     "A function's syntax, without comments; its byte code where there is no file"
     try:
@@ -55,7 +56,7 @@ def function_source(f)->str:
     except (OSError, TypeError, SyntaxError):
         return f.__code__.co_code.hex()
 
-# %% ../../nbs/11_run/03_experiment.ipynb #30a0fbe9
+# %% ../../nbs/11_run/03_experiment.ipynb #e1a311af
 def code_hash(
     cls:type,  # The method's class
 )->str: # '' for a method of the package
@@ -70,7 +71,7 @@ def code_hash(
                 parts.append((k, repr(v)))
     return 'code:' + hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest() if classes else ''
 
-# %% ../../nbs/11_run/03_experiment.ipynb #c51aeb3a
+# %% ../../nbs/11_run/03_experiment.ipynb #637f7447
 def method_class(name:str,
     cl_mode, # Continual learning?
 )->type:
@@ -81,7 +82,7 @@ def method_class(name:str,
         raise ConfigError(f"'{name}' is not a method of continual learning: leave cl_mode out and use method={name}.")
     return check_cl_method(name) if cl_mode else check_method(name)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #887a7a25
+# %% ../../nbs/11_run/03_experiment.ipynb #87b22a21
 def preset_summary(
     _file,        # The YAML file of `run_experiment`
     params:dict,
@@ -91,7 +92,7 @@ def preset_summary(
     chosen = {k: v for d in layers for k, v in d.items() if k not in from_file and k not in given}
     return ', '.join(f'{k}={v}' for k, v in chosen.items()) or 'decides nothing'
 
-# %% ../../nbs/11_run/03_experiment.ipynb #50e59cbd
+# %% ../../nbs/11_run/03_experiment.ipynb #0cc39086
 def save_effective_config(
     run:Run, cfg:Config,
     acc,      # The run's accelerator: device and precision go to env.json
@@ -107,7 +108,7 @@ def save_effective_config(
         machine = environment(acc.device) | dict(precision=acc.mixed_precision)
         atomic_write(run/'env.json', json.dumps(machine, indent=1))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #e277f964
+# %% ../../nbs/11_run/03_experiment.ipynb #fc0d41ca
 def finish_run(
     run:Run,
     summary:dict,   # Becomes summary.json
@@ -127,7 +128,26 @@ def finish_run(
         log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {str(e).rstrip('.')}. "
                     f"Everything else is there; `asibkd report {run.path}` tries again.")
 
-# %% ../../nbs/11_run/03_experiment.ipynb #89956a46
+# %% ../../nbs/11_run/03_experiment.ipynb #2beee880
+def open_context(
+    run:Run, cfg:Config,
+    train=None, val=None, test=None,  # The user's own datasets
+    callbacks=(),
+)->RunContext:
+    "Device, data and settled parameters of a run"
+    set_deterministic(cfg.deterministic)
+    teacher_counts.clear()
+    acc = create_accelerator(cfg)
+    data = create_data(cfg, train, val, test)
+    cfg = settle_config(cfg, data)
+    save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
+    precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
+    log.info(f"{run.path}: {data.name}, "
+             f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
+             f"{data.n_class} classes, {data.shape}; {acc.device}, {precision}")
+    return RunContext(cfg, data, acc, run, (*callbacks, *tracker(cfg, run)))
+
+# %% ../../nbs/11_run/03_experiment.ipynb #e4ce7aa8
 def prepare_teachers(
     specs,          # TeacherSpec of each
     student,        # The wrapped student: the method is checked against it
@@ -143,7 +163,7 @@ def prepare_teachers(
     freeze_teachers(teachers, specs, cfg)
     return teachers, infos
 
-# %% ../../nbs/11_run/03_experiment.ipynb #9b01099f
+# %% ../../nbs/11_run/03_experiment.ipynb #ddb2f498
 def save_freeze_report(
     models:dict,  # name → wrapped network
     path,         # freeze_report.csv
@@ -152,7 +172,7 @@ def save_freeze_report(
     import pandas as pd
     pd.concat([freeze_report(m).assign(model=n) for n, m in models.items()]).to_csv(path, index=False)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #caf9298f
+# %% ../../nbs/11_run/03_experiment.ipynb #35497549
 def changes_teachers(
     cfg:Config,
     teachers,    # Wrapped teachers, frozen as configured
@@ -161,11 +181,11 @@ def changes_teachers(
     adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs
     return bool(adapts and cfg.bridge_objective != 'distil' and not all(map(is_frozen, teachers)))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #8536a00a
+# %% ../../nbs/11_run/03_experiment.ipynb #b5d0c22b
 COLUMNS_OF_A_RUN = ('method', 'dataset', 'seed', 'val_acc', 'test_acc_val_selected', 'test_acc_last', 'train_acc',
                     'params', 'macs', 'baseline')
 
-# %% ../../nbs/11_run/03_experiment.ipynb #94fcf1be
+# %% ../../nbs/11_run/03_experiment.ipynb #339bdb38
 def run_distil(
     ctx:RunContext,
     teachers=None, student=None,  # The user's own modules
@@ -186,43 +206,7 @@ def run_distil(
     row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
     return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #0ca87fd6
-def tracker(cfg:Config, run)->list: # Callbacks for `fit`
-    "Send epoch rows to TensorBoard or Weights & Biases"
-    if cfg.track == 'none': return []
-    numbers = lambda row: {f"{row['phase']}/{k}": v for k, v in row.items()
-                           if isinstance(v, (int, float)) and k not in ('epoch', 'stage')}
-    try:
-        if cfg.track == 'tensorboard':
-            from torch.utils.tensorboard import SummaryWriter
-            w = SummaryWriter(str(run/'tensorboard'))
-            return [lambda row: [w.add_scalar(k, v, row['epoch']) for k, v in numbers(row).items()] and w.flush()]
-        import wandb
-    except ImportError as e:
-        raise RunError(f"track={cfg.track} needs its package: pip install {cfg.track} ({e}).") from None
-    w = wandb.init(project='asibkd', name=run.id, config=run.params, dir=str(run.path))
-    return [lambda row: w.log(numbers(row))]
-
-# %% ../../nbs/11_run/03_experiment.ipynb #caaeac90
-def open_context(
-    run:Run, cfg:Config,
-    train=None, val=None, test=None,  # The user's own datasets
-    callbacks=(),
-)->RunContext:
-    "Device, data and settled parameters of a run"
-    set_deterministic(cfg.deterministic)
-    teacher_counts.clear()
-    acc = create_accelerator(cfg)
-    data = create_data(cfg, train, val, test)
-    cfg = settle_config(cfg, data)
-    save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
-    precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
-    log.info(f"{run.path}: {data.name}, "
-             f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
-             f"{data.n_class} classes, {data.shape}; {acc.device}, {precision}")
-    return RunContext(cfg, data, acc, run, (*callbacks, *tracker(cfg, run)))
-
-# %% ../../nbs/11_run/03_experiment.ipynb #08f4355e
+# %% ../../nbs/11_run/03_experiment.ipynb #4ad5398a
 def run_in_folder(
     run:Run, cfg:Config,
     extra,                        # Values of the method's own parameters
@@ -234,7 +218,7 @@ def run_in_folder(
     work = run_cl if cfg.cl_mode else run_distil
     finish_run(run, *work(ctx, teachers, student, extra))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #3d6f92b4
+# %% ../../nbs/11_run/03_experiment.ipynb #93e0b8f4
 def objects_id(
     objects:dict,  # From `split_given`
     cfg:Config,
@@ -248,7 +232,7 @@ def objects_id(
     given = [o for o in (*(teachers or ()), *others) if o is not None]
     return '+'.join(filter(None, [*map(object_fingerprint, given), code_hash(method)]))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #b6907e6d
+# %% ../../nbs/11_run/03_experiment.ipynb #06b999f3
 @contextlib.contextmanager
 def explained_stops(run:Run, cfg:Config):
     "Inside: Ctrl-C and an exhausted GPU are explained"
@@ -261,7 +245,7 @@ def explained_stops(run:Run, cfg:Config):
         raise RunError(f"Out of GPU memory: lower batch_size ({cfg.batch_size}), or use_amp=1. "
                        f"{str(e).splitlines()[0]}") from e
 
-# %% ../../nbs/11_run/03_experiment.ipynb #c905184c
+# %% ../../nbs/11_run/03_experiment.ipynb #ed4a02b1
 def run_experiment(
     _file='',                          # A YAML file of parameters (the command line's -f)
     teachers=None,                     # Your own modules (or names) instead of teacher1_type, teacher2_type

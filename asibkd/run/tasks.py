@@ -8,7 +8,7 @@ __all__ = ['OBJECTS', 'finetune_target', 'finetune_in_folder', 'run_finetune', '
            'shared_teachers', 'LoopPlan', 'plan_loop', 'params_of_method', 'loop_runs', 'run_loop', 'compare_methods',
            'cl_compare']
 
-# %% ../../nbs/11_run/04_tasks.ipynb #402019ba
+# %% ../../nbs/11_run/04_tasks.ipynb #5fbaeb6d
 import json, os, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,13 @@ from ..distil.metrics import accuracy, collect_logits
 from ..eval.evaluate import load_synergy, report_splits
 from ..models.students import create_student
 from ..models.teachers import create_teacher, load_into, load_weights
-from .experiment import method_class, run_experiment, save_effective_config, split_given, tracker
+from .experiment import method_class, run_experiment, save_effective_config, split_given
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, settle_config, teacher_specs,
                                    train_teacher)
+from ..trainers.callbacks import tracker
 from ..trainers.phases import to_device
 
-# %% ../../nbs/11_run/04_tasks.ipynb #fdb1494a
+# %% ../../nbs/11_run/04_tasks.ipynb #91015423
 def finetune_target(
     cfg:Config,
 )->tuple: # (architecture, path of the checkpoint)
@@ -41,7 +42,7 @@ def finetune_target(
     arch = cfg.teacher_type or cfg.teacher1_type
     return arch, Path(cfg.finetune_ckpt1 or f'checkpoints/{arch}_ft.pth')
 
-# %% ../../nbs/11_run/04_tasks.ipynb #8b774d8b
+# %% ../../nbs/11_run/04_tasks.ipynb #e5216c7a
 def finetune_in_folder(
     run:Run, cfg:Config,
     arch:str,   # Architecture
@@ -65,7 +66,7 @@ def finetune_in_folder(
     return dict(kind='finetune', type=arch, dataset=data.name, checkpoint=str(path), skipped=False, **reached,
                 seed=cfg.seed, time=dict(seconds=info.seconds))
 
-# %% ../../nbs/11_run/04_tasks.ipynb #5474b7ef
+# %% ../../nbs/11_run/04_tasks.ipynb #c3a768e9
 def run_finetune(
     _file='',   # A YAML file of parameters
     **params,   # Any parameter of `Config`
@@ -89,7 +90,7 @@ def run_finetune(
         log.info(f"{arch}: validation {out['val_acc']:.4f}, test {out['test_acc']:.4f} → {path}")
     return out
 
-# %% ../../nbs/11_run/04_tasks.ipynb #d8a9c316
+# %% ../../nbs/11_run/04_tasks.ipynb #7c0ea698
 def check_evaluation(cfg:Config):
     "Refuse an evaluation without the checkpoints it needs"
     if cfg.eval_mode == 'single' and not (cfg.ckpt_path or cfg.student_ckpt):
@@ -98,7 +99,7 @@ def check_evaluation(cfg:Config):
         raise ConfigError("eval_mode=synergy needs mbm_ckpt=…, e.g. results/<exp_id>/bridge.safetensors, "
                           "and student_ckpt=….")
 
-# %% ../../nbs/11_run/04_tasks.ipynb #4c1bded4
+# %% ../../nbs/11_run/04_tasks.ipynb #30f89eb3
 def evaluate_single(
     cfg:Config, data,  # Settled parameters, `Data`
     acc,               # Accelerator
@@ -111,7 +112,7 @@ def evaluate_single(
     to_device(RunContext(cfg, data, acc), net)
     return report_splits({net.name: net}, data, cfg, acc)
 
-# %% ../../nbs/11_run/04_tasks.ipynb #04308ccb
+# %% ../../nbs/11_run/04_tasks.ipynb #a901c807
 def evaluate_synergy(
     cfg:Config, data,  # Settled parameters, `Data`
     acc,               # Accelerator
@@ -125,7 +126,7 @@ def evaluate_synergy(
     to_device(RunContext(cfg, data, acc), synergy, student, *teachers.values())
     return report_splits(teachers | {'student': student}, data, cfg, acc, synergy, list(teachers), 'student')
 
-# %% ../../nbs/11_run/04_tasks.ipynb #5f8a6d92
+# %% ../../nbs/11_run/04_tasks.ipynb #249f96af
 def add_rows(
     path:Path,
     rows:list,  # of dicts
@@ -137,7 +138,7 @@ def add_rows(
         old = [pd.read_csv(path)] if path.exists() else []
         atomic_write(path, pd.concat([*old, pd.DataFrame(rows)], ignore_index=True).to_csv(index=False))
 
-# %% ../../nbs/11_run/04_tasks.ipynb #239680df
+# %% ../../nbs/11_run/04_tasks.ipynb #44079cbf
 def evaluation_rows(
     report:dict,        # From `report_splits`
     cfg:Config, data,   # Settled parameters, `Data`
@@ -150,7 +151,7 @@ def evaluation_rows(
                     **disagreement, per_class=json.dumps(by_class, ensure_ascii=False))
     return [row(s, m, o) for s, o in report.items() for m in o['models']]
 
-# %% ../../nbs/11_run/04_tasks.ipynb #891ac556
+# %% ../../nbs/11_run/04_tasks.ipynb #03af8c3b
 def run_evaluate(
     _file='',   # A YAML file of parameters
     **params,   # Any parameter of `Config`
@@ -166,7 +167,7 @@ def run_evaluate(
     add_rows(Path(cfg.results_dir)/'evaluation.csv', evaluation_rows(report, cfg, data))
     return report
 
-# %% ../../nbs/11_run/04_tasks.ipynb #cba08931
+# %% ../../nbs/11_run/04_tasks.ipynb #6de987ea
 def demo_run(
     results='results', # Where the run folder is
     **params,          # Any parameter, e.g. mbm_tokens='spatial'
@@ -174,7 +175,7 @@ def demo_run(
     "A finished quickstart run for the explorer: made, or found"
     return run_experiment(**dict(preset='quickstart', compare=0, results_dir=str(results)) | params)['run']
 
-# %% ../../nbs/11_run/04_tasks.ipynb #3288c065
+# %% ../../nbs/11_run/04_tasks.ipynb #b21a2e51
 def with_defaults(
     _file,         # A YAML file of parameters, or ''
     params:dict,
@@ -184,14 +185,14 @@ def with_defaults(
     in_file = read_yaml(_file) if _file else {}
     return {k: v for k, v in values.items() if k not in in_file} | params
 
-# %% ../../nbs/11_run/04_tasks.ipynb #2071700c
+# %% ../../nbs/11_run/04_tasks.ipynb #48959e91
 def split_list(
     o,  # 'a,b c', a number, or a list
 )->list: # of strings
     "What was typed as a list"
     return [str(v) for v in (str(o).replace(',', ' ').split() if isinstance(o, (str, int)) else o)]
 
-# %% ../../nbs/11_run/04_tasks.ipynb #7d042a89
+# %% ../../nbs/11_run/04_tasks.ipynb #808fa889
 def shared_teachers(
     cfg:Config,
 )->dict: # finetune_ckpt1, finetune_ckpt2, where they are not given
@@ -206,7 +207,7 @@ def shared_teachers(
     keys = ('finetune_ckpt1', 'finetune_ckpt2')
     return {k: str(folder/f) for k, f in zip(keys, files) if not getattr(cfg, k)}
 
-# %% ../../nbs/11_run/04_tasks.ipynb #4e92906b
+# %% ../../nbs/11_run/04_tasks.ipynb #94f560e6
 @dataclass
 class LoopPlan:
     "What a loop will run"
@@ -215,7 +216,7 @@ class LoopPlan:
     seeds:list     # Numbers, as strings
     params:dict    # What all runs share
 
-# %% ../../nbs/11_run/04_tasks.ipynb #0661c1ac
+# %% ../../nbs/11_run/04_tasks.ipynb #56ca50c7
 def plan_loop(
     methods,       # As `run_loop` takes them
     seeds,
@@ -234,7 +235,7 @@ def plan_loop(
         raise ConfigError("The loop needs at least one method and one seed: --methods 'asmb ce' --seeds '0 1'.")
     return LoopPlan(key, names, split_list(seeds), params)
 
-# %% ../../nbs/11_run/04_tasks.ipynb #f28f4593
+# %% ../../nbs/11_run/04_tasks.ipynb #155da4c9
 def params_of_method(
     plan:LoopPlan,
     method:str,
@@ -247,7 +248,7 @@ def params_of_method(
     shared = dict(compare=0) | plan.params
     return {k: v for k, v in shared.items() if k in special(method) or k not in of_any}
 
-# %% ../../nbs/11_run/04_tasks.ipynb #dfa5e5ff
+# %% ../../nbs/11_run/04_tasks.ipynb #a7ef2780
 def loop_runs(
     plan:LoopPlan,
     own_teachers=False,  # Did the user hand over modules?
@@ -265,10 +266,10 @@ def loop_runs(
             runs.append(p)
     return runs
 
-# %% ../../nbs/11_run/04_tasks.ipynb #8e593426
+# %% ../../nbs/11_run/04_tasks.ipynb #79f3d82d
 OBJECTS = ('teachers', 'student', 'train', 'val', 'test', 'callbacks')   # Of `run_experiment`, not of `Config`
 
-# %% ../../nbs/11_run/04_tasks.ipynb #c69eaac7
+# %% ../../nbs/11_run/04_tasks.ipynb #f48295ec
 def run_loop(
     methods='',        # Names, as a list or 'asmb, ce fitnet'; empty = the environment's METHOD_LIST, else asmb
     seeds='0 1 2',     # Numbers, likewise
@@ -281,7 +282,7 @@ def run_loop(
     plan = plan_loop(methods, seeds, given)
     return [run_experiment(**p, **objects) for p in loop_runs(plan, objects.get('teachers') is not None)]
 
-# %% ../../nbs/11_run/04_tasks.ipynb #e4fb8cdd
+# %% ../../nbs/11_run/04_tasks.ipynb #83ee4411
 def compare_methods(
     methods,              # As in `run_loop`
     seeds='0 1 2',
@@ -294,7 +295,7 @@ def compare_methods(
     table = compare_runs(runs, baseline or default_baseline(runs))
     return dict(table=table, wins=wins, figure=plot_compare(runs), runs=runs)
 
-# %% ../../nbs/11_run/04_tasks.ipynb #58d3b99a
+# %% ../../nbs/11_run/04_tasks.ipynb #a3bcb52d
 def cl_compare(
     methods='naive er derpp asib joint',
     seeds='0 1 2',
