@@ -20,7 +20,8 @@ from torch import nn
 
 from ..core.config import Config, ConfigError, log, resolve, unknown_name
 from ..core.runtime import RunContext, create_accelerator, environment
-from ..models.cache import LiveTeacher, CachedTeacher, Table
+from ..models.cache import LiveTeacher, CachedTeacher
+from ..models.tables import Table
 from ..data.images import Data, ImageSet
 from ..data.datasets import create_data
 from ..freeze import freeze_all

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..analysis.report import save_report
-from ..cl.learner import check_cl
+from ..cl.setup import check_cl
 from ..cl.methods import check_cl_method, cl_methods
 from ..core.config import Config, ConfigError, RunError, config_layers, log, resolve
 from ..core.runtime import (Run, RunContext, atomic_write, create_accelerator, environment, set_deterministic,

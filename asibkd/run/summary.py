@@ -18,10 +18,11 @@ from ..core.config import Config
 from ..core.runtime import RunContext
 from ..data.batches import Loader, make_loader
 from ..data.images import Data, ImageSet
-from ..distil.methods import average_logits, check_method
+from ..distil.methods import check_method
 from ..distil.metrics import accuracy, collect_logits, scores
 from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import teacher_report, verdict
+from ..ib_mbm import average_logits
 from ..models.cache import get_teacher_fn, teacher_counts
 from ..models.teachers import model_costs
 from .students import TrainResult
