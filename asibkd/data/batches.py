@@ -53,7 +53,7 @@ def draw_views(
     at = torch.randint(k*k, (n,), generator=gen)
     return at*2 + (torch.randint(2, (n,), generator=gen) if flip else 0)
 
-# %% ../../nbs/01_data/03_batches.ipynb #fedbf76f
+# %% ../../nbs/01_data/03_batches.ipynb #54457efa
 def apply_views(
     x,       # (B, C, H, W)
     view,    # (B,) from `draw_views`
@@ -68,7 +68,7 @@ def apply_views(
     at = (row[:, :, None]*(w + 2*pad) + col[:, None, :]).view(b, 1, h*w).expand(b, c, h*w)
     return F.pad(x, (pad,)*4).flatten(2).gather(2, at).view(b, c, h, w)
 
-# %% ../../nbs/01_data/03_batches.ipynb #452ab286
+# %% ../../nbs/01_data/03_batches.ipynb #4553d837
 def padding(
     shape, # (C, H, W)
 )->int: # pixels
@@ -116,7 +116,7 @@ def normalise(
     mean, std = per_channel(mean), per_channel(std)
     return (x.float() - mean*255).div_(std*255)
 
-# %% ../../nbs/01_data/03_batches.ipynb #b857af33
+# %% ../../nbs/01_data/03_batches.ipynb #6f7ab8f9
 def mix(
     x,               # float (B, C, H, W), normalised
     y,               # int64 (B,)
@@ -144,7 +144,7 @@ def large_image_transform(
     if data_aug == '1': steps.append(v2.RandAugment())
     return v2.Compose(steps)
 
-# %% ../../nbs/01_data/03_batches.ipynb #5b67423a
+# %% ../../nbs/01_data/03_batches.ipynb #65da58b2
 class _Samples(torch.utils.data.Dataset):
     "`(index, seed)` → uint8 (C, H, W); seed None: no augmentation"
     def __init__(self, source, shape, tfm): self.source, self.shape, self.tfm = source, shape, tfm
@@ -169,6 +169,7 @@ def _ignore_ctrl_c(worker):
     "Ctrl-C is the main process's to handle"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+# %% ../../nbs/01_data/03_batches.ipynb #288d24ba
 def stream_batches(
     source,         # Gives image i
     shape,          # (C, H, W)
@@ -221,13 +222,13 @@ class Loader:
     def __len__(self):
         return len(self.ds)//self.batch_size if self.drop_last else -(-len(self.ds)//self.batch_size)
 
-# %% ../../nbs/01_data/03_batches.ipynb #d73c2354
+# %% ../../nbs/01_data/03_batches.ipynb #3812af0b
 @patch
 def draw_key(self:Loader, e)->tuple:
     "The key that the draws of epoch `e` start from, e.g. (seed, phase, epoch)"
     return (self.key[0], 'recycled', e % self.recycle) if self.recycle else (*self.key, e)
 
-# %% ../../nbs/01_data/03_batches.ipynb #88dfd238
+# %% ../../nbs/01_data/03_batches.ipynb #a2816643
 @patch
 def order(self:Loader, e)->torch.Tensor: # (N,) positions
     "The order of epoch `e`"
@@ -243,7 +244,7 @@ def _steps(self:Loader, e, start):
     ks = torch.randperm(n, generator=generator(*self.key, e, 'steps')).tolist() if self.recycle else range(n)
     return [(k, order[k]) for k in ks[start:]]
 
-# %% ../../nbs/01_data/03_batches.ipynb #5cb3b305
+# %% ../../nbs/01_data/03_batches.ipynb #63a207ff
 @patch
 def _raw_batches(self:Loader, e, steps):
     "uint8 batches; those of large images are augmented already"
@@ -255,7 +256,7 @@ def _raw_batches(self:Loader, e, steps):
     tfm = large_image_transform(self.aug, ds.shape, self.data.flip) if augmented else None
     return stream_batches(ds.source, ds.shape, jobs, tfm, self.num_workers, self.device)
 
-# %% ../../nbs/01_data/03_batches.ipynb #123136fe
+# %% ../../nbs/01_data/03_batches.ipynb #337eca54
 @patch
 def _batch(self:Loader, x, p, key):
     "Augment (small images), normalise, mix"
@@ -269,7 +270,7 @@ def _batch(self:Loader, x, p, key):
     if self.n_views is None: return Batch(x, y, idx, None, None)
     return Batch(x, y, idx, view.to(self.device, non_blocking=True), self.ds.ids[p]*self.n_views + view)
 
-# %% ../../nbs/01_data/03_batches.ipynb #8b95950c
+# %% ../../nbs/01_data/03_batches.ipynb #c5257f08
 @patch
 def epoch(self:Loader,
     e=0,      # Epoch, from 0
@@ -282,7 +283,7 @@ def epoch(self:Loader,
         for (k, p), x in zip(steps, images): yield self._batch(x, p, (*self.draw_key(e), k))
     finally: images.close()
 
-# %% ../../nbs/01_data/03_batches.ipynb #7e0f6acb
+# %% ../../nbs/01_data/03_batches.ipynb #92627a28
 @patch(as_prop=True)
 def view_key(self:Loader)->tuple|None: # None where views have no number
     "What view number v looks like: two loaders with one key make the same pictures of the same images"
