@@ -1,4 +1,4 @@
-"Teachers' answers looked up, through the public door: what is computed, what is found, and that it is the same."
+"Cached teacher outputs, through the public door: what is computed, what is found, and that it is the same."
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -33,18 +33,18 @@ def go(tmp_path):
 def test_second_run(go):
     "The same seed: no teacher forward, the same bits"
     a = go(); b = go(exp_id='second')
-    asked, computed = images(a); assert 0 < computed < asked
-    assert images(b) == (asked, 0) and same(a, b)
+    requested, computed = images(a); assert 0 < computed < requested
+    assert images(b) == (requested, 0) and same(a, b)
     assert a['test_acc_last'] == b['test_acc_last'] and a['rows'][0]['test_acc_val_selected'] == b['rows'][0]['test_acc_val_selected']
 
 def rows_of(seed, results, **kw):
-    "Every (image, view) that phase B of a seed asks for"
+    "Every (image, view) that phase B of a seed needs"
     cfg, _ = resolve(**BASE | dict(seed=seed, results_dir=results) | kw); data = create_data(cfg); cfg = settle_config(cfg, data)
     ld = make_loader(cfg, data, 'train', 'B1')
     return {r for e in range(cfg.epochs) for b in ld.epoch(e) for r in b.row.tolist()}
 
 def test_another_seed(go, tmp_path):
-    "Computed are exactly the pairs that the first run had not asked for; un-augmented images likewise"
+    "Computed are exactly the pairs that the first run had not needed; un-augmented images likewise"
     kw = dict(train_per_class=0, epochs=3, batch_size=64)
     a = go(**kw); b = go(exp_id='other', seed=43, **kw)
     one, two = (rows_of(s, str(tmp_path), **kw) for s in (42, 43))
@@ -79,12 +79,12 @@ def test_damage(go, tmp_path):
     os.truncate(table, 100)
     c = go(exp_id='c'); assert images(c)[1] > 10 and same(a, c)
 
-def test_who_is_not_looked_up(tmp_path):
+def test_teachers_that_are_not_cached(tmp_path):
     "Methods that compare maps, augmentations without numbers, teachers that move"
     for kw in (dict(method='fitnet'), dict(method='at', teacher_cache='disk'), dict(data_aug='1'), dict(teacher_cache='off')):
-        s = run_experiment(**BASE | kw, results_dir=str(tmp_path)); asked, computed = images(s)
-        plain = kw.get('data_aug') == '1'                      # evaluation is un-augmented: looked up, and found in no table yet
-        assert asked == computed > 0 and (tmp_path/'teacher_cache').exists() == plain, kw
+        s = run_experiment(**BASE | kw, results_dir=str(tmp_path)); requested, computed = images(s)
+        plain = kw.get('data_aug') == '1'                      # evaluation is un-augmented: cached, and found in no table yet
+        assert requested == computed > 0 and (tmp_path/'teacher_cache').exists() == plain, kw
         if plain: (tmp_path/'teacher_cache').rename(tmp_path/'aside')
     s = run_experiment(**BASE | dict(method='asmb', epochs=0, teacher_type='', teacher1_type='resnet8', teacher2_type='resnet8', bridge_objective='both', teacher_adapt_epochs=1, student_epochs_per_stage=1), results_dir=str(tmp_path))
     assert images(s)[0] == images(s)[1]                        # the teachers are open in their upper blocks
@@ -97,7 +97,7 @@ def test_recycled_views(tmp_path):
     with pytest.raises(ConfigError, match='drawn anew'): run_experiment(**BASE | dict(cl_mode=1, cache_views=2, method='asmb', epochs=1, results_dir=str(tmp_path)))
 
 def test_bounds(tmp_path):
-    "No room: live, and said; `memory` leaves nothing on the disk"
+    "No room: the teacher is run, and the log says so; `memory` leaves nothing on the disk"
     a = run_experiment(**BASE | dict(log_level='WARNING'), cache_gb=1e-6, results_dir=str(tmp_path/'a'))
     assert images(a)[0] == images(a)[1] and not list((tmp_path/'a').glob('teacher_cache/*.rows'))
     assert 'cache_gb=1e-06' in (Path(a['run'])/'log.txt').read_text() if (Path(a['run'])/'log.txt').exists() else True
@@ -105,11 +105,11 @@ def test_bounds(tmp_path):
     assert images(b)[1] < images(b)[0] and not (tmp_path/'b'/'teacher_cache').exists()
 
 def test_continual(tmp_path):
-    "Snapshots are looked up within their task; the result is that of a second run, bit by bit; an average that moves is asked live"
+    "Snapshots are cached within their task; the result is that of a second run, bit by bit; an average that moves is run on every batch"
     kw = dict(preset='none', dataset='digits', device='cpu', use_amp=0, data_aug='standard', cl_mode=1, num_stages=1, num_tasks=3, epochs=3, batch_size=32, train_per_class=40, replay_capacity=30, student_type='resnet8', teacher1_type='resnet8',
               teacher_adapt_epochs=2, finetune_epochs=1, log_level='ERROR', disable_tqdm=1, results_dir=str(tmp_path))
     a, b = (run_experiment(**kw, exp_id=n) for n in 'ab')
-    asked, computed = images(a); assert computed < .8*asked and images(b) == (asked, computed) and same(a, b)
+    requested, computed = images(a); assert computed < .8*requested and images(b) == (requested, computed) and same(a, b)
     e = run_experiment(**kw, exp_id='ema', cl_teachers='ema', teacher_cache='memory'); assert images(e)[0] == images(e)[1] > 0
 
 def test_compile(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_compile(tmp_path, monkeypatch):
     kw = BASE | dict(teacher_type='mlp', student_type='mlp', epochs=1, results_dir=str(tmp_path))
     a = run_experiment(**kw, exp_id='eager'); torch._dynamo.utils.counters.clear()
     b = run_experiment(**kw, exp_id='compiled', compile=1)
-    assert torch._dynamo.utils.counters['frames']['ok'] >= 3 and not torch._dynamo.utils.counters['graph_break']     # teacher tuned, teacher asked, student
+    assert torch._dynamo.utils.counters['frames']['ok'] >= 3 and not torch._dynamo.utils.counters['graph_break']     # teacher fine-tuned, teacher cached, student
     assert all(torch.allclose(v, weights(b)[k], atol=1e-3) for k, v in weights(a).items())
     monkeypatch.setenv('PATH', ''); monkeypatch.delenv('CXX', raising=False)
     with pytest.raises(ConfigError, match='C\\+\\+ compiler'): run_experiment(**kw, exp_id='none', compile=1)

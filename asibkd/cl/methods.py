@@ -69,7 +69,7 @@ def mean_over(
     "Mean of the chosen samples; 0 where there are none"
     return (v*mask).sum()/mask.sum().clamp_min(1)
 
-# %% ../../nbs/07_cl/04_methods.ipynb #5890227a
+# %% ../../nbs/07_cl/04_methods.ipynb #96422bd4
 class CLMethod(Method):
     "Base of every continual method: the shared terms, weighted by `defaults`"
     rehearses = True                # Has a memory
@@ -91,7 +91,6 @@ class CLMethod(Method):
         all_known = not columns or any(c is None for c in columns)
         # columns of the classes that some teacher knows; None = all
         self.known_columns = None if all_known else torch.cat(columns).unique()
-        self.known = self.known_columns         # the name until 06_trainers reads `known_columns`
 
     def kd_term(self, z_s, z_t, when, weight=None, columns=None, reduction='mean')->Tensor:
         "The KD term, on the classes that some teacher knows: a snapshot must not rule out new classes"

@@ -59,20 +59,20 @@ class ImageSet:
 
     def __len__(self): return len(self.ids)
 
-# %% ../../nbs/01_data/01_images.ipynb #f2518df9
+# %% ../../nbs/01_data/01_images.ipynb #8f5210fb
 @patch
 def subset(self:ImageSet, idx)->ImageSet:
     "The images at positions `idx`, in that order; the source is shared"
     idx = torch.as_tensor(idx, dtype=None if len(idx) else torch.int64)
     return ImageSet(self.source, self.y[idx], self.classes, self.ids[idx], self.shape)
 
-# %% ../../nbs/01_data/01_images.ipynb #daec2fb8
+# %% ../../nbs/01_data/01_images.ipynb #9da622bd
 @patch(as_prop=True)
 def streamed(self:ImageSet)->bool:
     "Are the images decoded batch by batch, rather than kept in memory in the shape a network sees?"
     return not (isinstance(self.source, TensorSource) and tuple(self.source.x.shape[1:]) == self.shape)
 
-# %% ../../nbs/01_data/01_images.ipynb #505095bd
+# %% ../../nbs/01_data/01_images.ipynb #a4dea0f9
 @patch(as_prop=True)
 def x(self:ImageSet)->torch.Tensor: # uint8 (N, C, H, W)
     "All images, gathered from the source; not for streamed sets"
@@ -81,7 +81,7 @@ def x(self:ImageSet)->torch.Tensor: # uint8 (N, C, H, W)
                         "take some with `.images(positions)`.")
     return self.source.x[self.ids]
 
-# %% ../../nbs/01_data/01_images.ipynb #9a7ee3d1
+# %% ../../nbs/01_data/01_images.ipynb #6660c534
 SMALL = 64    # pixels a side
 
 def is_small(
@@ -103,7 +103,7 @@ def resize_and_crop(
     short = min(hw) if min(im.shape[1:]) < min(hw) else round(min(hw)*8/7)
     return TF.center_crop(TF.resize(im, [short], antialias=True), hw)
 
-# %% ../../nbs/01_data/01_images.ipynb #2de6052e
+# %% ../../nbs/01_data/01_images.ipynb #6ae0e2a5
 @contextlib.contextmanager
 def one_thread():
     "torch computes on one thread inside, and on as many as before after it"
@@ -112,7 +112,7 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../../nbs/01_data/01_images.ipynb #00da025f
+# %% ../../nbs/01_data/01_images.ipynb #dabcc903
 @patch
 def images(self:ImageSet,
     pos,           # (B,) positions in this set
@@ -124,7 +124,7 @@ def images(self:ImageSet,
         ims = [resize_and_crop(self.source[i], self.shape) for i in self.ids[pos].tolist()]
         return torch.stack(ims).to(device)
 
-# %% ../../nbs/01_data/01_images.ipynb #f0477fb0
+# %% ../../nbs/01_data/01_images.ipynb #cc211f0b
 def _evenly_spaced(n, k):
     "At most `k` of the positions 0…n−1"
     return torch.linspace(0, n - 1, min(n, k)).round().long() if n else torch.arange(0)
@@ -163,7 +163,7 @@ def _for_each(fn, n, threads, skip, chunk=256):
     try: return {i: e for errors in pool.map(run_chunk, range(0, n, chunk)) for i, e in errors.items()}
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/01_data/01_images.ipynb #d2b3fe14
+# %% ../../nbs/01_data/01_images.ipynb #67a16caf
 def _decode_all(ds, resize, skip, threads):
     "All images of a set as one tensor: the set in memory, and {position: error} of what could not be read"
     x, odd = torch.zeros(len(ds), *ds.shape, dtype=torch.uint8), {}
@@ -200,14 +200,14 @@ def load_images(
     if bad: ds = ds.subset([i for i in range(len(ds)) if i not in bad])
     return ds, bad
 
-# %% ../../nbs/01_data/01_images.ipynb #e35c82ce
+# %% ../../nbs/01_data/01_images.ipynb #5bc0bfc7
 def by_class(
     y, # (N,) labels
 )->list: # A tensor of positions for each class
     "Positions of each class, in order"
     return list(y.argsort(stable=True).split(torch.bincount(y).tolist()))
 
-# %% ../../nbs/01_data/01_images.ipynb #5926a6b4
+# %% ../../nbs/01_data/01_images.ipynb #2d1e0a1b
 def _shuffled_by_class(y, *key):
     "Positions of each class, in random order"
     return [g[torch.randperm(len(g), generator=generator(*key, c))] for c, g in enumerate(by_class(y))]
@@ -229,7 +229,7 @@ def stratified_split(
     rest[held] = False
     return rest.nonzero().flatten(), held.sort().values
 
-# %% ../../nbs/01_data/01_images.ipynb #938360f1
+# %% ../../nbs/01_data/01_images.ipynb #bf5a5ec8
 def limit_per_class(
     y,     # (N,) labels
     k:int, # Images a class at most
@@ -301,7 +301,7 @@ def overlap_classes(
                         "each needs at least two.")
     return a, b
 
-# %% ../../nbs/01_data/01_images.ipynb #c93cfdb0
+# %% ../../nbs/01_data/01_images.ipynb #6c2a6af2
 def restrict(
     data:Data,
     classes,     # Positions of the classes to keep

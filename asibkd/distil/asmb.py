@@ -40,7 +40,7 @@ class Center(nn.Module):
         x = x - self.mean
         return x/(self.var + 1e-5).sqrt() if self.scale else x
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #f8e73afc
+# %% ../../nbs/05_distil/03_asmb.ipynb #a64fa6fe
 @patch
 @torch.no_grad()
 def move(self:Center,
@@ -78,7 +78,7 @@ class ASMB(Method):
         elif self.center is not None: self.center.eval()
         return self
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #359f7d97
+# %% ../../nbs/05_distil/03_asmb.ipynb #f531a3c1
 @patch
 def prepare(self:ASMB,
     phase:str, # 'A' or 'B'
@@ -99,7 +99,7 @@ def synergy_outputs(self:ASMB,
     "What bridge and head make of a batch; the student's feature enters detached"
     return self.synergy({k: v.detach() for k, v in s_out.items() if torch.is_tensor(v)}, t_outs)
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #70a75c98
+# %% ../../nbs/05_distil/03_asmb.ipynb #07131856
 @patch
 def weights(self:ASMB, batch, t_outs,
     syn:dict, # As `synergy_outputs` gives it
@@ -114,7 +114,7 @@ def weights(self:ASMB, batch, t_outs,
         w = v if w is None else mean_one(w*v)
     return w
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #972b26f4
+# %% ../../nbs/05_distil/03_asmb.ipynb #ae8366ce
 @patch
 def target(self:ASMB, t_outs,
     syn:dict, # As `synergy_outputs` gives it
@@ -123,7 +123,7 @@ def target(self:ASMB, t_outs,
     key = self.cfg.feat_kd_target
     return torch.cat([o['feat_2d'] for o in t_outs], 1) if key == 'teachers' else syn[key]
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #0e30dd30
+# %% ../../nbs/05_distil/03_asmb.ipynb #99f61e2c
 @patch
 def feature_terms(self:ASMB, s_out, t_outs,
     syn:dict,    # As `synergy_outputs` gives it
@@ -151,7 +151,7 @@ def loss(self:ASMB, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
         terms['hybrid'] = (c.hybrid_beta, self.kd_term(s_out['logit'], syn['average'], when, w))
     return weighted(**terms, **self.feature_terms(s_out, t_outs, syn, w))
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #15d0493a
+# %% ../../nbs/05_distil/03_asmb.ipynb #6dec40cb
 @patch
 def synergy_ce(self:ASMB,
     z:Tensor, # (B, K) the head's logits
@@ -160,7 +160,7 @@ def synergy_ce(self:ASMB,
     "The labels' part of L_A"
     return ce_loss(z, batch.y, self.cfg.label_smoothing)
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #269dd289
+# %% ../../nbs/05_distil/03_asmb.ipynb #1cbb420a
 @patch
 def feature_pull(self:ASMB, s_out,
     syn:dict, # As `synergy_outputs` gives it, with gradient
@@ -169,7 +169,7 @@ def feature_pull(self:ASMB, s_out,
     f = self.project(s_out[self.cfg.feat_kd_key].detach())
     return feature_loss(syn[self.cfg.feat_kd_target] - self.center.mean, f, self.cfg.feat_kd_norm)
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #fd473f43
+# %% ../../nbs/05_distil/03_asmb.ipynb #0c6eeacd
 @patch
 def label_terms(self:ASMB, batch, s_out, syn, when)->dict: # name → (weight, term)
     "The terms of `bridge_objective=ce`: labels, the student's logits, the student's feature"
@@ -182,7 +182,7 @@ def label_terms(self:ASMB, batch, s_out, syn, when)->dict: # name → (weight, t
         terms['feat'] = (c.feat_kd_alpha, self.feature_pull(s_out, syn))
     return terms
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #fb60fd8c
+# %% ../../nbs/05_distil/03_asmb.ipynb #07d1a740
 @patch
 def penalties(self:ASMB,
     open_params=(),  # The teachers' trainable parameters
@@ -195,13 +195,13 @@ def penalties(self:ASMB,
         terms['mbm_reg'] = (c.mbm_reg_lambda, sum(p.pow(2).sum() for p in self.synergy.parameters()))
     return terms
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #408843e5
+# %% ../../nbs/05_distil/03_asmb.ipynb #9d79fe3e
 @patch
 def adapt_terms(self:ASMB, syn:dict, t_outs, when)->dict: # name → (weight, term)
     "What a method built on this one adds to L_A"
     return {}
 
-# %% ../../nbs/05_distil/03_asmb.ipynb #47becdce
+# %% ../../nbs/05_distil/03_asmb.ipynb #0ab0e12c
 def detached_output(
     o:dict, # A teacher's output
 )->dict:
