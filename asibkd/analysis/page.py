@@ -79,13 +79,14 @@ def table(
     return dict(kind='table', caption=caption, head=list(map(str, t.columns)), rows=rows, number=number,
                 highlight=list(highlight) or [False]*len(rows), links=links or ['']*len(rows))
 
-# %% ../../nbs/09_analysis/05_page.ipynb #b42da3a7
+# %% ../../nbs/09_analysis/05_page.ipynb #70e2d5c5
 def _drawn(fig, kind, **options)->bytes:
     "A figure as a file of some kind"
     out = io.BytesIO()
     fig.savefig(out, format=kind, **options)
     return out.getvalue()
 
+# %% ../../nbs/09_analysis/05_page.ipynb #7ba1855c
 def picture(
     fig:'Figure',
     caption:str,   # Under the picture

@@ -46,7 +46,7 @@ def checked_loss(
     try: o = getattr(method, ask)(batch, s_out, t_outs, *rest)
     except KeyError as e:
         if (k := e.args[0] if e.args else '') in s_out: raise
-        raise RunError(f"{name} asked for {k!r}, which no output has. A model's output is a dict of {', '.join(s_out)} (chapter 01d_kdmodel).") from e
+        raise RunError(f"{name} asked for {k!r}, which no output has. A model's output is a dict of {', '.join(s_out)} (chapter 02_models/02_kdmodel).") from e
     if bad := loss_fault(o):
         raise RunError(f"{name} returned {bad}; return weighted(name=(weight, term), …): a scalar loss with gradient and its parts.")
     return o
