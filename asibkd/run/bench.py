@@ -83,7 +83,7 @@ class Steps:
         ctx = RunContext(cfg, data, self.acc)
         to_device(ctx, self.student, self.method, *self.teachers); self.method.prepare('B')
         self.some = Some(train_loader(ctx, 'B1'), steps, epochs)
-        self.obj = DistilStep(self.student, self.teachers, self.method, ask=ask or (lambda t: LiveTeacher(t, cfg)))
+        self.obj = DistilStep(self.student, self.teachers, self.method, teacher_fn=ask or (lambda t: LiveTeacher(t, cfg)))
         groups = [dict(params=[*self.student.parameters(), *self.method.parameters()], lr=1e-3, weight_decay=0.)]
         self.phase = Phase('bench', self.obj, groups, self.some, 1, None, {})
         self.loop = Loop(self.phase, ctx, [FiniteCB(), LogCB()]).prepare()
@@ -98,7 +98,7 @@ class Steps:
         with torch.no_grad(), self.acc.autocast():
             for e in range(self.some.epochs):
                 for b in self.some.batches(e):
-                    for a in self.obj.asks: a(b)
+                    for a in self.obj.teacher_fns: a(b)
         return self
 
 def in_memory(loader)->Callable: "Teacher → a table of its own, in memory"; return lambda t: CachedTeacher(t, Table(len(loader.ds.source)*loader.n_views, t.n_class + t.feat_dim))
@@ -245,7 +245,7 @@ def bench_parts(rounds=5, teacher='resnet32x4', student='resnet8x4', batch=64, n
                 marks[k], t = 1000*(time.perf_counter() - t), time.perf_counter()
             b = next(s.some.epoch(0)); mark('batch')
             with s.acc.autocast():
-                with torch.no_grad(): t_outs = [a(b) for a in s.obj.asks]
+                with torch.no_grad(): t_outs = [a(b) for a in s.obj.teacher_fns]
                 mark('teachers'); s_out = s.student(b.x); mark('student'); loss = s.method.loss(b, s_out, t_outs, s.phase.when(0))['loss']; mark('loss')
             s.opt.zero_grad(); loss.backward(); mark('backward'); s.opt.step(); mark('optimiser')
             took.append(marks)
