@@ -29,8 +29,9 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 def is_norm(m:nn.Module)->bool:
     "BatchNorm, LayerNorm and their relatives (timm's, torchvision's)"
+    if isinstance(m, NORMS): return True
     named_so = 'norm' in type(m).__name__.lower()
-    return isinstance(m, NORMS) or named_so and bool(m._parameters) and not any(True for _ in m.children())
+    return named_so and bool(m._parameters) and not any(True for _ in m.children())
 
 # %% ../nbs/03_freeze.ipynb #9348e5ac
 def has_stats(m:nn.Module)->bool:
@@ -49,7 +50,8 @@ def scope_names(m:KDModel)->dict: # Scope → set of names inside `m.model`
     "The scopes that have a name of their own"
     names, head = {n for n, _ in m.model.named_modules()}, open_by_level(m, 0)
     norms = {n for n, o in m.model.named_modules() if is_norm(o)}
-    return dict(features_classifier=names, features=names - head, classifier=head, head=head, norm=norms, adapter=set())
+    return dict(features_classifier=names, features=names - head, classifier=head, head=head, norm=norms,
+                adapter=set())
 
 # %% ../nbs/03_freeze.ipynb #5f84842e
 def open_by_scope(
@@ -66,7 +68,8 @@ def open_by_scope(
         if part in short and part not in names:
             found |= short[part]
             continue
-        hit = {n for n in names if n and (n == part or n.startswith(part + '.') or fnmatch.fnmatchcase(n, part))}
+        hit = {n for n in names
+               if n and (n == part or n.startswith(part + '.') or fnmatch.fnmatchcase(n, part))}
         if not hit:
             err = unknown_name('freeze scope', part, [*short, *(n for n in names if n and n.count('.') < 2)])
             raise ConfigError(f"Freeze scope '{part}' matches nothing in '{m.name}'. {err}")
@@ -146,7 +149,8 @@ def freeze_report(
     import pandas as pd
     a, mods = m.anatomy, dict(m.model.named_modules())
     frozen = {id(o) for n in m.frozen_modules for o in m.get_submodule(n).modules()}
-    parts = {name: [mods[n] for n, b in a.block_of.items() if b == i] for i, name in enumerate([*a.blocks, 'head'])}
+    parts = {name: [mods[n] for n, b in a.block_of.items() if b == i]
+             for i, name in enumerate([*a.blocks, 'head'])}
     if m.adapter is not None: parts['adapter'] = list(m.adapter.modules())
     parts['all'] = list(m.modules())
     return pd.DataFrame([freeze_row(name, o, frozen) for name, o in parts.items()])
@@ -169,7 +173,8 @@ def frozen(
 ):
     "Inside, the modules are wholly frozen; after it they are as before"
     mods = [o for m in modules for o in m.modules()]
-    modes, grads = [o.training for o in mods], [(p, p.requires_grad) for m in modules for p in m.parameters()]
+    modes = [o.training for o in mods]
+    grads = [(p, p.requires_grad) for m in modules for p in m.parameters()]
     names = [getattr(m, 'frozen_modules', None) for m in modules]
     freeze_all(*modules)
     try: yield modules[0] if len(modules) == 1 else modules

@@ -13,6 +13,7 @@ here = Path(__file__).resolve().parent
 SKIP = re.compile(r'^\s*#\|\s*(slow|cuda|download|eval\s*:\s*false)', re.M | re.I)
 HIDDEN = re.compile(r'^\s*#\|\s*(hide|export)', re.M)
 WIDGET = 'application/vnd.jupyter.widget-view+json'
+BARE_WIDGET = re.compile(r'''(VBox|HBox|Output|Tab)\(|\[?['"]?[^\n]*\d+%\|''')   # what is left of a widget or a progress bar
 
 def chapters():
     "The numbered notebooks, in reading order"
@@ -29,7 +30,7 @@ def keep(outputs):
             continue
         if 'data' in o:
             o.data.pop(WIDGET, None)
-            if not o.data or set(o.data) == {'text/plain'} and re.match(r'(VBox|HBox|Output|Tab)\(', str(o.data['text/plain'])):
+            if not o.data or set(o.data) == {'text/plain'} and BARE_WIDGET.match(str(o.data['text/plain'])):
                 continue
             o.metadata = {}
         if 'execution_count' in o:

@@ -1,5 +1,5 @@
 "A file of one's own (`plugin=mine.py`) gives methods, models and datasets a name at every door."
-import html, json, re, shlex, subprocess, sys
+import copy, html, json, re, shlex, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +10,14 @@ import torch
 from pydantic import BaseModel, Field
 from torch import nn
 from torchvision.datasets import FakeData
-from asibkd.data.datasets import register_dataset
-from asibkd.distil.methods import Method, register_method, weighted
-from asibkd.models.teachers import register_model
+from asibkd import Method, register_dataset, register_method, register_model, weighted
 
 class Mine(BaseModel, extra='forbid'):
     sharpness:float = Field(2., description='How much the surest teacher is preferred.')
 
 @register_method('surest', Mine)
 class Surest(Method):
-    "Image by image, listen to the teacher that is surest of itself"
+    "Image by image, learn from the teacher that is surest of itself"
     def loss(self, batch, s_out, t_outs, when):
         z = torch.stack([o['logit'] for o in t_outs])
         best = z.softmax(-1).amax(-1).argmax(0)
@@ -59,7 +57,7 @@ def test_an_edited_method_is_another_run(mine, monkeypatch):
     from asibkd.core import config as core
     from asibkd.distil import methods
     from asibkd.run.experiment import run_experiment
-    monkeypatch.setattr(methods, 'methods', dict(methods.methods)); monkeypatch.setattr(core, 'method_params', core.method_params)
+    monkeypatch.setattr(methods, 'methods', copy.copy(methods.methods)); monkeypatch.setattr(core, 'method_params', core.method_params)
     given = dict(o.removeprefix('--').split('=') for o in SHORT[4:]) | dict(plugin='mine.py', method='surest', log_level='ERROR')
     a = run_experiment(**given); assert run_experiment(**given)['run'] == a['run']
     mine.write_text(MINE.replace('"Image by image', '# a remark\n    "Image by image')); assert run_experiment(**given)['run'] == a['run']

@@ -169,6 +169,7 @@ def _ignore_ctrl_c(worker):
     "Ctrl-C is the main process's to handle"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+# %% ../../nbs/01_data/03_batches.ipynb #288d24ba
 def stream_batches(
     source,         # Gives image i
     shape,          # (C, H, W)

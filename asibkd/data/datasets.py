@@ -75,6 +75,7 @@ def _cifar10(cfg):
     "CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 images of 32×32"
     return _cifar('CIFAR10', cfg)
 
+# %% ../../nbs/01_data/02_datasets.ipynb #48652569
 @register_dataset('cifar100')
 def _cifar100(cfg):
     "CIFAR-100: the same in a hundred classes"

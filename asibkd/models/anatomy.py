@@ -46,7 +46,9 @@ def record_calls(
 )->tuple: # (what the model returned, its `ModuleCall`s in the order of returning)
     "Run `model` on `x` and record every module's call"
     calls, stack, clock, hooks = [], [], iter(range(10**9)), []
-    def enter(name): return lambda m, args: stack.append(ModuleCall(name, next(clock), inp=args[0] if args else None))
+    def enter(name):
+        def hook(m, args): stack.append(ModuleCall(name, next(clock), inp=args[0] if args else None))
+        return hook
     def leave(m, args, out):
         c = stack.pop()
         c.end, c.out = next(clock), out
@@ -161,14 +163,16 @@ def map_reader(
 )->MapReader|None: # None where the output is no map
     "How to read the output of `call` as a feature map"
     outs = list(call.out) if isinstance(call.out, (tuple, list)) else [call.out]
-    item = next((i for i, o in enumerate(outs) if torch.is_tensor(o) and o.ndim in (3, 4) and len(o) == 1), None)
+    item = next((i for i, o in enumerate(outs)
+                 if torch.is_tensor(o) and o.ndim in (3, 4) and len(o) == 1), None)
     s = () if item is None else tuple(outs[item].shape)
     if len(s) == 4 and s[2] == s[3]: return MapReader(call.name, 'nchw', s[1], s[2], item=item)
     if len(s) == 4 and s[1] == s[2]: return MapReader(call.name, 'nhwc', s[3], s[1], item=item)
     if len(s) != 3 or s[1] < 4: return None
     fits = prefix is not None and math.isqrt(max(s[1] - prefix, 0))**2 == s[1] - prefix
     n_prefix = prefix if fits else s[1] - math.isqrt(s[1])**2
-    return MapReader(call.name, 'tokens', s[2], math.isqrt(s[1] - n_prefix), n_prefix, item) if n_prefix <= 8 else None
+    if n_prefix > 8: return None
+    return MapReader(call.name, 'tokens', s[2], math.isqrt(s[1] - n_prefix), n_prefix, item)
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #dd0e5bed
 def has_weights(
@@ -205,7 +209,8 @@ def find_heads(
         width = getattr(m, 'out_features', getattr(m, 'out_channels', 0))
         if isinstance(m, (nn.Linear, nn.Conv2d)) and width == n_class: return [c.name]
     for c in reversed(calls):
-        if mods[c.name]._parameters and torch.is_tensor(c.out) and c.out.shape[1:] == (n_class,): return [c.name]
+        makes_logits = torch.is_tensor(c.out) and c.out.shape[1:] == (n_class,)
+        if mods[c.name]._parameters and makes_logits: return [c.name]
     raise ConfigError(f"{type(model).__name__}: no module makes the {n_class} logits. "
                       f"Expected a last nn.Linear or nn.Conv2d with {n_class} outputs; end the model with one.")
 
@@ -266,7 +271,7 @@ def ends_by_size(
     ends = []
     for run in runs:   # it ends with its last container, not with the norm or permutation behind it
         containers = [n for n, m in run if has_weights(m, 2) and any(True for _ in m.children())]
-        if any(has_weights(m, 2) for _, m in run): ends.append(containers[-1] if containers else run[-1][0])
+        if any(has_weights(m, 2) for _, m in run): ends.append((containers or [run[-1][0]])[-1])
     return ends
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #a806d1b6
@@ -294,7 +299,8 @@ def ends_by_layer(
     for c in units:
         m = model.get_submodule(c.name)
         if has_weights(m, 2): runs.append([c])
-        elif runs and side(runs[-1][-1]) == side(c) and not isinstance(m, nn.Flatten): runs[-1].append(c)
+        elif runs and side(runs[-1][-1]) == side(c) and not isinstance(m, nn.Flatten):
+            runs[-1].append(c)
     return [run[-1].name for run in runs]
 
 # %% ../../nbs/02_models/01_anatomy.ipynb #2793de6d
@@ -360,7 +366,7 @@ def last_map(
     before:int,    # When the head was entered
     prefix=None,   # Tokens that are no patch
 )->MapReader|None:
-    "The last map of the last stage's size that is no pooling; a network may have a convolution behind its last stage"
+    "The last map that is no pooling; a network may have a convolution behind its last stage"
     late = stages[-1:]
     for c in calls:
         if not (since <= c.end < before and times[c.name] == 1): continue
@@ -390,6 +396,7 @@ def anatomy(
         ends = ends or [c.name for c in early[-1:]]
     ends.sort(key=lambda n: ran[n].end)
     stages = [r for n in ends if times[n] == 1 and (r := map_reader(ran[n], prefix))]
-    last = last_map(model, calls, times, stages, ran[stages[-1].name].end, before, prefix) if stages else None
+    since = ran[stages[-1].name].end if stages else 0
+    last = last_map(model, calls, times, stages, since, before, prefix) if stages else None
     feats = [head_input(model.get_submodule(h), final[h].inp).shape[1] for h in heads]
     return Anatomy(heads, ends, stages, last, number_blocks(model, ran, ends, heads), feats, y.shape[1])

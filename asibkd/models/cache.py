@@ -31,7 +31,8 @@ def weights_hash(
     h = hashlib.blake2b(repr(m).encode(), digest_size=16)
     for k, v in m.state_dict().items():
         h.update(f'{k}{tuple(v.shape)}{v.dtype}'.encode())
-        if v.numel(): h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = v.detach().cpu().contiguous().reshape(-1)
+        if v.numel(): h.update(flat.view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/02_models/06_cache.ipynb #212db1dc
@@ -63,7 +64,7 @@ def maybe_compile(
     m:nn.Module,
     cfg:Config=None, # `compile` is read from it
 ):
-    "A network as training steps run it: compiled for one shape where `compile=1`; weights and hooks are shared with `m`"
+    "A network as training steps run it: compiled where `compile=1`; it shares weights and hooks with `m`"
     if cfg is None or not cfg.compile: return m
     torch._dynamo.config.recompile_limit = 256   # a run has many networks of one class, each in two modes
     return torch.compile(m, dynamic=False)
@@ -85,9 +86,9 @@ class LiveTeacher:
 class TeacherOutput(dict):
     "A teacher's output without its feature maps"
     def __missing__(self, k):
-        raise ConfigError(f"The teacher's '{k}' is not there: its output comes from the cache, which keeps logits and "
-                          "pooled features only. A method that compares feature maps says so, `needs_maps = True` "
-                          "in its class; or run with teacher_cache=off.")
+        raise ConfigError(f"The teacher's '{k}' is not there: its output comes from the cache, which keeps "
+                          "logits and pooled features only. A method that compares feature maps says so, "
+                          "`needs_maps = True` in its class; or run with teacher_cache=off.")
 
 # %% ../../nbs/02_models/06_cache.ipynb #868b3879
 class CachedTeacher:
@@ -98,7 +99,8 @@ class CachedTeacher:
         chunk=32,         # Images that go through the network at once
         cfg:Config=None,  # `compile` is read from it
     ):
-        self.teacher, self.table, self.chunk, self.run = teacher, table, chunk, maybe_compile(teacher, cfg)
+        self.teacher, self.table, self.chunk = teacher, table, chunk
+        self.run = maybe_compile(teacher, cfg)
         self.widths = [teacher.anatomy.n_class, teacher.feat_dim]
 
 # %% ../../nbs/02_models/06_cache.ipynb #93de9cff
@@ -132,7 +134,8 @@ def __call__(self:CachedTeacher, batch):
         missing = (~there).nonzero().flatten()
         found[missing] = self.compute(batch, missing)
     z, f = found.to(batch.x.device, torch.float32, non_blocking=True).split(self.widths, 1)
-    out = TeacherOutput(logit=t.spread(z), feat_2d=f, distill_feat=None if t.adapter is None else t.adapter(f))
+    adapted = None if t.adapter is None else t.adapter(f)
+    out = TeacherOutput(logit=t.spread(z), feat_2d=f, distill_feat=adapted)
     if t.columns is not None: out['columns'] = t.columns
     return out
 
@@ -144,7 +147,7 @@ def is_frozen(
     return not t.changes_each_step and not any(p.requires_grad for p in t.model.parameters())
 
 # %% ../../nbs/02_models/06_cache.ipynb #0418f999
-MIN_MACS = 200_000   # Multiply-accumulates an image from which reading a row is cheaper than a forward pass
+MIN_MACS = 200_000   # Multiply-accumulates an image from which reading a row is cheaper
 
 def is_cheap(
     teacher:KDModel,
@@ -152,7 +155,8 @@ def is_cheap(
 )->bool:
     "Is a forward pass faster than reading a row?"
     p = next(teacher.model.parameters())
-    return count_macs(teacher.model, torch.zeros(1, *loader.ds.shape, device=p.device, dtype=p.dtype)) < MIN_MACS
+    x = torch.zeros(1, *loader.ds.shape, device=p.device, dtype=p.dtype)
+    return count_macs(teacher.model, x) < MIN_MACS
 
 # %% ../../nbs/02_models/06_cache.ipynb #871eb6d8
 def why_not_cached(
@@ -164,7 +168,8 @@ def why_not_cached(
     "The reason why a teacher has to be run"
     if maps: return "the method compares feature maps"
     if not is_frozen(teacher): return "a part of it is trained"
-    if loader.view_key is None: return "these views have no number (cache_views=N recycles N versions of every image)"
+    if loader.view_key is None:
+        return "these views have no number (cache_views=N recycles N versions of every image)"
     if cfg.teacher_cache == 'auto' and is_cheap(teacher, loader): return "it is fast enough"
     return ''
 
@@ -179,7 +184,8 @@ def find_table(
     "The table of a teacher where `teacher_cache` wants it"
     where = cfg.teacher_cache
     if where == 'auto': where = 'memory' if cfg.cl_mode else 'disk'
-    if where == 'disk': return open_table(key, Path(cfg.results_dir)/'teacher_cache', cfg.cache_gb, teacher.name)
+    if where == 'disk':
+        return open_table(key, Path(cfg.results_dir)/'teacher_cache', cfg.cache_gb, teacher.name)
     tables, name = _tables_in_memory.setdefault(teacher, {}), json.dumps(key)
     if name in tables: return tables[name], ''
     taken = sum(t.raw.nbytes for tables in _tables_in_memory.values() for t in tables.values())

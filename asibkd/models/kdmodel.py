@@ -47,14 +47,15 @@ def set_dropout(
     p:float,         # Probability
 )->bool: # False where there is none
     "Set the `nn.Dropout` beside the head"
-    beside = [m for _, m in model.get_submodule(head.rpartition('.')[0]).named_children() if isinstance(m, nn.Dropout)]
+    parent = model.get_submodule(head.rpartition('.')[0])
+    beside = [m for _, m in parent.named_children() if isinstance(m, nn.Dropout)]
     if not head.count('.') or not beside: return False
     beside[-1].p = p
     return True
 
 # %% ../../nbs/02_models/02_kdmodel.ipynb #3ff09d5e
 class KDModel(nn.Module):
-    "Any classifier as distillation needs it: `forward(x)` → dict(logit, feat_2d, feat_4d, stages, distill_feat)"
+    "Any classifier: `forward(x)` → dict(logit, feat_2d, feat_4d, stages, distill_feat)"
     def __init__(self,
         model:nn.Module,  # Used as it is
         img_size=32,      # Pixels, for the recorded pass
@@ -127,7 +128,8 @@ def dry_run(self:KDModel)->dict: # As `forward`; only the shapes count
     with torch.no_grad():
         try: return meta_copy(self)(torch.empty(1, *self.shape, device='meta'))
         except Exception:   # a model that looks at numbers
-            return copy.deepcopy(self).eval()(torch.zeros(1, *self.shape, device=next(self.parameters()).device))
+            device = next(self.parameters()).device
+            return copy.deepcopy(self).eval()(torch.zeros(1, *self.shape, device=device))
 
 # %% ../../nbs/02_models/02_kdmodel.ipynb #a9008df9
 @patch
@@ -159,7 +161,8 @@ def add_adapter(
     out=512,   # Width of `distill_feat`
 )->KDModel:
     "Give a wrapped model a distillation adapter"
-    m.adapter = nn.Sequential(nn.Linear(m.feat_dim, hidden or out), nn.ReLU(), nn.Linear(hidden or out, out))
+    hidden = hidden or out
+    m.adapter = nn.Sequential(nn.Linear(m.feat_dim, hidden), nn.ReLU(), nn.Linear(hidden, out))
     return m
 
 # %% ../../nbs/02_models/02_kdmodel.ipynb #52a8d443
@@ -170,6 +173,8 @@ def spread_classes(
 )->KDModel:
     "Let a model of some classes output logits for all"
     if len(classes) != m.anatomy.n_class:
-        raise ConfigError(f"'{m.name}' has {m.anatomy.n_class} logits and is to stand for {len(classes)} classes.")
-    m.columns, m.n_class = torch.as_tensor(classes, dtype=torch.int64, device=next(m.parameters()).device), n_class
+        raise ConfigError(f"'{m.name}' has {m.anatomy.n_class} logits and is to stand for {len(classes)} classes. "
+                          "Give as many classes as it has logits.")
+    m.columns = torch.as_tensor(classes, dtype=torch.int64, device=next(m.parameters()).device)
+    m.n_class = n_class
     return m

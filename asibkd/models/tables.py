@@ -49,8 +49,8 @@ class Table:
         self.width, self.dtype, self.path, self.disk_full = width, dtype, path, False
         self.words = row_words(width, dtype)
         shape = (rows, self.words)
-        if path is None: self.raw, self.lock = np.zeros(shape, np.int32), contextlib.nullcontext()
-        else: self.raw, self.lock = np.memmap(path, np.int32, 'r+', shape=shape), FileLock(f'{path}.lock')
+        self.raw = np.zeros(shape, np.int32) if path is None else np.memmap(path, np.int32, 'r+', shape=shape)
+        self.lock = contextlib.nullcontext() if path is None else FileLock(f'{path}.lock')
         self.data = torch.from_numpy(self.raw)
         self.mix = torch.randint(1, 2**40, (self.words - 1,), generator=generator('checksum')) | 1
 
@@ -153,7 +153,8 @@ def make_room(
             drop_table(f)
     if taken() + need > gb*1e9: return f"cache_gb={gb:g} is taken by the tables in use"
     free = shutil.disk_usage(folder).free
-    return f"its table may grow to {need/1e9:.2g} GB, the disk has {free/1e9:.2g} GB left" if need > free - 1e8 else ''
+    if need <= free - 1e8: return ''
+    return f"its table may grow to {need/1e9:.2g} GB, the disk has {free/1e9:.2g} GB left"
 
 # %% ../../nbs/02_models/05_tables.ipynb #8d9c8738
 def table_shape(
@@ -194,7 +195,8 @@ def open_on_disk(
     name='',      # The teacher's, for the log
 )->tuple: # (Table or None, why there is none)
     "The table for a key in a folder, made or found; one that is damaged is made again"
-    f = folder/f"{hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()}.json"
+    tag = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
+    f = folder/f'{tag}.json'
     rows, need = f.with_suffix('.rows'), table_bytes(*table_shape(key))
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder/'.lock')):

@@ -52,11 +52,12 @@ def zoo_builder(
 for _name in zoo: register_model(_name)(zoo_builder(_name))
 
 # %% ../../nbs/02_models/03_teachers.ipynb #e866c5ef
-aliases = dict(resnet='resnet101', resnet50_student='resnet50', resnet101_student='resnet101',
-               resnet152_student='resnet152', efficientnet='efficientnet_b2', efficientnet_l2='tf_efficientnet_l2',
-               swin='swin_tiny_patch4_window7_224', convnext_t='convnext_tiny', convnext_s='convnext_small',
-               convnext_b='convnext_base', convnext_l='convnext_large', swin_tiny='swin_tiny_patch4_window7_224',
-               swin_small='swin_small_patch4_window7_224', swin_base='swin_base_patch4_window7_224')
+aliases = dict(
+    resnet='resnet101', resnet50_student='resnet50', resnet101_student='resnet101', resnet152_student='resnet152',
+    efficientnet='efficientnet_b2', efficientnet_l2='tf_efficientnet_l2',
+    convnext_t='convnext_tiny', convnext_s='convnext_small', convnext_b='convnext_base', convnext_l='convnext_large',
+    swin='swin_tiny_patch4_window7_224', swin_tiny='swin_tiny_patch4_window7_224',
+    swin_small='swin_small_patch4_window7_224', swin_base='swin_base_patch4_window7_224')
 
 # %% ../../nbs/02_models/03_teachers.ipynb #8f95da43
 def list_teachers(
@@ -66,8 +67,8 @@ def list_teachers(
     ours = sorted({*models, *aliases, 'resnet50', 'resnet101', 'resnet152'})
     if not match: return ours
     import timm, torchvision
-    tv = torchvision.models.list_models(torchvision.models, include=match)
-    return [n for n in ours if fnmatch(n, match)] + timm.list_models(match) + [f'torchvision:{n}' for n in tv]
+    tv = [f'torchvision:{n}' for n in torchvision.models.list_models(torchvision.models, include=match)]
+    return [n for n in ours if fnmatch(n, match)] + timm.list_models(match) + tv
 
 # %% ../../nbs/02_models/03_teachers.ipynb #6c36acf6
 def try_img_size(
@@ -123,7 +124,8 @@ def build_timm(
     args = dict(in_chans=in_chans, **({} if n_class is None else dict(num_classes=n_class)), **kw)
     sized = try_img_size(name, img_size, **{k: v for k, v in args.items() if not k.startswith('pretrained')})
     patch = small_patch(sized, img_size) if small_input else None
-    if sized is not None: args['img_size'] = img_size//patch*sized.patch_embed.patch_size[0] if patch else img_size
+    if sized is not None:
+        args['img_size'] = img_size//patch*sized.patch_embed.patch_size[0] if patch else img_size
     try: m = timm.create_model(name, pretrained=pretrained, **args)
     except (OSError, RuntimeError, ValueError) as e:
         if pretrained: raise download_error(name, e) from e
@@ -140,9 +142,10 @@ def new_head(
 )->nn.Module:
     "Replace the classifier by a fresh one"
     old = model.get_submodule(head)
+    bias = old.bias is not None
     if isinstance(old, nn.Conv2d):
-        new = nn.Conv2d(old.in_channels, n_class, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
-    else: new = nn.Linear(old.in_features, n_class, bias=old.bias is not None)
+        new = nn.Conv2d(old.in_channels, n_class, old.kernel_size, old.stride, old.padding, bias=bias)
+    else: new = nn.Linear(old.in_features, n_class, bias=bias)
     model.set_submodule(head, new)
     return model
 
@@ -178,7 +181,8 @@ def build_torchvision(
         if n_class is not None: new_head(m, anatomy(m, 224, name=name).heads[-1], n_class)
     else:
         args = {} if n_class is None else dict(num_classes=n_class)
-        m = make(name, weights=None, **args, **({'image_size': img_size} if name.startswith('vit_') else {}), **kw)
+        if name.startswith('vit_'): args['image_size'] = img_size
+        m = make(name, weights=None, **args, **kw)
     widen(m, in_chans)
     return cifar_stem(m) if small_input else m
 
@@ -293,7 +297,8 @@ def mismatch_error(
     parts = [f"{what}: {first(names)}" for what, names in (
         ('missing', o.missing), ('unexpected', o.extra), ('different shape', shapes)) if names]
     name = getattr(model, 'name', type(model).__name__)
-    return CheckpointError(f"Checkpoint '{path}' does not fit '{name}'. {likely_reason(o, heads)} {'; '.join(parts)}.")
+    return CheckpointError(f"Checkpoint '{path}' does not fit '{name}'. {likely_reason(o, heads)} "
+                           f"Found {'; '.join(parts)}.")
 
 # %% ../../nbs/02_models/03_teachers.ipynb #24a8c327
 def load_into(
@@ -319,9 +324,10 @@ def build_registered(
     fn, takes = models[name], inspect.signature(models[name]).parameters
     if pretrained and 'pretrained' not in takes:
         raise CheckpointError(f"No weights are published for '{name}': {INSTEAD}.")
-    kw = dict(pretrained=pretrained, **kw) if n_class is None else dict(n_class=n_class, pretrained=pretrained, **kw)
+    kw['pretrained'] = pretrained
+    if n_class is not None: kw['n_class'] = n_class
     # what a function does not take may be left out where that changes nothing
-    harmless = {k for k in ('in_chans', 'img_size', 'pretrained') if k != 'in_chans' or kw.get(k, 3) == 3}
+    harmless = {'img_size', 'pretrained'} | ({'in_chans'} if kw.get('in_chans', 3) == 3 else set())
     m = fn(**{k: v for k, v in kw.items() if k in takes or k not in harmless})
     return cifar_stem(m) if small_input and name not in zoo else m   # the zoo is small already
 
@@ -337,9 +343,11 @@ def build_network(
     lib, _, rest = name.partition(':')
     if lib == 'torchvision' and rest in tv: return build_torchvision(rest, **kw)
     plain = rest if lib == 'timm' else aliases.get(name, name)
-    if timm.is_model(plain.split('.')[0]) or plain.startswith(('hf-hub:', 'hf_hub:')): return build_timm(plain, **kw)
+    if timm.is_model(plain.split('.')[0]) or plain.startswith(('hf-hub:', 'hf_hub:')):
+        return build_timm(plain, **kw)
     if name in tv: return build_torchvision(name, **kw)
-    raise unknown_name('model', name, [*models, *aliases, *timm.list_models(), *(f'torchvision:{n}' for n in tv)])
+    known = [*models, *aliases, *timm.list_models(), *(f'torchvision:{n}' for n in tv)]
+    raise unknown_name('model', name, known)
 
 # %% ../../nbs/02_models/03_teachers.ipynb #72225ad1
 def create_teacher(
@@ -360,8 +368,8 @@ def create_teacher(
     if isinstance(spec, KDModel): m = spec
     elif isinstance(spec, nn.Module): m = KDModel(spec, img_size, in_chans, dropout=dropout)
     elif isinstance(spec, str):
-        net = build_network(spec, n_class=n_class, img_size=img_size, in_chans=in_chans, pretrained=pretrained,
-                            small_input=small_input, **kw)
+        net = build_network(spec, n_class=n_class, img_size=img_size, in_chans=in_chans,
+                            pretrained=pretrained, small_input=small_input, **kw)
         m = KDModel(net, img_size, in_chans, spec, dropout)
     else: raise ConfigError(f"A model is a name, an nn.Module or a KDModel; got a {type(spec).__name__}.")
     if n_class is not None and m.n_class != n_class:
@@ -376,7 +384,8 @@ def count_macs(
     x, # One batch; on the meta device nothing is computed
 )->int: # Multiply-accumulates of one run
     "Counted by torch while the network runs, in evaluation mode, without gradient"
-    with eval_mode(net), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
+    count = FlopCounterMode(display=False)
+    with eval_mode(net), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), count:
         net(x)
     return count.get_total_flops() // 2
 
@@ -407,5 +416,5 @@ def model_costs(
     net = model.model if isinstance(model, KDModel) else model
     p = next(net.parameters())
     x = torch.zeros(1, *shape, device=p.device, dtype=p.dtype)
-    macs = count_macs(net, x)
-    return dict(params=sum(p.numel() for p in net.parameters()), macs=macs, latency_ms=latency_ms(net, x, repeats))
+    return dict(params=sum(p.numel() for p in net.parameters()), macs=count_macs(net, x),
+                latency_ms=latency_ms(net, x, repeats))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'LOOP', 'COMMANDS', 'usage', 'option_words', 'read_options', 'takes_none', 'parse', 'add_option',
-           'add_parameters', 'add_method_parameters', 'help_text', 'announce', 'cmd_run', 'cmd_baseline', 'print_run',
+           'add_parameters', 'add_method_parameters', 'help_text', 'announce', 'print_run', 'cmd_run', 'cmd_baseline',
            'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'runs_options', 'cmd_compare', 'newest',
            'cmd_show', 'cmd_report', 'cmd_export', 'cmd_explore', 'cmd_bench', 'like_ctrl_c', 'main']
 
@@ -17,7 +17,7 @@ from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layer
                                 unknown_name)
 from ..core.runfolder import atomic_write, start_log
 
-# %% ../../nbs/11_run/06_cli.ipynb #5405f63c
+# %% ../../nbs/11_run/06_cli.ipynb #d7c1b34c
 ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
              finetune='fine-tune one teacher', baseline='train the student alone, by labels',
              evaluate='train and test accuracy from checkpoints',
@@ -33,7 +33,7 @@ def usage()->str:
     return '\n'.join(['usage: asibkd COMMAND [--key value …]', '', *(f'  {k:10}{v}' for k, v in ABOUT.items()), '',
                       '`asibkd COMMAND --help` explains every parameter.'])
 
-# %% ../../nbs/11_run/06_cli.ipynb #d051eb89
+# %% ../../nbs/11_run/06_cli.ipynb #e8d6c80a
 def option_words(
     argv:list, # As they were typed
 )->list: # 'key=value' and '+key=value' become '--key=value'
@@ -42,7 +42,7 @@ def option_words(
     return [f"--{o.lstrip('+')}" if re.match(r'\+*[\w.]+=', o) and not is_value else o
             for o, is_value in zip(argv, after_bare)]
 
-# %% ../../nbs/11_run/06_cli.ipynb #938391f3
+# %% ../../nbs/11_run/06_cli.ipynb #83f0f421
 def read_options(
     command:str, # For the message
     argv:list,   # As they were typed
@@ -61,7 +61,7 @@ def read_options(
         given[key] = value
     return given
 
-# %% ../../nbs/11_run/06_cli.ipynb #05748cce
+# %% ../../nbs/11_run/06_cli.ipynb #0130bf1a
 def takes_none(
     key:str,
 )->bool:
@@ -85,7 +85,7 @@ def parse(
             refuse_key(key, {*Config.model_fields, *ALIASES})
     return file, {k: None if v.lower() in ('none', 'null') and takes_none(k) else v for k, v in given.items()}
 
-# %% ../../nbs/11_run/06_cli.ipynb #32d02692
+# %% ../../nbs/11_run/06_cli.ipynb #0634b80b
 LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [the environment's METHOD_LIST, else asmb or asib]",
             seeds="numbers, as '0, 1, 2' [0 1 2]",
             baseline='what the others are compared with [avgz or derpp when it is there, else the first method]')
@@ -98,7 +98,7 @@ def add_option(
     "One parameter of the help page"
     group.add_argument(f'--{key}', metavar='…', nargs='?', const='1', help=about.replace('%', '%%'))
 
-# %% ../../nbs/11_run/06_cli.ipynb #6a329e4f
+# %% ../../nbs/11_run/06_cli.ipynb #4d9e1449
 def add_parameters(
     p:argparse.ArgumentParser,
 ):
@@ -114,7 +114,7 @@ def add_parameters(
     for alias, key in ALIASES.items():
         add_option(p, alias, f'alias of --{key}')
 
-# %% ../../nbs/11_run/06_cli.ipynb #6a3aed46
+# %% ../../nbs/11_run/06_cli.ipynb #9895e0f0
 def add_method_parameters(
     p:argparse.ArgumentParser,
 ):
@@ -135,9 +135,10 @@ def help_text(
     from asibkd.distil import asmb, crd, multi, single
     from asibkd.distil.methods import list_methods
     about = f"{ABOUT[command]}. Presets: {', '.join(list_presets())}. Methods: {', '.join(list_methods())}."
-    p = argparse.ArgumentParser(f'asibkd {command}', description=about, conflict_handler='resolve', epilog=
-        'Write --key value, --key=value or key=value. default < preset < file < what you type. In brackets: the '
-        'default, and what the preset quickstart makes of it where no other is named.')
+    p = argparse.ArgumentParser(
+        usage=f'asibkd {command} [--key value …]', description=about, conflict_handler='resolve',
+        epilog='Write --key value, --key=value or key=value. default < preset < file < what you type. In brackets: the '
+               'default, and what the preset quickstart makes of it where no other is named.')
     p.add_argument('-f', '--file', default='', help='YAML file of parameters')
     for k, sentence in LOOP.items() if command == 'loop' else ():
         add_option(p, k, sentence)
@@ -145,7 +146,7 @@ def help_text(
     add_method_parameters(p)
     return p.format_help()
 
-# %% ../../nbs/11_run/06_cli.ipynb #77aefc94
+# %% ../../nbs/11_run/06_cli.ipynb #97f01a83
 def announce(
     file:str,   # YAML file of parameters, or ''
     given:dict, # What was typed
@@ -160,7 +161,15 @@ def announce(
     method = f"cl_method {value('cl_method')}" if is_on(value('cl_mode')) else value('method')
     log.info(f"{method} on {value('dataset')}, seed {value('seed')}, preset {value('preset')}")
 
-# %% ../../nbs/11_run/06_cli.ipynb #cbb21dc1
+# %% ../../nbs/11_run/06_cli.ipynb #5552f560
+def print_run(
+    s:dict, # summary.json, with `run`, the folder
+):
+    "The table, the verdict and where everything is"
+    from asibkd.analysis.notes import run_text
+    print(run_text(s))
+
+# %% ../../nbs/11_run/06_cli.ipynb #e7810b69
 def cmd_run(argv):
     "asibkd run"
     file, given = parse('run', argv)
@@ -168,6 +177,7 @@ def cmd_run(argv):
     from asibkd.run.experiment import run_experiment
     print_run(run_experiment(file, **given))
 
+# %% ../../nbs/11_run/06_cli.ipynb #97e8d491
 def cmd_baseline(argv):
     "asibkd baseline"
     file, given = parse('baseline', argv)
@@ -176,14 +186,7 @@ def cmd_baseline(argv):
     from asibkd.run.tasks import with_defaults
     print_run(run_experiment(file, **with_defaults(file, given, compare=0) | {'method': 'ce'}))
 
-def print_run(
-    s:dict, # summary.json, with `run`
-):
-    "The table, the verdict and where everything is"
-    from asibkd.analysis.notes import run_text
-    print(run_text(s))
-
-# %% ../../nbs/11_run/06_cli.ipynb #85f4e250
+# %% ../../nbs/11_run/06_cli.ipynb #9d92a3b7
 def cmd_finetune(argv):
     "asibkd finetune"
     file, given = parse('finetune', argv)
@@ -193,6 +196,7 @@ def cmd_finetune(argv):
     print(f"{s['checkpoint']} exists: skipped" if s['skipped'] else
           f"{s['type']}: validation {100*s['val_acc']:.2f} %, test {100*s['test_acc']:.2f} % → {s['checkpoint']}")
 
+# %% ../../nbs/11_run/06_cli.ipynb #0820309a
 def cmd_evaluate(argv):
     "asibkd evaluate"
     file, given = parse('evaluate', argv)
@@ -205,14 +209,14 @@ def cmd_evaluate(argv):
         if 'disagreement' in o:
             line(split, 'teachers disagree', o['disagreement'])
 
-# %% ../../nbs/11_run/06_cli.ipynb #b7c02ca7
+# %% ../../nbs/11_run/06_cli.ipynb #c3325a40
 def print_comparison(
     runs,         # A table from `collect`
     baseline:str, # '' = the usual one
     out,          # Folder for the files
 ):
     "Print the table, write the files"
-    from asibkd.analysis.compare import compare_notes, compare_runs, save_compare, default_baseline, win_table
+    from asibkd.analysis.compare import compare_notes, compare_runs, default_baseline, save_compare, win_table
     from asibkd.analysis.report import save_compare_report
     from asibkd.analysis.tables import show_table
     baseline = baseline or default_baseline(runs)
@@ -225,6 +229,7 @@ def print_comparison(
     print('\nmean ± half-width of the 95 % t-interval over seeds; paired differences. Written: '
           + ', '.join(map(str, files)))
 
+# %% ../../nbs/11_run/06_cli.ipynb #a8a01cf6
 def cmd_loop(argv):
     "asibkd loop"
     file, given = parse('loop', argv)
@@ -235,7 +240,7 @@ def cmd_loop(argv):
     folders = [s['run'] for s in run_loop(_file=file, **loop, **given)]
     print_comparison(collect(*folders), baseline, Path(folders[0]).parent/'compare')
 
-# %% ../../nbs/11_run/06_cli.ipynb #dc697e1b
+# %% ../../nbs/11_run/06_cli.ipynb #5364a9a6
 def runs_options(
     command:str,
     argv:list,
@@ -252,7 +257,7 @@ def runs_options(
     a.cl = None if a.cl is None else a.cl == '1'
     return a
 
-# %% ../../nbs/11_run/06_cli.ipynb #ca14567d
+# %% ../../nbs/11_run/06_cli.ipynb #5a536883
 def cmd_compare(argv):
     "asibkd compare"
     a = runs_options('compare', argv, 'results', 'folder for the files [<first folder>/compare]')
@@ -271,7 +276,7 @@ def newest(
         raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
     return str(max(sorted(done), key=lambda f: f.stat().st_mtime).parent)
 
-# %% ../../nbs/11_run/06_cli.ipynb #2cef4da3
+# %% ../../nbs/11_run/06_cli.ipynb #03603f2f
 def cmd_show(argv):
     "asibkd show"
     p = argparse.ArgumentParser('asibkd show', description=ABOUT['show'])
@@ -280,6 +285,7 @@ def cmd_show(argv):
     from asibkd.analysis.tables import load_summary
     print_run(load_summary(run) | dict(run=run))
 
+# %% ../../nbs/11_run/06_cli.ipynb #93d0145d
 def cmd_report(argv):
     "asibkd report"
     a = runs_options('report', argv, 'the newest in results/', 'the HTML file [report.html in the run folder; '
@@ -293,7 +299,7 @@ def cmd_report(argv):
         out = a.out or Path(runs[0])/'compare'/'report.html'
         print(save_compare_report(collect(*runs, cl=a.cl), out, a.baseline))
 
-# %% ../../nbs/11_run/06_cli.ipynb #0dbbd20a
+# %% ../../nbs/11_run/06_cli.ipynb #176c1fbd
 def cmd_export(argv):
     "asibkd export"
     p = argparse.ArgumentParser('asibkd export', description=ABOUT['export'])
@@ -306,7 +312,7 @@ def cmd_export(argv):
     e = export_student(a.run or newest(), a.to, a.path)
     print(f"{e['path']}: answers alike (largest difference {e['difference']:.1e} of the largest logit)")
 
-# %% ../../nbs/11_run/06_cli.ipynb #513d6f42
+# %% ../../nbs/11_run/06_cli.ipynb #2fa28d77
 def cmd_explore(argv):
     "asibkd explore"
     p = argparse.ArgumentParser('asibkd explore', description=ABOUT['explore'])
@@ -325,7 +331,7 @@ def cmd_explore(argv):
     from asibkd.explore.serve import serve
     serve(run, a.port, not a.no_browser)
 
-# %% ../../nbs/11_run/06_cli.ipynb #4ae06eea
+# %% ../../nbs/11_run/06_cli.ipynb #8f00260b
 def cmd_bench(argv):
     "asibkd bench"
     p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
@@ -362,7 +368,7 @@ def like_ctrl_c():
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/11_run/06_cli.ipynb #6f8a71ee
+# %% ../../nbs/11_run/06_cli.ipynb #9604107f
 def main(
     argv=None, # The words after `asibkd`; None: those of the process
 )->int: # Exit code: 0 well, 2 refused or stopped with a message, 130 Ctrl-C or SIGTERM
@@ -387,6 +393,6 @@ def main(
         print('asibkd: stopped; the same command goes on from the last checkpoint.', file=sys.stderr)
         return 130
 
-# %% ../../nbs/11_run/06_cli.ipynb #928e3304
+# %% ../../nbs/11_run/06_cli.ipynb #34a53765
 if __name__ == '__main__' and '__file__' in globals():   # `python -m asibkd.run.cli`, not this notebook
     sys.exit(main())

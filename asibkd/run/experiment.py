@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS_OF_A_RUN', 'split_given', 'function_source', 'code_hash', 'method_class', 'preset_summary',
-           'save_effective_config', 'finish_run', 'prepare_teachers', 'save_freeze_report', 'changes_teachers',
-           'run_distil', 'tracker', 'open_context', 'run_in_folder', 'objects_id', 'explained_stops', 'run_experiment',
+           'save_effective_config', 'finish_run', 'open_context', 'prepare_teachers', 'save_freeze_report',
+           'changes_teachers', 'run_distil', 'run_in_folder', 'objects_id', 'explained_stops', 'run_experiment',
            'parameters_set']
 
-# %% ../../nbs/11_run/03_experiment.ipynb #94bde1ba
+# %% ../../nbs/11_run/03_experiment.ipynb #63557915
 import ast, contextlib, copy, hashlib, inspect, json, textwrap
 
 import torch
@@ -29,6 +29,7 @@ from .students import train_all
 from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, object_fingerprint,
                                    settle_config, teacher_specs, train_teacher)
+from ..trainers.callbacks import tracker
 
 # %% ../../nbs/11_run/03_experiment.ipynb #f06571d6
 def split_given(
@@ -127,6 +128,25 @@ def finish_run(
         log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {str(e).rstrip('.')}. "
                     f"Everything else is there; `asibkd report {run.path}` tries again.")
 
+# %% ../../nbs/11_run/03_experiment.ipynb #2beee880
+def open_context(
+    run:Run, cfg:Config,
+    train=None, val=None, test=None,  # The user's own datasets
+    callbacks=(),
+)->RunContext:
+    "Device, data and settled parameters of a run"
+    set_deterministic(cfg.deterministic)
+    teacher_counts.clear()
+    acc = create_accelerator(cfg)
+    data = create_data(cfg, train, val, test)
+    cfg = settle_config(cfg, data)
+    save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
+    precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
+    log.info(f"{run.path}: {data.name}, "
+             f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
+             f"{data.n_class} classes, {data.shape}; {acc.device}, {precision}")
+    return RunContext(cfg, data, acc, run, (*callbacks, *tracker(cfg, run)))
+
 # %% ../../nbs/11_run/03_experiment.ipynb #e4ce7aa8
 def prepare_teachers(
     specs,          # TeacherSpec of each
@@ -161,8 +181,9 @@ def changes_teachers(
     adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs
     return bool(adapts and cfg.bridge_objective != 'distil' and not all(map(is_frozen, teachers)))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #c9f76309
-COLUMNS_OF_A_RUN = 'method dataset seed val_acc test_acc_val_selected test_acc_last train_acc params macs baseline'.split()
+# %% ../../nbs/11_run/03_experiment.ipynb #b5d0c22b
+COLUMNS_OF_A_RUN = ('method', 'dataset', 'seed', 'val_acc', 'test_acc_val_selected', 'test_acc_last', 'train_acc',
+                    'params', 'macs', 'baseline')
 
 # %% ../../nbs/11_run/03_experiment.ipynb #339bdb38
 def run_distil(
@@ -185,41 +206,6 @@ def run_distil(
     row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
     return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #39805698
-def tracker(cfg:Config, run)->list: # Callbacks for `fit`
-    "Send epoch rows to TensorBoard or Weights & Biases"
-    if cfg.track == 'none': return []
-    numbers = lambda row: {f"{row['phase']}/{k}": v for k, v in row.items()
-                           if isinstance(v, (int, float)) and k not in ('epoch', 'stage')}
-    try:
-        if cfg.track == 'tensorboard':
-            from torch.utils.tensorboard import SummaryWriter
-            w = SummaryWriter(str(run/'tensorboard'))
-            return [lambda row: [w.add_scalar(k, v, row['epoch']) for k, v in numbers(row).items()] and w.flush()]
-        import wandb
-    except ImportError as e:
-        raise RunError(f"track={cfg.track} needs its package: pip install {cfg.track} ({e}).") from None
-    w = wandb.init(project='asibkd', name=run.id, config=run.params, dir=str(run.path))
-    return [lambda row: w.log(numbers(row))]
-
-# %% ../../nbs/11_run/03_experiment.ipynb #66cd9adf
-def open_context(
-    run:Run, cfg:Config,
-    train=None, val=None, test=None,  # The user's own datasets
-    callbacks=(),
-)->RunContext:
-    "Device, data and settled parameters of a run"
-    set_deterministic(cfg.deterministic)
-    teacher_counts.clear()
-    acc = create_accelerator(cfg)
-    data = create_data(cfg, train, val, test)
-    cfg = settle_config(cfg, data)
-    save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
-    precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
-    log.info(f"{run.path}: {data.name}, {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
-             f"{data.n_class} classes, {data.shape}; {acc.device}, {precision}")
-    return RunContext(cfg, data, acc, run, (*callbacks, *tracker(cfg, run)))
-
 # %% ../../nbs/11_run/03_experiment.ipynb #4ad5398a
 def run_in_folder(
     run:Run, cfg:Config,
@@ -232,7 +218,7 @@ def run_in_folder(
     work = run_cl if cfg.cl_mode else run_distil
     finish_run(run, *work(ctx, teachers, student, extra))
 
-# %% ../../nbs/11_run/03_experiment.ipynb #b707fd94
+# %% ../../nbs/11_run/03_experiment.ipynb #93e0b8f4
 def objects_id(
     objects:dict,  # From `split_given`
     cfg:Config,
@@ -242,7 +228,8 @@ def objects_id(
     teachers = objects['teachers']
     if teachers is not None and not len(teachers):
         raise ConfigError("teachers=[]: give at least one teacher.")
-    given = [o for o in (*(teachers or ()), *(objects[k] for k in ('student', 'train', 'val', 'test'))) if o is not None]
+    others = [objects[k] for k in ('student', 'train', 'val', 'test')]
+    given = [o for o in (*(teachers or ()), *others) if o is not None]
     return '+'.join(filter(None, [*map(object_fingerprint, given), code_hash(method)]))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #06b999f3

@@ -33,7 +33,7 @@ class TrainResult:
     seconds:float = 0.                        # Time in `fit`
     logits:tuple = ()                         # What the logits were compared with, stage by stage
 
-# %% ../../nbs/11_run/00_students.ipynb #e89bd389
+# %% ../../nbs/11_run/00_students.ipynb #388fbfaf
 @patch
 def add(self:TrainResult,
     fitted:FitResult, # What one phase B has left
@@ -48,7 +48,7 @@ def add(self:TrainResult,
         self.best, self.val_acc = fitted.state['student'], fitted.best['val_acc']
     return self
 
-# %% ../../nbs/11_run/00_students.ipynb #4bcbc22b
+# %% ../../nbs/11_run/00_students.ipynb #b938f1fa
 def train_student(
     key:str, student, teachers,
     ctx:RunContext,
@@ -65,7 +65,7 @@ def train_student(
     fitted = distil(student, teachers, method, ctx, epochs=cfg.epochs, name=name)
     return TrainResult(key).add(fitted, student), [], method
 
-# %% ../../nbs/11_run/00_students.ipynb #e5320038
+# %% ../../nbs/11_run/00_students.ipynb #35611fbd
 def train_in_stages(
     key:str, student, teachers,
     method:Method,    # One that adapts
@@ -79,7 +79,7 @@ def train_in_stages(
         result.add(distil(student, teachers, method, ctx, stage, cfg.num_stages), student)
     return result, gates
 
-# %% ../../nbs/11_run/00_students.ipynb #58139455
+# %% ../../nbs/11_run/00_students.ipynb #b0458f0d
 def best_teacher(teachers, specs,
     ctx:RunContext,
 )->int: # Its position
@@ -94,7 +94,7 @@ def best_teacher(teachers, specs,
         return 0
     return max(range(len(teachers)), key=lambda i: accuracy(z[specs[i].name], y))
 
-# %% ../../nbs/11_run/00_students.ipynb #62636b1e
+# %% ../../nbs/11_run/00_students.ipynb #1540af13
 def logit_targets(
     cfg:Config,
     gates,           # What the gate saw in each stage, [] without phase A
@@ -107,10 +107,10 @@ def logit_targets(
     every = 'average' if cfg.method == 'avgz' else 'teachers'
     return (dict(none='labels', one=one, all=every)[cls.teachers_used],)
 
-# %% ../../nbs/11_run/00_students.ipynb #0fbbccc8
+# %% ../../nbs/11_run/00_students.ipynb #feb2c46c
 BASELINES = ('ce', 'vanilla_kd', 'avgz')   # Trained beside the method with `compare=1`
 
-# %% ../../nbs/11_run/00_students.ipynb #e52d40cc
+# %% ../../nbs/11_run/00_students.ipynb #1319ed42
 def train_baselines(
     student,         # As every student begins; it stays as it is
     teachers, specs,
@@ -129,7 +129,7 @@ def train_baselines(
         results[key].logits = (target,)
     return results
 
-# %% ../../nbs/11_run/00_students.ipynb #30171e09
+# %% ../../nbs/11_run/00_students.ipynb #562b590f
 def train_all(
     student, teachers, specs,
     ctx:RunContext,

@@ -7,7 +7,7 @@ __all__ = ['OF_THE_METHOD', 'student_copies', 'train_subset', 'split_loader', 'e
            'target_row', 'accuracies', 'teacher_rows', 'ensemble_rows', 'score_row', 'table_rows', 'best_baseline',
            'measured_costs', 'time_part', 'summarise', 'save_predictions', 'save_results']
 
-# %% ../../nbs/11_run/01_summary.ipynb #5b3c8e26
+# %% ../../nbs/11_run/01_summary.ipynb #567946ac
 import copy
 from dataclasses import asdict
 
@@ -29,7 +29,7 @@ from .students import TrainResult
 from ..trainers.build import WeightsInfo, save_teacher
 from ..trainers.phases import to_device
 
-# %% ../../nbs/11_run/01_summary.ipynb #22884bcf
+# %% ../../nbs/11_run/01_summary.ipynb #cdff2edb
 def student_copies(
     student,       # A network of the right architecture
     results:dict,  # key → TrainResult
@@ -42,7 +42,7 @@ def student_copies(
             out[name].load_state_dict(state)
     return out
 
-# %% ../../nbs/11_run/01_summary.ipynb #06cd3b65
+# %% ../../nbs/11_run/01_summary.ipynb #cf40b8d6
 def train_subset(
     data:Data, cfg:Config,
     most=5000,     # Images at most
@@ -54,7 +54,7 @@ def train_subset(
     g = torch.Generator().manual_seed(cfg.seed)
     return data.train.subset(torch.randperm(n, generator=g)[:most].sort().values)
 
-# %% ../../nbs/11_run/01_summary.ipynb #ca4c64d0
+# %% ../../nbs/11_run/01_summary.ipynb #8e46cd48
 def split_loader(split:str,
     ctx:RunContext,
 ):
@@ -65,7 +65,7 @@ def split_loader(split:str,
     images = train_subset(ctx.data, cfg)
     return Loader(images, ctx.data, 4*cfg.batch_size, device=device, num_workers=cfg.num_workers)
 
-# %% ../../nbs/11_run/01_summary.ipynb #a1fdb492
+# %% ../../nbs/11_run/01_summary.ipynb #cedb09b1
 def evaluate_all(
     student,
     original_teachers,  # As the baselines used them
@@ -90,7 +90,7 @@ def evaluate_all(
             z[split]['average'] = average_of(original_teachers, [z[split][n] for n in names])
     return z, y
 
-# %% ../../nbs/11_run/01_summary.ipynb #6932f1f9
+# %% ../../nbs/11_run/01_summary.ipynb #a1fe3fe6
 def average_of(
     teachers,  # Wrapped teachers
     logits,    # (N, K) of each
@@ -99,24 +99,24 @@ def average_of(
     columns = [None if t.columns is None else t.columns.cpu() for t in teachers]
     return average_logits([dict(logit=z, columns=c) for z, c in zip(logits, columns)])
 
-# %% ../../nbs/11_run/01_summary.ipynb #647b2276
+# %% ../../nbs/11_run/01_summary.ipynb #defdf492
 def weights_row(
     info:WeightsInfo,
 )->dict: # source, file, classes
     "What a summary keeps of a teacher's weights; the seconds stand under `time`"
     return {k: v for k, v in asdict(info).items() if k != 'seconds'}
 
-# %% ../../nbs/11_run/01_summary.ipynb #7642d4d2
+# %% ../../nbs/11_run/01_summary.ipynb #d4e5fd3e
 def target_row(
     key:str,        # The method
     result:TrainResult,
     cfg:Config,
 )->dict: # logits (stage by stage), features, views
     "What a student's outputs were compared with"
-    has_feature_term = check_method(key).adapts and cfg.feat_kd_alpha > 0
-    return dict(logits=list(result.logits), features=cfg.feat_kd_target if has_feature_term else None, views=cfg.cache_views)
+    features = cfg.feat_kd_target if check_method(key).adapts and cfg.feat_kd_alpha > 0 else None
+    return dict(logits=list(result.logits), features=features, views=cfg.cache_views)
 
-# %% ../../nbs/11_run/01_summary.ipynb #942a2c80
+# %% ../../nbs/11_run/01_summary.ipynb #433632e1
 def accuracies(
     z:dict, y:dict,  # From `evaluate_all`
     n_class:int,
@@ -126,28 +126,34 @@ def accuracies(
         return v.ndim == 2 and v.shape[1] == n_class and name != 'share'
     return {s: {k: accuracy(v, y[s]) for k, v in z[s].items() if has_logits(k, v)} for s in z}
 
-# %% ../../nbs/11_run/01_summary.ipynb #d486ec05
+# %% ../../nbs/11_run/01_summary.ipynb #23a05c6d
 def teacher_rows(
     specs, teachers, infos,  # TeacherSpec, network and WeightsInfo of each
     costs:dict,              # name → params, macs
     adapted=(),              # Names with '~adapted' that were evaluated, too
 )->list:
     "One row a teacher, and one more where phase A has changed it"
-    rows = [dict(key=s.name, model=t.name, role='teacher', weights=weights_row(i), given=isinstance(s.arch, nn.Module),
-                 **costs[s.name]) for s, t, i in zip(specs, teachers, infos)]
-    return rows + [dict(key=f'{s.name}~adapted', model=t.name, role='teacher', weights=weights_row(WeightsInfo('adapted')),
-                        **costs[s.name]) for s, t in zip(specs, teachers) if f'{s.name}~adapted' in adapted]
+    rows = []
+    for s, t, info in zip(specs, teachers, infos):
+        rows.append(dict(key=s.name, model=t.name, role='teacher', weights=weights_row(info),
+                         given=isinstance(s.arch, nn.Module), **costs[s.name]))
+    for s, t in zip(specs, teachers):
+        if (key := f'{s.name}~adapted') in adapted:
+            weights = weights_row(WeightsInfo('adapted'))
+            rows.append(dict(key=key, model=t.name, role='teacher', weights=weights, **costs[s.name]))
+    return rows
 
-# %% ../../nbs/11_run/01_summary.ipynb #05ba3aed
+# %% ../../nbs/11_run/01_summary.ipynb #602bb64f
 def ensemble_rows(
     have,        # Names that were evaluated
     cfg:Config,
 )->list:
     "The average of the teachers, and the synergy where there is a bridge"
-    rows = dict(average=dict(model="teachers' average"), synergy=dict(model='bridge + head', objective=cfg.bridge_objective))
+    rows = dict(average=dict(model="teachers' average"),
+                synergy=dict(model='bridge + head', objective=cfg.bridge_objective))
     return [dict(key=k, role='ensemble') | r for k, r in rows.items() if k in have]
 
-# %% ../../nbs/11_run/01_summary.ipynb #ab72347b
+# %% ../../nbs/11_run/01_summary.ipynb #51401f46
 def score_row(
     row:dict,          # With its `key`
     acc:dict,          # From `accuracies`
@@ -155,14 +161,15 @@ def score_row(
 )->dict:
     "The row with its accuracies; for a student those of the selected and of the last epoch"
     k, r = row['key'], results.get(row['key'])
-    out = row | dict(val_acc=r.val_acc if r else acc['val'][k], test_acc_val_selected=acc['test'][k], train_acc=acc['train'].get(k))
+    out = row | dict(val_acc=r.val_acc if r else acc['val'][k], test_acc_val_selected=acc['test'][k],
+                     train_acc=acc['train'].get(k))
     if r:
         out['test_acc_last'] = acc['test'][f'{k}~last']
     if r and r.oracle is not None:
         out['test_acc_oracle'] = r.oracle
     return out
 
-# %% ../../nbs/11_run/01_summary.ipynb #654430ec
+# %% ../../nbs/11_run/01_summary.ipynb #4f0b0599
 def table_rows(
     z:dict, y:dict,    # From `evaluate_all`
     results:dict,      # key → TrainResult
@@ -179,7 +186,7 @@ def table_rows(
              for k, r in results.items()]
     return [score_row(r, acc, results) for r in rows]
 
-# %% ../../nbs/11_run/01_summary.ipynb #145e70af
+# %% ../../nbs/11_run/01_summary.ipynb #e2a5712c
 def best_baseline(
     z:dict, y:dict,  # From `evaluate_all`
     results:dict,    # key → TrainResult
@@ -189,7 +196,7 @@ def best_baseline(
     others = [k for k in results if k != cfg.method]
     return max(others, key=lambda k: accuracy(z['test'][k], y['test'])) if others else ''
 
-# %% ../../nbs/11_run/01_summary.ipynb #c0479972
+# %% ../../nbs/11_run/01_summary.ipynb #00c371fa
 def measured_costs(
     models:dict,  # name → network
     shape,        # (C, H, W)
@@ -198,7 +205,7 @@ def measured_costs(
     costs = {n: model_costs(m, shape) for n, m in models.items()}
     return costs, {n: c.pop('latency_ms') for n, c in costs.items()}
 
-# %% ../../nbs/11_run/01_summary.ipynb #47a1f722
+# %% ../../nbs/11_run/01_summary.ipynb #af5b7e26
 def time_part(
     results:dict, specs, infos,
     latency:dict,  # name → ms
@@ -208,10 +215,10 @@ def time_part(
     per_image = {k: v for k, v in latency.items() if k != 'student'} | {k: latency['student'] for k in results}
     return dict(seconds=seconds, latency_ms=per_image, teacher_images=dict(teacher_counts))
 
-# %% ../../nbs/11_run/01_summary.ipynb #455ad341
+# %% ../../nbs/11_run/01_summary.ipynb #b94823b8
 OF_THE_METHOD = ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc', 'params', 'macs')
 
-# %% ../../nbs/11_run/01_summary.ipynb #460072ec
+# %% ../../nbs/11_run/01_summary.ipynb #1ae82e7b
 def summarise(
     z:dict, y:dict,     # From `evaluate_all`
     results:dict,       # key → TrainResult
@@ -223,11 +230,12 @@ def summarise(
 )->dict:
     "summary.json: everything a table or a comparison needs"
     cfg, data = ctx.cfg, ctx.data
-    costs, latency = measured_costs({s.name: t for s, t in zip(specs, original_teachers)} | {'student': student}, data.shape)
+    models = {s.name: t for s, t in zip(specs, original_teachers)} | {'student': student}
+    costs, latency = measured_costs(models, data.shape)
     rows = table_rows(z, y, results, specs, original_teachers, student, costs, cfg, infos)
     row = next(r for r in rows if r['key'] == cfg.method)
-    out = dict(exp_id=ctx.run.id, kind='distil', method=cfg.method, dataset=data.name, seed=cfg.seed, rows=rows, gates=gates,
-               method_params=extra)
+    out = dict(exp_id=ctx.run.id, kind='distil', method=cfg.method, dataset=data.name, seed=cfg.seed, rows=rows,
+               gates=gates, method_params=extra)
     out |= {k: row[k] for k in OF_THE_METHOD if k in row}
     out |= dict(images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')}, n_class=data.n_class)
     out |= dict(student=scores(z['test'][cfg.method], y['test']), notes=dict(data.notes))
@@ -238,7 +246,7 @@ def summarise(
     out |= verdict(cfg.method, others, z['test'], y['test'], best_baseline(z, y, results, cfg))
     return out | dict(time=time_part(results, specs, infos, latency))
 
-# %% ../../nbs/11_run/01_summary.ipynb #46671b66
+# %% ../../nbs/11_run/01_summary.ipynb #38098bc7
 def save_predictions(
     logits:dict,        # name → (N, K)
     y:torch.Tensor,     # (N,) labels
@@ -249,7 +257,7 @@ def save_predictions(
     confidence = {f'confidence.{k}': v.softmax(1).amax(1).half() for k, v in kept.items()}
     save_state({k: v.argmax(1).to(torch.int32) for k, v in kept.items()} | {'labels': y} | confidence, path)
 
-# %% ../../nbs/11_run/01_summary.ipynb #467ab84b
+# %% ../../nbs/11_run/01_summary.ipynb #b8d39952
 def save_results(
     student, results:dict, method, teachers, specs,
     were_adapted:bool,  # Did phase A change the teachers?

@@ -8,7 +8,7 @@ __all__ = ['OBJECTS', 'finetune_target', 'finetune_in_folder', 'run_finetune', '
            'shared_teachers', 'LoopPlan', 'plan_loop', 'params_of_method', 'loop_runs', 'run_loop', 'compare_methods',
            'cl_compare']
 
-# %% ../../nbs/11_run/04_tasks.ipynb #6bda897a
+# %% ../../nbs/11_run/04_tasks.ipynb #5fbaeb6d
 import json, os, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from ..analysis.compare import collect, compare_runs, plot_compare, default_baseline, win_table
 from ..cl.setup import check_cl
-from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params, read_yaml,
-                                resolve)
+from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params,
+                                read_yaml, resolve)
 from ..core.runtime import (Run, RunContext, atomic_write, create_accelerator, exp_name, set_deterministic,
                                  setup_log)
 from ..data.batches import make_loader
@@ -28,9 +28,10 @@ from ..distil.metrics import accuracy, collect_logits
 from ..eval.evaluate import load_synergy, report_splits
 from ..models.students import create_student
 from ..models.teachers import create_teacher, load_into, load_weights
-from .experiment import method_class, run_experiment, save_effective_config, split_given, tracker
+from .experiment import method_class, run_experiment, save_effective_config, split_given
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, settle_config, teacher_specs,
                                    train_teacher)
+from ..trainers.callbacks import tracker
 from ..trainers.phases import to_device
 
 # %% ../../nbs/11_run/04_tasks.ipynb #91015423
@@ -41,7 +42,7 @@ def finetune_target(
     arch = cfg.teacher_type or cfg.teacher1_type
     return arch, Path(cfg.finetune_ckpt1 or f'checkpoints/{arch}_ft.pth')
 
-# %% ../../nbs/11_run/04_tasks.ipynb #872b85a9
+# %% ../../nbs/11_run/04_tasks.ipynb #e5216c7a
 def finetune_in_folder(
     run:Run, cfg:Config,
     arch:str,   # Architecture
@@ -62,8 +63,8 @@ def finetune_in_folder(
     for split in ('val', 'test'):
         z, y = collect_logits({'t': teacher}, make_loader(cfg, data, split, 'eval', device=acc.device))
         reached[f'{split}_acc'] = accuracy(z['t'], y)
-    return dict(kind='finetune', type=arch, dataset=data.name, checkpoint=str(path), skipped=False, **reached, seed=cfg.seed,
-                time=dict(seconds=info.seconds))
+    return dict(kind='finetune', type=arch, dataset=data.name, checkpoint=str(path), skipped=False, **reached,
+                seed=cfg.seed, time=dict(seconds=info.seconds))
 
 # %% ../../nbs/11_run/04_tasks.ipynb #c3a768e9
 def run_finetune(
@@ -137,7 +138,7 @@ def add_rows(
         old = [pd.read_csv(path)] if path.exists() else []
         atomic_write(path, pd.concat([*old, pd.DataFrame(rows)], ignore_index=True).to_csv(index=False))
 
-# %% ../../nbs/11_run/04_tasks.ipynb #a3de74ac
+# %% ../../nbs/11_run/04_tasks.ipynb #44079cbf
 def evaluation_rows(
     report:dict,        # From `report_splits`
     cfg:Config, data,   # Settled parameters, `Data`
@@ -146,8 +147,8 @@ def evaluation_rows(
     def row(split, model, o):
         disagreement = {f'disagree_{m}': r for m, r in o.get('disagreement', {}).items()}
         by_class = dict(zip(map(str, data.classes), o['per_class'][model]))
-        return dict(mode=cfg.eval_mode, dataset=data.name, split=split, model=model, **o['models'][model], **disagreement,
-                    per_class=json.dumps(by_class, ensure_ascii=False))
+        return dict(mode=cfg.eval_mode, dataset=data.name, split=split, model=model, **o['models'][model],
+                    **disagreement, per_class=json.dumps(by_class, ensure_ascii=False))
     return [row(s, m, o) for s, o in report.items() for m in o['models']]
 
 # %% ../../nbs/11_run/04_tasks.ipynb #03af8c3b
@@ -215,7 +216,7 @@ class LoopPlan:
     seeds:list     # Numbers, as strings
     params:dict    # What all runs share
 
-# %% ../../nbs/11_run/04_tasks.ipynb #fd081485
+# %% ../../nbs/11_run/04_tasks.ipynb #56ca50c7
 def plan_loop(
     methods,       # As `run_loop` takes them
     seeds,
@@ -228,21 +229,24 @@ def plan_loop(
     for m in names:
         method_class(m, cl)
     if bad := [k for k in (key, 'seed', 'exp_id') if k in params]:
-        raise ConfigError(f"'{bad[0]}' is what the loop varies. Use --methods and --seeds; run folders get automatic names.")
+        raise ConfigError(f"'{bad[0]}' is what the loop varies. Use --methods and --seeds; "
+                          "run folders get automatic names.")
     if not names or not split_list(seeds):
         raise ConfigError("The loop needs at least one method and one seed: --methods 'asmb ce' --seeds '0 1'.")
     return LoopPlan(key, names, split_list(seeds), params)
 
-# %% ../../nbs/11_run/04_tasks.ipynb #6c0e4630
+# %% ../../nbs/11_run/04_tasks.ipynb #155da4c9
 def params_of_method(
     plan:LoopPlan,
     method:str,
 )->dict:
     "The shared parameters without those that belong to other methods of the loop"
     prefix = 'cl:' if plan.key == 'cl_method' else ''
-    special = {m: {*method_params[prefix + m].model_fields} if prefix + m in method_params else set() for m in plan.methods}
-    of_any = set().union(*special.values())
-    return {k: v for k, v in (dict(compare=0) | plan.params).items() if k in special[method] or k not in of_any}
+    def special(m):
+        return {*method_params[prefix + m].model_fields} if prefix + m in method_params else set()
+    of_any = set().union(*map(special, plan.methods))
+    shared = dict(compare=0) | plan.params
+    return {k: v for k, v in shared.items() if k in special(method) or k not in of_any}
 
 # %% ../../nbs/11_run/04_tasks.ipynb #a7ef2780
 def loop_runs(
@@ -278,7 +282,7 @@ def run_loop(
     plan = plan_loop(methods, seeds, given)
     return [run_experiment(**p, **objects) for p in loop_runs(plan, objects.get('teachers') is not None)]
 
-# %% ../../nbs/11_run/04_tasks.ipynb #cbd84781
+# %% ../../nbs/11_run/04_tasks.ipynb #83ee4411
 def compare_methods(
     methods,              # As in `run_loop`
     seeds='0 1 2',
@@ -287,8 +291,9 @@ def compare_methods(
 )->dict: # table, wins (with continual learning), runs: DataFrames · figure
     "Methods over seeds: mean ± t-interval, paired differences"
     runs = collect(*(s['run'] for s in run_loop(methods, seeds, _file, **params)))
-    return dict(table=compare_runs(runs, baseline or default_baseline(runs)), wins=win_table(runs) if 'ACC' in runs else None,
-                figure=plot_compare(runs), runs=runs)
+    wins = win_table(runs) if 'ACC' in runs else None
+    table = compare_runs(runs, baseline or default_baseline(runs))
+    return dict(table=table, wins=wins, figure=plot_compare(runs), runs=runs)
 
 # %% ../../nbs/11_run/04_tasks.ipynb #a3bcb52d
 def cl_compare(
