@@ -80,7 +80,8 @@ def typed_row(row, s):
     if kind == 'teacher':
         adapted = row['key'].endswith('~adapted')
         row['weights'] = dict(source='adapted', file='', classes=None) if adapted else typed_weights(s['weights'][row['key']])
-        row['given'] = said.startswith('given')
+        if not adapted:
+            row['given'] = said.startswith('given')
     elif row['key'] == 'synergy':
         row['objective'] = said
     elif kind == 'student' and cl:

@@ -31,7 +31,7 @@ from ..models.teachers import create_teacher, load_into, load_weights
 from .callbacks import PhaseCheckpoint
 from .phases import finetune
 
-# %% ../../nbs/06_trainers/04_build.ipynb #aea5a6db
+# %% ../../nbs/06_trainers/04_build.ipynb #55282819
 def student_epochs(cfg:Config)->int:
     "Student epochs of the whole run; contradicting numbers are refused"
     staged = cfg.num_stages*cfg.student_epochs_per_stage
@@ -41,12 +41,12 @@ def student_epochs(cfg:Config)->int:
                           f"{cfg.student_epochs_per_stage}. Set those.")
     return cfg.epochs or staged
 
-# %% ../../nbs/06_trainers/04_build.ipynb #14a82a28
+# %% ../../nbs/06_trainers/04_build.ipynb #881b1131
 def has_compiler()->bool:
     "Is there a C++ compiler for `compile=1` on a CPU?"
     return any(map(shutil.which, (os.environ.get('CXX') or 'g++', 'clang++', 'cl')))
 
-# %% ../../nbs/06_trainers/04_build.ipynb #72ba78b4
+# %% ../../nbs/06_trainers/04_build.ipynb #aedcaf7c
 def refuse_contradictions(
     cfg:Config,
     device,     # torch.device
@@ -56,7 +56,7 @@ def refuse_contradictions(
         (cfg.compile and device.type == 'cpu' and not has_compiler(),
          "compile=1 needs a C++ compiler on a CPU, and none was found. Install g++ (or set CXX), or leave compile=0."),
         (cfg.overlap_pct is not None and not check_method(cfg.method).allows_class_subsets,
-         f"overlap_pct={cfg.overlap_pct}: {cfg.method} needs teachers that know every class. "
+         f"overlap_pct={cfg.overlap_pct or 0:g}: {cfg.method} needs teachers that know every class. "
          "Use asmb, avgz, aver, ebkd, camkd, aekd or vanilla_kd."),
         (cfg.method == 'asmb' and cfg.synergy_base == 'none' and not cfg.teacher_adapt_epochs,
          "synergy_base=none with teacher_adapt_epochs=0: the student would learn from an untrained head. "
@@ -65,7 +65,7 @@ def refuse_contradictions(
         if is_bad:
             raise ConfigError(message)
 
-# %% ../../nbs/06_trainers/04_build.ipynb #c03c8b34
+# %% ../../nbs/06_trainers/04_build.ipynb #6943ae32
 def settled_values(cfg:Config, device, size:int)->dict:
     "What every `auto` and empty value means on this device, for images of this size"
     level = cfg.student_freeze_level
@@ -118,7 +118,7 @@ class TeacherSpec:
     classes:list|None = None       # Labels it is trained on; None = all
     search_default:bool = True     # Look for `checkpoints/{arch}_ft.pth` as well
 
-# %% ../../nbs/06_trainers/04_build.ipynb #e47b1770
+# %% ../../nbs/06_trainers/04_build.ipynb #12de201d
 def archs_of(
     cfg:Config,
     given=None, # The user's own modules or names, replacing the configured ones
@@ -157,7 +157,7 @@ def teacher_specs(
             getattr(cfg, f'finetune_ckpt{i + 1}', ''), parts[min(i, 1)]))
     return out
 
-# %% ../../nbs/06_trainers/04_build.ipynb #44488e2c
+# %% ../../nbs/06_trainers/04_build.ipynb #a2786e53
 def dropout_of(arch, cfg:Config)->float|None:
     "Dropout before a teacher's classifier: dropout_p, or efficientnet_dropout for EfficientNets"
     if cfg.dropout_p is not None:
@@ -177,12 +177,12 @@ def hash_of_items(
         h.update(f'{int(y)}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
     return h.hexdigest()
 
-# %% ../../nbs/06_trainers/04_build.ipynb #e94957ca
+# %% ../../nbs/06_trainers/04_build.ipynb #3d794b13
 def split_of(ds:ImageSet)->str: # 16 hex digits
     "A short name for a split: which images of the source, and what some of them look like"
     return hashlib.blake2b(ds.ids.numpy().tobytes(), digest_size=4).hexdigest() + hash_of_items(ds)
 
-# %% ../../nbs/06_trainers/04_build.ipynb #7c88e596
+# %% ../../nbs/06_trainers/04_build.ipynb #2e3e3c59
 def save_teacher(
     model, path, data:Data,
     kind:str,           # Architecture name
@@ -193,7 +193,7 @@ def save_teacher(
                 split=split_of(data.train))
     atomic_save(dict(model=model.state_dict(), asibkd=card), path)
 
-# %% ../../nbs/06_trainers/04_build.ipynb #ad6f15d8
+# %% ../../nbs/06_trainers/04_build.ipynb #dfdd2e95
 def read_card(path)->dict|None: # type, dataset, classes, val_acc, split
     "What one of our checkpoints says about itself; None where it says nothing"
     if Path(path).suffix == '.safetensors':
@@ -203,7 +203,7 @@ def read_card(path)->dict|None: # type, dataset, classes, val_acc, split
     except Exception:
         return None   # `load_weights` explains what is wrong with it
 
-# %% ../../nbs/06_trainers/04_build.ipynb #9a26696d
+# %% ../../nbs/06_trainers/04_build.ipynb #e77c56e2
 def check_card(path, data:Data):
     "Refuse a checkpoint whose card names other classes than the data"
     card = read_card(path)
@@ -221,7 +221,7 @@ def warn_split(name:str, path, data:Data):
         log.warning(f"{name}: '{path}' was trained on another split of these images (or on other images): "
                     "this run's validation numbers may be too good.")
 
-# %% ../../nbs/06_trainers/04_build.ipynb #ea9fbd9c
+# %% ../../nbs/06_trainers/04_build.ipynb #28c7bd08
 def find_weights(spec:TeacherSpec)->str: # '' when there is none
     "The file a teacher's weights come from"
     if spec.ckpt:
@@ -231,7 +231,7 @@ def find_weights(spec:TeacherSpec)->str: # '' when there is none
         usual.append(f'checkpoints/{spec.arch}_ft.pth')
     return next((f for f in usual if f and Path(f).exists()), '')
 
-# %% ../../nbs/06_trainers/04_build.ipynb #74f50f46
+# %% ../../nbs/06_trainers/04_build.ipynb #c5c0e1e3
 def load_start_weights(t, spec:TeacherSpec, data:Data)->str: # The file, '' where there is none
     "Load a teacher's weights, and change `spec.search_default` where the default file does not fit"
     f = find_weights(spec)
@@ -258,7 +258,7 @@ class WeightsInfo:
     seconds:float|None = None      # Of fine-tuning
     classes:list|None = None       # Labels it was trained on; None = all
 
-# %% ../../nbs/06_trainers/04_build.ipynb #6f524c09
+# %% ../../nbs/06_trainers/04_build.ipynb #f6b8589e
 def new_teacher(
     spec:TeacherSpec, data:Data, cfg:Config,
 ):
@@ -308,9 +308,9 @@ def train_teacher(
     fitted = finetune(t, ctx.but(data=data), name)
     val_acc = fitted.best['val_acc']
     if near_chance(val_acc, data.n_class):
-        log.warning(f"{name}: {t.name} reaches {100*val_acc:.1f} % on validation images after fine-tuning, hardly above "
-                    f"chance ({100/data.n_class:.1f} %): what it teaches is noise. Raise finetune_epochs, "
-                    "try another finetune_lr, or give it weights.")
+        log.warning(f"{name}: {t.name} reaches {100*val_acc:.1f} % on validation images after fine-tuning, "
+                    f"hardly above chance ({100/data.n_class:.1f} %): what it teaches is noise. "
+                    "Raise finetune_epochs, try another finetune_lr, or give it weights.")
     for to in filter(None, (run and run/f'{name}.pth', spec.save_to)):
         save_teacher(t, to, data, t.name, val_acc)
     if classes is not None:
@@ -334,7 +334,7 @@ def freeze_teachers(
         n = sum(p.numel() for p in t.parameters() if p.requires_grad)
         report(f"{s.name}: {t.name}, {n:,} of {sum(p.numel() for p in t.parameters()):,} parameters trained in phase A")
 
-# %% ../../nbs/06_trainers/04_build.ipynb #7cba5b84
+# %% ../../nbs/06_trainers/04_build.ipynb #5d785d43
 def check_plan(
     student, teachers, specs, cfg:Config,
     extra=None,    # Values of the method's own parameters
@@ -352,7 +352,7 @@ def check_plan(
         t.requires_grad_(True)
         t.frozen_modules = set()
 
-# %% ../../nbs/06_trainers/04_build.ipynb #de786a1a
+# %% ../../nbs/06_trainers/04_build.ipynb #6946aa62
 def build_student(
     cfg:Config, data:Data,
     given=None, # Your own module
@@ -367,9 +367,10 @@ def build_student(
         load_into(s, load_weights(cfg.student_ckpt), cfg.student_ckpt)
     return apply_freeze(s, level=cfg.student_freeze_level, freeze_bn=cfg.student_freeze_bn)
 
-# %% ../../nbs/06_trainers/04_build.ipynb #b9dd8f4c
+# %% ../../nbs/06_trainers/04_build.ipynb #4e501e35
 def object_fingerprint(o)->str:
     "A short name for the user's own module (its weights) or dataset (its length and some of its images and labels)"
     if isinstance(o, str):
         return o
-    return f'{type(o).__name__}:' + (weights_hash(o)[:8] if isinstance(o, nn.Module) else f'{len(o)}:{hash_of_items(o)}')
+    content = weights_hash(o)[:8] if isinstance(o, nn.Module) else f'{len(o)}:{hash_of_items(o)}'
+    return f'{type(o).__name__}:{content}'
