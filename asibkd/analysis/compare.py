@@ -52,15 +52,15 @@ def outcome(
         return f'not decided (same in all {n} seeds)'
     return 'better' if m > half else 'worse' if m < -half else 'not decided'
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #3f68012e
+# %% ../../nbs/09_analysis/03_compare.ipynb #9adffb63
 BOOKKEEPING = {                      # parameters that do not tell two methods apart
     *(k for k in Config.model_fields if k not in fields_that_affect_results()),
     'seed', 'method', 'cl_method', 'compare', 'finetune_ckpt1', 'finetune_ckpt2', '_requested'}
 
 METHOD_ONLY = {                      # parameters that baselines of the same run do not read
-    *fields_read_by('bridge'), *Freezing.model_fields, 'ce_alpha', 'kd_alpha', 'store', 'lambda_ewc', 'allow_leak',
-    'use_disagree_weight', 'disagree_mode', 'disagree_lambda_high', 'disagree_lambda_low', 'use_certainty_weight',
-    *(k for k in fields_read_by('cl') if k.startswith('cl_'))}
+    *fields_read_by('bridge'), *Freezing.model_fields, 'ce_alpha', 'kd_alpha', 'store', 'lambda_ewc',
+    'allow_leak', 'use_disagree_weight', 'disagree_mode', 'disagree_lambda_high', 'disagree_lambda_low',
+    'use_certainty_weight', *(k for k in fields_read_by('cl') if k.startswith('cl_'))}
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #b00675d9
 def varied_settings(
@@ -87,7 +87,7 @@ def label_runs(
     label = short.where(~is_long, t.label + ' [' + number.astype(str) + ']')
     return t.assign(label=label, settings=t.settings.where(is_long, ''))
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #ea6246e2
+# %% ../../nbs/09_analysis/03_compare.ipynb #0bb8f94c
 def runs_of_kind(
     runs:list, # From `finished_runs`
     cl=None,   # True: continual, False: one-shot, None: whichever there are
@@ -95,8 +95,8 @@ def runs_of_kind(
     "The runs of one kind; a mixture is refused"
     kinds = {is_cl(s) for _, s, _ in runs}
     if cl is None and len(kinds) > 1:
-        raise RunError("Continual and one-shot runs have no common measure. Say which: --cl 1 or --cl 0 (in Python "
-                       "cl=True or False).")
+        raise RunError("Continual and one-shot runs have no common measure. Say which: --cl 1 or --cl 0 "
+                       "(in Python cl=True or False).")
     cl = kinds.pop() if cl is None else cl
     out = [r for r in runs if is_cl(r[1]) == cl]
     if not out:
@@ -104,7 +104,7 @@ def runs_of_kind(
         raise RunError(f"There is no finished {'continual' if cl else 'one-shot'} run in {folders}.")
     return out
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #86510b1d
+# %% ../../nbs/09_analysis/03_compare.ipynb #1df7c6ea
 def student_rows(
     run:tuple,   # (folder, summary, parameters), from `finished_runs`
     varied:list, # The parameters that vary among the runs of its method
@@ -115,16 +115,17 @@ def student_rows(
     for r in filter(is_student, s['rows']):
         main = r['key'] == s['method']
         settings = ' '.join(f"{k}={c.get(k, '')}" for k in varied if main or k not in METHOD_ONLY)
-        names = dict(label=r['key'], settings=settings, main=main, seed=s['seed'], params=r['params'], run=str(folder))
+        names = dict(label=r['key'], settings=settings, main=main, seed=s['seed'], params=r['params'],
+                     run=str(folder))
         out.append(names | measures(r, 'cl' if is_cl(s) else 'distil'))
     return out
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #a2466e01
+# %% ../../nbs/09_analysis/03_compare.ipynb #f0e9d126
 def collect(
     *paths,  # Run folders, or folders of run folders
     cl=None, # True: continual runs, False: one-shot runs; None = whichever there are
 )->'pd.DataFrame': # label, settings, seed, params, run, and measures in per cent
-    "A row for every student of every finished run; of two with one label and seed, the run's own before a baseline"
+    "A row for every student of every finished run; a run's own goes before a baseline of the same label"
     import pandas as pd
     runs = runs_of_kind(finished_runs(*paths), cl)
     varied = varied_settings(runs)
@@ -132,17 +133,18 @@ def collect(
     t = t.sort_values('main', ascending=False, kind='stable').drop_duplicates(['label', 'seed'])
     return t.drop(columns='main').sort_index().reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #38b97cbd
+# %% ../../nbs/09_analysis/03_compare.ipynb #3d2e4994
 def main_measure(
     t:'pd.DataFrame', # From `collect`
 )->str:
-    "The measure that decides: ACC of continual runs, else the test accuracy of the validation-selected weights"
+    "The measure that decides: ACC of continual runs, else test accuracy of the validation-selected weights"
     return 'ACC' if 'ACC' in t else 'test_acc_val_selected'
 
+# %% ../../nbs/09_analysis/03_compare.ipynb #b112c325
 def default_baseline(
     t:'pd.DataFrame', # From `collect`
 )->str:
-    "The label that others are compared with unless one is named: avgz or derpp where it is there, else the first"
+    "The label that others are compared with unless one is named: avgz or derpp if there, else the first"
     return next((k for k in ('avgz', 'derpp') if k in set(t.label)), t.label[0])
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #b7d1ffee
@@ -188,7 +190,7 @@ def compare_runs(
     rows = [compared_row(k, g.set_index('seed'), base, baseline, by) for k, g in t.groupby('label', sort=False)]
     return pd.DataFrame(rows).sort_values('mean', ascending=False).drop(columns='mean').reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #46b0c40e
+# %% ../../nbs/09_analysis/03_compare.ipynb #c0d5696f
 def compare_notes(
     runs:'pd.DataFrame', # From `collect`
 )->list: # of sentences
@@ -198,7 +200,8 @@ def compare_notes(
     if (runs.groupby('label').size() == 2).any():
         out.append('2 seeds: the t-interval is 12.7 standard errors wide; use three or more.')
     if 'ACC' in runs and not {'naive', 'joint'} & set(runs.label.str.split().str[0]):
-        out.append('Neither naive nor joint was run: there is no lower and no upper bound beside these methods.')
+        out.append('Neither naive nor joint was run: there is no lower and no upper bound '
+                   'beside these methods.')
     return out
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #bbba32da
@@ -216,7 +219,7 @@ def win_table(
         return '' if a == b or not common else f"{(acc[a] > acc[b]).sum()}/{common}"
     return pd.DataFrame([{'method': a} | {b: wins(a, b) for b in order} for a in order])
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #9362fde1
+# %% ../../nbs/09_analysis/03_compare.ipynb #5064dd66
 def plot_compare(
     runs,  # From `collect`, or a folder
     by='', # The measure that decides; '' = `main_measure`
@@ -235,11 +238,12 @@ def plot_compare(
         ax.plot(v, [i]*len(v), 'o', color='0.7', ms=4)
         ax.errorbar(m, i, xerr=None if half != half else half, fmt='s', color='C0', ms=5, capsize=3)
     ax.set_yticks(range(len(order)), order)
-    ax.set_xlabel(f"{dict(ACC='class-IL ACC').get(by, 'test accuracy')} (%), mean ± 95 % t-interval over seeds")
+    name = 'class-IL ACC' if by == 'ACC' else 'test accuracy'
+    ax.set_xlabel(f'{name} (%), mean ± 95 % t-interval over seeds')
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #151315ef
+# %% ../../nbs/09_analysis/03_compare.ipynb #d5cae384
 def parameters_of(
     t:'pd.DataFrame', # From `load_runs`
 )->list:
@@ -247,13 +251,14 @@ def parameters_of(
     other = (BOOKKEEPING - {'method'}) | {'run', *COSTS, *(k for m in MEASURES.values() for k in m)}
     return [k for k in t if k not in other]
 
+# %% ../../nbs/09_analysis/03_compare.ipynb #8351e0b2
 def varied_parameters(
     t:'pd.DataFrame', # From `load_runs`
 )->list:
     "The parameters in which these runs differ"
     return [k for k in parameters_of(t) if t[k].astype(str).nunique() > 1]
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #33b3e07a
+# %% ../../nbs/09_analysis/03_compare.ipynb #d96e8d4f
 def ablated_keys(
     t:'pd.DataFrame', # From `load_runs`
     keys=(),          # The parameters that were varied, or one; none = all in which the runs differ
@@ -267,19 +272,20 @@ def ablated_keys(
     if not keys:
         raise RunError("These runs do not differ in any parameter but the seed: there is nothing to ablate.")
     if rest := [k for k in vary if k not in keys]:
-        raise RunError(f"These runs also differ in {', '.join(rest)}: an ablation changes what it names, and nothing "
-                       "else. Name them too, or give fewer runs.")
+        raise RunError(f"These runs also differ in {', '.join(rest)}: an ablation changes what it names, "
+                       "and nothing else. Name them too, or give fewer runs.")
     return keys
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #e6515fcf
+# %% ../../nbs/09_analysis/03_compare.ipynb #cbe7299b
 def _setting(values:dict, keys)->str:
     "'ib_beta=0 num_stages=2'"
     return ' '.join(f'{k}={cell(values[k])}' for k in keys)
 
+# %% ../../nbs/09_analysis/03_compare.ipynb #efdadfd1
 def ablation_table(
     runs,    # From `load_runs`, or a folder
     keys=(), # The parameters that were varied, or one; none = all in which the runs differ
-    base='', # Row the others are compared with, as 'ib_beta=0.001'; '' = the default values, else the first row
+    base='', # Row the others are compared with ('ib_beta=0.001'); '' = the default values, else the first
     by='',   # The measure that decides; '' = `main_measure`
 )->'pd.DataFrame': # A row for every combination of values, in their order
     "What a parameter does: mean ± t-interval over seeds, and the paired difference"

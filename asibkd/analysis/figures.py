@@ -36,12 +36,13 @@ def student_curves(
     curves = dict(key=key, step=t.groupby(key).cumcount() + 1, acc=100*t.val_acc)
     return pd.DataFrame(curves).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #28cf89e2
+# %% ../../nbs/09_analysis/04_figures.ipynb #f0b43ea2
 def _plain(ax, **labels):
     "No frame above and to the right; title and labels"
     ax.spines[['top', 'right']].set_visible(False)
     ax.set(**labels)
 
+# %% ../../nbs/09_analysis/04_figures.ipynb #a4e5a183
 def _whole_steps(ax):
     "Ticks at integers only"
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -94,7 +95,7 @@ def seed_curves(
             for (k, i), v in every.groupby(['label', 'step'], sort=False).acc]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #7d9b585e
+# %% ../../nbs/09_analysis/04_figures.ipynb #6c4838b6
 def plot_seeds(
     runs, # As in `seed_curves`, or what it gave
 )->Figure:
@@ -105,7 +106,8 @@ def plot_seeds(
     ax = fig.subplots()
     for label, g in t.groupby('label', sort=False):
         line, = ax.plot(g.step, g['mean'], ms=3, lw=1.3, label=shorten(label, 40))
-        ax.fill_between(g.step, g['mean'] - g.half, g['mean'] + g.half, color=line.get_color(), alpha=.15, lw=0)
+        low, high = g['mean'] - g.half, g['mean'] + g.half
+        ax.fill_between(g.step, low, high, color=line.get_color(), alpha=.15, lw=0)
     _plain(ax, xlabel='task' if cl else 'epoch',
            ylabel='accuracy on the classes seen (%)' if cl else 'validation accuracy (%)')
     _whole_steps(ax)
@@ -143,7 +145,7 @@ def front_table(
     out = pd.DataFrame(dict(name=name, cost=t[cost], gain=t[gain], front=pareto(t[cost], t[gain])))
     return out.sort_values(['cost', 'gain'], ascending=[True, False]).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #b28a1aba
+# %% ../../nbs/09_analysis/04_figures.ipynb #a2fa198c
 def _name_points(ax, o:pd.DataFrame):
     "Names right of the points; models of one cost stand above each other"
     room = .06*(o.gain.max() - o.gain.min())
@@ -151,8 +153,10 @@ def _name_points(ax, o:pd.DataFrame):
         y = float('inf')
         for name, gain in zip(g['name'], g.gain):
             y = min(gain, y - room)
-            ax.annotate(shorten(name, 40), (cost, y), xytext=(7, 0), textcoords='offset points', va='center', fontsize=8)
+            ax.annotate(shorten(name, 40), (cost, y), xytext=(7, 0), textcoords='offset points', va='center',
+                        fontsize=8)
 
+# %% ../../nbs/09_analysis/04_figures.ipynb #1260f460
 def plot_front(
     t:pd.DataFrame,           # From `result_table`
     cost='MACs (M)',          # Column
@@ -203,25 +207,26 @@ def confusion_table(
     counts = confusion_matrix(t['labels'], t[model], labels=range(len(classes)))
     return pd.DataFrame(counts, index=classes, columns=classes)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #33bf2776
+# %% ../../nbs/09_analysis/04_figures.ipynb #1515d9ae
 def confused_pairs(
     c:pd.DataFrame, # From `confusion_table`
     n=10,           # At most so many rows
 )->pd.DataFrame: # class, taken for, images, % of the class
     "The most frequent confusions"
     columns = ['class', 'taken for', 'images', '% of the class']
-    rows = [(a, b, int(v), round(100*v/row.sum(), 1))
-            for i, (a, row) in enumerate(c.iterrows()) for j, (b, v) in enumerate(row.items()) if v and i != j]
+    rows = [(a, b, int(v), round(100*v/row.sum(), 1)) for i, (a, row) in enumerate(c.iterrows())
+            for j, (b, v) in enumerate(row.items()) if v and i != j]
     t = pd.DataFrame(rows, columns=columns)
     return t.sort_values('images', ascending=False, kind='stable').head(n).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #3eba8bef
+# %% ../../nbs/09_analysis/04_figures.ipynb #b7938cfb
 def _name_ticks(ax, names):
     "Names of classes or models on both axes; a class may be called $x$"
     names, style = list(map(shorten, names)), dict(fontsize=8, parse_math=False)
     ax.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, **style)
     ax.set_yticks(range(len(names)), names, **style)
 
+# %% ../../nbs/09_analysis/04_figures.ipynb #e400cc50
 def plot_confusion(
     c:pd.DataFrame, # From `confusion_table`
     title='',       # Above the matrix
@@ -236,7 +241,8 @@ def plot_confusion(
         _name_ticks(ax, c.index)
         for (i, j), v in zip(((i, j) for i in range(n) for j in range(n)), c.to_numpy().ravel()):
             if v:
-                ax.text(j, i, v, ha='center', va='center', fontsize=7, color='white' if share[i, j] > 60 else 'black')
+                colour = 'white' if share[i, j] > 60 else 'black'
+                ax.text(j, i, v, ha='center', va='center', fontsize=7, color=colour)
     ax.set(xlabel='prediction', ylabel='class', title=title)
     return fig
 
@@ -248,7 +254,8 @@ def reliability_table(
 )->pd.DataFrame: # low, high, n, confidence, accuracy (NaN where a bin is empty)
     "Confidence and accuracy, bin by bin"
     if f'confidence.{model}' not in t:
-        raise RunError(f"No confidences of '{model}': the run was made before they were kept, or the method has no softmax.")
+        raise RunError(f"No confidences of '{model}': the run was made before they were kept, or the method "
+                       "has no softmax.")
     conf, right = t[f'confidence.{model}'].to_numpy(), (t[model] == t['labels']).to_numpy()
     n, conf, right = confidence_bins(torch.tensor(conf), torch.tensor(right), bins).double()
     edges = torch.arange(bins + 1)/bins
@@ -261,7 +268,7 @@ def calibration_error(
     "The gap between confidence and accuracy, averaged over images (ECE)"
     return float((r.n*(r.accuracy - r.confidence).abs()).sum()/r.n.sum())
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #55355c0c
+# %% ../../nbs/09_analysis/04_figures.ipynb #22c6fb48
 def plot_reliability(
     tables:dict, # model → from `reliability_table`
 )->Figure:
@@ -271,8 +278,8 @@ def plot_reliability(
     for a, b, (model, r) in zip(top, below, tables.items()):
         mid, wide = (r.low + r.high)/2, (r.high - r.low)*.92
         a.bar(mid, r.accuracy, wide, color=COLOURS[0], label='accuracy')
-        a.bar(mid, r.confidence - r.accuracy, wide, bottom=r.accuracy, color='none', edgecolor=COLOURS[1], hatch='////',
-              lw=.5, label='gap to confidence')
+        a.bar(mid, r.confidence - r.accuracy, wide, bottom=r.accuracy, color='none', edgecolor=COLOURS[1],
+              hatch='////', lw=.5, label='gap to confidence')
         a.plot([0, 1], [0, 1], color='0.4', lw=1, ls='--', marker='')
         _plain(a, title=f'{model}: ECE {100*calibration_error(r):.1f} %', ylim=(0, 1))
         a.title.set_fontsize(9)
@@ -291,7 +298,7 @@ def disagreement_table(
     "How often do two models predict different classes?"
     return pd.DataFrame({a: {b: 100*(t[a] != t[b]).mean() for b in models} for a in models})
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #bc9f4646
+# %% ../../nbs/09_analysis/04_figures.ipynb #4dd7363e
 def plot_disagreement(
     d:pd.DataFrame,   # From `disagreement_table`
     of='test images', # What the per cent are of
@@ -303,7 +310,8 @@ def plot_disagreement(
     fig.colorbar(ax.imshow(d, cmap='Blues', vmin=0, vmax=top), ax=ax, shrink=.8, label=f'% of {of}')
     for i, row in enumerate(d.to_numpy()):
         for j, v in enumerate(row):
-            ax.text(j, i, f'{v:.1f}', ha='center', va='center', fontsize=8, color='white' if v > .6*top else 'black')
+            colour = 'white' if v > .6*top else 'black'
+            ax.text(j, i, f'{v:.1f}', ha='center', va='center', fontsize=8, color=colour)
     names = list(map(shorten, d))
     ax.set_xticks(range(len(d)), names, rotation=90, fontsize=8)
     ax.set_yticks(range(len(d)), names, fontsize=8)
@@ -321,20 +329,22 @@ def information_table(
     points = dict(phase=t.phase, epoch=t.epoch, nats=t.train_nats, acc=100*t.val_acc)
     return pd.DataFrame(points).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #1cf79eb8
+# %% ../../nbs/09_analysis/04_figures.ipynb #23481a29
 def plot_information(
     rows, # As in `information_table`
 )->Figure:
     "Validation accuracy of the synergy against the nats of the code, epoch by epoch"
     t = information_table(rows)
     if t.empty:
-        raise RunError("No epoch trained a bottleneck: the method has no bridge, or use_ib=0 or teacher_adapt_epochs=0.")
+        raise RunError("No epoch trained a bottleneck: the method has no bridge, or use_ib=0 or "
+                       "teacher_adapt_epochs=0.")
     fig = Picture(figsize=(6, 3.4), layout='constrained')
     ax = fig.subplots()
     for phase, g in t.groupby('phase', sort=False):
         line, = ax.plot(g.nats, g.acc, lw=1, ms=5, label=phase)
         for i, x, y in g[['epoch', 'nats', 'acc']].iloc[[0, -1]].itertuples(index=False):
-            ax.annotate(f'{i:.0f}', (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7, color=line.get_color())
+            ax.annotate(f'{i:.0f}', (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7,
+                        color=line.get_color())
     _plain(ax, xlabel='nats through the bottleneck (training)', ylabel='synergy, validation accuracy (%)')
     ax.legend(fontsize=8, frameon=False, title='phase (numbers: epochs)', title_fontsize=7)
     return fig

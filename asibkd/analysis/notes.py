@@ -7,7 +7,7 @@ __all__ = ['WARNINGS', 'TERMINAL_WARNINGS', 'UNSAID', 'main_row', 'run_sentence'
            'warn_untrained', 'warn_gate', 'gate_lines', 'warn_oracle', 'warn_no_baseline', 'warn_seed', 'warnings_of',
            'verdict_lines', 'cl_text', 'run_text']
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #6cc374ef
+# %% ../../nbs/09_analysis/02_notes.ipynb #93ddb942
 from pathlib import Path
 
 from .cl import explain_cl, leak_note, r_rows
@@ -15,14 +15,14 @@ from .tables import (
     baselines_ahead, is_cl, joined, keeps_text, result_rows, show_table, supervision_text)
 from ..core.config import near_chance
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #55f9fa55
+# %% ../../nbs/09_analysis/02_notes.ipynb #1f2b995a
 def main_row(
     s:dict, # summary.json
 )->dict:
     "The row of the run's own method"
     return next(r for r in s['rows'] if r['key'] == s['method'])
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #884d6dc7
+# %% ../../nbs/09_analysis/02_notes.ipynb #3cd888bb
 def run_sentence(
     s:dict, # summary.json
 )->str:
@@ -37,20 +37,23 @@ def run_sentence(
                 f"{supervision_text(row)}, from {keeps_text(row)} beside the images of each task: {end}")
     return f"{start} by {s['method']}, {_teachers_clause(s)}{_target_clause(row)}: {end}"
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #bc852c82
+# %% ../../nbs/09_analysis/02_notes.ipynb #6e742575
 def _teachers_clause(s:dict)->str:
     "'whose teachers were resnet20 and resnet14'"
     teachers = [r['model'] for r in s['rows'] if r['role'] == 'teacher' and '~' not in r['key']]
     if not teachers:
         return 'without a teacher'
-    return f'whose teachers were {joined(teachers)}' if len(teachers) > 1 else f'whose teacher was {teachers[0]}'
+    if len(teachers) > 1:
+        return f'whose teachers were {joined(teachers)}'
+    return f'whose teacher was {teachers[0]}'
 
+# %% ../../nbs/09_analysis/02_notes.ipynb #9714bcb6
 def _target_clause(row:dict)->str:
     "' (target: synergy logits)'; nothing where the target is plainly the teachers"
     target = supervision_text(row)
     return '' if target.startswith('teacher') else f' (target: {target})'
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #70b6b6fe
+# %% ../../nbs/09_analysis/02_notes.ipynb #083f8175
 def warn_behind(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -61,17 +64,18 @@ def warn_behind(
         names = joined(f'{k} (by {v:.2f} points)' for k, v in ahead.items())
         return f"{s['method']} is BELOW {names} in {what}: it did not help here."
     if d.get('diff', 0) < 0:
-        return f"{s['method']} is BELOW {s['baseline']} by {-100*d['diff']:.2f} points, counted image by image."
+        points = -100*d['diff']
+        return f"{s['method']} is BELOW {s['baseline']} by {points:.2f} points, counted image by image."
     return ''
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #affa7c8a
+# %% ../../nbs/09_analysis/02_notes.ipynb #80abeec5
 def warn_leak(
     s:dict, # summary.json
 )->str: # A sentence, or ''
     "A teacher saw classes that were still to come"
     return leak_note(s)
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #88b5e7d0
+# %% ../../nbs/09_analysis/02_notes.ipynb #6830baf8
 def is_noise(
     row:dict,     # Row of a teacher
     source:str,   # Where its weights are from
@@ -80,7 +84,7 @@ def is_noise(
     "Is the teacher untrained, or hardly above chance on the test images?"
     return source == 'untrained' or near_chance(row['test_acc_val_selected'], n_class)
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #316f55f8
+# %% ../../nbs/09_analysis/02_notes.ipynb #8b25dc0a
 def warn_untrained(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -89,13 +93,14 @@ def warn_untrained(
     for r in s['rows']:
         source = s.get('weights', {}).get(r['key'], {}).get('source', 'adapted')
         if r['role'] == 'teacher' and is_noise(r, source, s['n_class']):
-            low.append(f"{r['key']} ({r['model']}, {source}, {100*r['test_acc_val_selected']:.1f} % on the test images)")
+            acc = 100*r['test_acc_val_selected']
+            low.append(f"{r['key']} ({r['model']}, {source}, {acc:.1f} % on the test images)")
     if not low:
         return ''
-    return (f"UNTRAINED TEACHER, or one hardly above chance ({100/s['n_class']:.1f} %): {joined(low)}. Its logits are noise. "
-            "Fine-tune it (finetune_epochs) or give it weights.")
+    return (f"UNTRAINED TEACHER, or one hardly above chance ({100/s['n_class']:.1f} %): {joined(low)}. "
+            "Its logits are noise. Fine-tune it (finetune_epochs) or give it weights.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #b00cb233
+# %% ../../nbs/09_analysis/02_notes.ipynb #e34b49ae
 def warn_gate(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -104,10 +109,11 @@ def warn_gate(
     closed = [f"task {o['task']}" if 'task' in o else f"stage {o['stage']}" for o in gates if not o['gate']]
     if not closed:
         return ''
-    return (f"The synergy gate was CLOSED in {joined(closed)} ({len(closed)} of {len(gates)}): on validation images the "
-            "bridge's logits were no better than the teachers' plain average, so the student was trained on the average there.")
+    return (f"The synergy gate was CLOSED in {joined(closed)} ({len(closed)} of {len(gates)}): on validation images "
+            "the bridge's logits were no better than the teachers' plain average, so the student was trained on the "
+            "average there.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #7d033f05
+# %% ../../nbs/09_analysis/02_notes.ipynb #323ba80e
 def gate_lines(
     s:dict, # summary.json
 )->list: # A line a stage
@@ -119,7 +125,7 @@ def gate_lines(
                    f"(validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})")
     return out
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #0e182b05
+# %% ../../nbs/09_analysis/02_notes.ipynb #2c5d5d2e
 def warn_oracle(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -128,10 +134,11 @@ def warn_oracle(
     if oracle is None:
         return ''
     chosen = s['test_acc_val_selected']
-    return (f"ORACLE GAP: choosing the epoch on the test set would have shown {100*oracle:.2f} % for {s['method']} instead of "
-            f"{100*chosen:.2f} % ({100*(oracle - chosen):+.2f} points). The column 'test % (oracle)' is no result.")
+    return (f"ORACLE GAP: choosing the epoch on the test set would have shown {100*oracle:.2f} % for {s['method']} "
+            f"instead of {100*chosen:.2f} % ({100*(oracle - chosen):+.2f} points). "
+            "The column 'test % (oracle)' is no result.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #344a329c
+# %% ../../nbs/09_analysis/02_notes.ipynb #a8a0afb7
 def warn_no_baseline(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -140,16 +147,17 @@ def warn_no_baseline(
         return ''
     return "NO BASELINE was run (compare=0): whether the method helped cannot be seen here."
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #459b48b7
+# %% ../../nbs/09_analysis/02_notes.ipynb #e98ec9e5
 def warn_seed(
     s:dict, # summary.json
 )->str:
     "A single seed"
-    return f"ONE SEED ({s['seed']}): what another would give is not known. `asibkd loop` runs several and gives intervals."
+    return (f"ONE SEED ({s['seed']}): what another would give is not known. "
+            "`asibkd loop` runs several and gives intervals.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #2b01b9c6
+# %% ../../nbs/09_analysis/02_notes.ipynb #34eb1e1c
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_baseline, warn_seed)
-TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle)   # what neither the verdict nor `explain_cl` says
+TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle)   # what verdict and `explain_cl` do not say
 UNSAID = TERMINAL_WARNINGS    # SHIM
 
 def warnings_of(
@@ -159,7 +167,7 @@ def warnings_of(
     "Everything a reader of this run has to beware of"
     return [text for warn in which if (text := warn(s))]
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #6486a04b
+# %% ../../nbs/09_analysis/02_notes.ipynb #b75a28dd
 def verdict_lines(
     s:dict, # summary.json
 )->list: # of sentences; [] for a run without a verdict
@@ -171,16 +179,17 @@ def verdict_lines(
                 f"[{100*o['low']:+.2f}, {100*o['high']:+.2f}]")
     return [s['verdict'], *map(line, s.get('differences', ()))]
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #1027544f
+# %% ../../nbs/09_analysis/02_notes.ipynb #16123c66
 def cl_text(
     s:dict, # summary.json of a continual run
 )->str:
     "What forgetting looks like, and the matrix R of the run's method"
     kinds = dict(class_il='class-IL', task_il='task-IL')
-    tables = [f"\nR, {name}, {s['method']} (per cent):\n{show_table(r_rows(s, which=k))}" for k, name in kinds.items()]
+    tables = [f"\nR, {name}, {s['method']} (per cent):\n{show_table(r_rows(s, which=k))}"
+              for k, name in kinds.items()]
     return '\n'.join([explain_cl(s), *tables])
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #3cb8ea1b
+# %% ../../nbs/09_analysis/02_notes.ipynb #22ec8c63
 def run_text(
     s:dict, # summary.json; with `run`, its folder, it ends with where everything is
 )->str:

@@ -92,9 +92,9 @@ def logits_text(
         return _LOGITS.get(first, first if first == 'labels' else f'{first} logits')
     return 'averaged, later synergy logits' if first == 'average' else 'synergy, later averaged logits'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #47dab2fa
-_SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pretrained='pretrained', untrained='untrained',
-                adapted='phase A')
+# %% ../../nbs/09_analysis/00_tables.ipynb #efaae524
+_SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pretrained='pretrained',
+                untrained='untrained', adapted='phase A')
 
 def weights_text(
     weights:dict, # `source` and, for a teacher of some classes only, `classes`
@@ -146,14 +146,15 @@ def keeps_text(
 # %% ../../nbs/09_analysis/00_tables.ipynb #b1587a17
 COLUMNS = dict(         # key of a row → head of the column, for a one-shot run
     model='model', role='role', supervision='supervision', val_acc='val %',
-    test_acc_val_selected='test % (selected)', test_acc_last='test % (last)', test_acc_oracle='test % (oracle)',
-    train_acc='train %', params='params (M)', macs='MACs (M)', latency_ms='latency (ms)', seconds='train (s)')
+    test_acc_val_selected='test % (selected)', test_acc_last='test % (last)',
+    test_acc_oracle='test % (oracle)', train_acc='train %', params='params (M)', macs='MACs (M)',
+    latency_ms='latency (ms)', seconds='train (s)')
 
 CL_COLUMNS = dict(      # … and for a continual one
-    key='method', supervision='supervision', keeps='keeps', val_acc='val ACC %', ACC='ACC %', AIA='AIA %', BWT='BWT',
-    forgetting='forgetting', learning_acc='learning acc %', task_ACC='task-IL ACC %', task_BWT='task-IL BWT',
-    task_FWT='task-IL FWT', memory_mb='memory (MB)', logits_mb='of it logits (MB)', student_images='student images',
-    teacher_forwards='teacher forwards', leak='leak', seconds='train (s)')
+    key='method', supervision='supervision', keeps='keeps', val_acc='val ACC %', ACC='ACC %', AIA='AIA %',
+    BWT='BWT', forgetting='forgetting', learning_acc='learning acc %', task_ACC='task-IL ACC %',
+    task_BWT='task-IL BWT', task_FWT='task-IL FWT', memory_mb='memory (MB)', logits_mb='of it logits (MB)',
+    student_images='student images', teacher_forwards='teacher forwards', leak='leak', seconds='train (s)')
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #33e4c802
 FRACTIONS = ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc',
@@ -235,10 +236,11 @@ def show_table(
     rule = '|' + '|'.join('-'*(n + 2) for n in width) + '|'
     return '\n'.join([line(rows[0]), rule, *map(line, rows[1:])])
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #71b36a89
+# %% ../../nbs/09_analysis/00_tables.ipynb #c57f85a9
 MEASURES = dict(        # kind of run → key of a row → head of the column
     distil=dict(val_acc='val %', test_acc_val_selected='test % (selected)', test_acc_last='test % (last)'),
-    cl=dict(val_acc='val ACC %', ACC='ACC %', AIA='AIA %', BWT='BWT', forgetting='forgetting', task_ACC='task-IL ACC %'))
+    cl=dict(val_acc='val ACC %', ACC='ACC %', AIA='AIA %', BWT='BWT', forgetting='forgetting',
+            task_ACC='task-IL ACC %'))
 COSTS = ('params', 'macs')
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #e86b653c
@@ -261,11 +263,11 @@ def effective_config(
     keys = dict(student_type=s['method'], teacher1_type='teacher1', teacher2_type='teacher2')
     return c | dict(dataset=s['dataset']) | {k: models[v] for k, v in keys.items() if v in models}
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #378f2e5d
+# %% ../../nbs/09_analysis/00_tables.ipynb #7da4383d
 def finished_runs(
     *paths, # Run folders, or folders of run folders
 )->list: # of (folder, summary, parameters)
-    "The finished runs at or below `paths`; without fine-tuning, and without runs that were set aside (`name~1`)"
+    "The finished runs at or below `paths`, without fine-tuning and runs that were set aside (`name~1`)"
     dirs = []
     for p in map(Path, paths):
         dirs += [p] if (p/'summary.json').exists() else sorted(f.parent for f in p.glob('*/summary.json'))
@@ -291,11 +293,11 @@ def load_runs(
     t = pd.DataFrame(rows).drop(columns='_requested', errors='ignore')
     return t[[k for k in dict.fromkeys(first) if k in t] + [k for k in t if k not in first]]
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #11d2579c
+# %% ../../nbs/09_analysis/00_tables.ipynb #86c09be4
 def baselines_ahead(
     summary, # A summary, or the folder of a finished run
 )->dict: # Baseline → points it is ahead, largest first
-    "The baselines that beat the run's method; one that keeps all data is no baseline of a method that forgets"
+    "The baselines that beat the run's method; one that keeps all data is an upper bound, no baseline"
     s = summary if isinstance(summary, dict) else load_summary(summary)
     by = 'ACC' if is_cl(s) else 'test_acc_val_selected'
     acc = {r['key']: r[by] for r in s['rows'] if is_student(r) and not sees_all_data(r)}

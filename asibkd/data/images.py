@@ -116,7 +116,7 @@ def one_thread():
 @patch
 def images(self:ImageSet,
     pos,           # (B,) positions in this set
-    device='cpu',
+    device='cpu',  # The batch ends up here
 )->torch.Tensor: # uint8 (B, C, H, W)
     "The images at these positions, in the shape a network sees, without augmentation"
     with one_thread():
@@ -303,7 +303,7 @@ def overlap_classes(
 
 # %% ../../nbs/01_data/01_images.ipynb #6c2a6af2
 def restrict(
-    data:Data,
+    data:Data,   # All classes
     classes,     # Positions of the classes to keep
 )->Data:
     "The images of some classes, labels counted from 0 in the order of `classes`"

@@ -53,7 +53,7 @@ class TensorSource:
 @patch
 def gather(self:TensorSource,
     ids,            # (B,) positions
-    device='cpu',
+    device='cpu',   # The batch ends up here
     max_bytes=2e9,  # A larger tensor stays on the CPU, and each batch is copied
 )->torch.Tensor: # uint8 (B, C, H, W) on `device`
     "The images `ids`, as one batch on a device"
@@ -106,7 +106,7 @@ def size(self:FileSource, i)->tuple: # (height, width), pixels
 # %% ../../nbs/01_data/00_sources.ipynb #b197f8ae
 @patch
 def check(self:FileSource,
-    i,
+    i,           # Position of the file
     full=False,  # Decode it in any case
 ):
     "Raise `DataError` if file `i` cannot be opened or is cut off"
