@@ -15,7 +15,7 @@ from ..core.config import Config, RunError, unknown_name
 from ..core.runtime import eval_mode
 from ..models.anatomy import logits_of
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #f3cab184
+# %% ../../nbs/07_cl/02_fisher.ipynb #8302db1e
 def log_prob_fn(
     net:nn.Module,  # Images → logits, in evaluation mode
     params:dict,    # name → the parameters to differentiate by
@@ -51,7 +51,7 @@ def score_squares(
             out[k] += torch.einsum('n,n...->...', w[j], g*g)
     return out
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #cad1f7e9
+# %% ../../nbs/07_cl/02_fisher.ipynb #3977eb27
 FISHERS = ('exact', 'sample', 'empirical')
 
 def fisher_diag(
@@ -79,7 +79,7 @@ def fisher_diag(
             c = y.to(x.device)
         return {k: v/n for k, v in score_squares(net, params, x, i, c, w, n_seen).items()}
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #ce239462
+# %% ../../nbs/07_cl/02_fisher.ipynb #879ca61a
 def old_part(
     v:Tensor,  # A weight, perhaps grown
     shape,     # The shape it had
@@ -98,7 +98,7 @@ class EWC:
         self.mode, self.gamma = mode, gamma
         self.anchors = []               # dict(fisher, theta), each name → tensor
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #967b727e
+# %% ../../nbs/07_cl/02_fisher.ipynb #5c40122a
 @patch
 def consolidate(
     self:EWC,
@@ -116,7 +116,7 @@ def consolidate(
     self.anchors.append(dict(fisher=F, theta=theta))
     return self
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #ab134909
+# %% ../../nbs/07_cl/02_fisher.ipynb #120b5b20
 @patch
 def penalty(self:EWC, net:nn.Module)->Tensor: # Without the factor λ
     "½ Σ F (θ − θ*)² over all anchors"
@@ -128,7 +128,7 @@ def penalty(self:EWC, net:nn.Module)->Tensor: # Without the factor λ
                 terms.append(.5*(F*d**2).sum())
     return sum(terms)
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #e0293e01
+# %% ../../nbs/07_cl/02_fisher.ipynb #92112fc8
 @patch(as_prop=True)
 def max_curvature(self:EWC)->float:
     "The largest Fisher information of a weight, summed over the anchors"
@@ -141,12 +141,13 @@ def max_curvature(self:EWC)->float:
             total[k] = F
     return max((F.max().item() for F in total.values()), default=0.)
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #4cb57c83
+# %% ../../nbs/07_cl/02_fisher.ipynb #95331fdb
 @patch
 def state(self:EWC)->list:
     "What a checkpoint keeps"
     return self.anchors
 
+# %% ../../nbs/07_cl/02_fisher.ipynb #68b2f391
 @patch
 def load(self:EWC, anchors:list, device='cpu')->EWC:
     "Go on from a `state`"
@@ -203,7 +204,7 @@ class SI(nn.Module):
         "'omega', 'importance', 'anchor' or 'last' of weight number `i`"
         return getattr(self, f'{name}{i}')
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #18502555
+# %% ../../nbs/07_cl/02_fisher.ipynb #39b24c37
 @patch
 def penalty(self:SI)->Tensor: # Without the factor c
     "Σ Ω (θ − θ*)²"
@@ -212,7 +213,7 @@ def penalty(self:SI)->Tensor: # Without the factor c
         terms.append((self.buffer('importance', i)*(p - self.buffer('anchor', i))**2).sum())
     return sum(terms)
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #2d03380c
+# %% ../../nbs/07_cl/02_fisher.ipynb #ff3c380e
 @patch
 def after_step(self:SI):
     "Add this step's −g·Δθ"
@@ -225,7 +226,7 @@ def after_step(self:SI):
             self.buffer('omega', i).sub_(torch.where(d == 0, 0., g*d))
         last.copy_(p.detach())
 
-# %% ../../nbs/07_cl/02_fisher.ipynb #1e160763
+# %% ../../nbs/07_cl/02_fisher.ipynb #a04aee0a
 @patch
 def consolidate(self:SI)->SI:
     "The task is over: path integral → importance"

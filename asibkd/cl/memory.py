@@ -49,7 +49,7 @@ def herding_order(
         total = total + f[i]
     return torch.tensor(order, dtype=torch.int64)
 
-# %% ../../nbs/07_cl/01_memory.ipynb #33600f58
+# %% ../../nbs/07_cl/01_memory.ipynb #11d3fbe8
 def herding_ranks(
     f:Tensor,  # (n, D) features
     y:Tensor,  # (n,) labels
@@ -63,7 +63,7 @@ def herding_ranks(
         rank[g[order]] = torch.arange(len(order), dtype=torch.float64)
     return rank
 
-# %% ../../nbs/07_cl/01_memory.ipynb #4a3e6cd0
+# %% ../../nbs/07_cl/01_memory.ipynb #7017a2ed
 def keep_shares(
     y:Tensor,         # (n,) labels of all candidates, those already kept first
     capacity:int,     # Places
@@ -121,19 +121,20 @@ class Buffer:
             return self.items[k]
         raise AttributeError(k)
 
-# %% ../../nbs/07_cl/01_memory.ipynb #0e26d7d8
+# %% ../../nbs/07_cl/01_memory.ipynb #6f214c02
 @patch
 def state(self:Buffer)->dict:
     "What a checkpoint keeps"
     return dict(items=self.items, n_offered=self.n_offered)
 
+# %% ../../nbs/07_cl/01_memory.ipynb #aa20e2ec
 @patch
 def load(self:Buffer, s:dict)->Buffer:
     "Go on from a `state`"
     self.items, self.n_offered = dict(s['items']), s['n_offered']
     return self
 
-# %% ../../nbs/07_cl/01_memory.ipynb #550f0e78
+# %% ../../nbs/07_cl/01_memory.ipynb #88619c4d
 @patch(as_prop=True)
 def megabytes(self:Buffer)->dict: # images, logits
     "What it costs to keep: images with labels, and the stored logits (only the columns that count)"
@@ -163,7 +164,7 @@ def candidates(
     return order, dict(y=ds.y[order], task=torch.full((n,), task), n_seen=torch.full((n,), n_seen),
                        logits=logits[order].half(), certainty=certainty[order].half(), rank=rank)
 
-# %% ../../nbs/07_cl/01_memory.ipynb #b3d7a6f4
+# %% ../../nbs/07_cl/01_memory.ipynb #945e680e
 @patch
 def survivors(
     self:Buffer,
@@ -179,7 +180,7 @@ def survivors(
         y, rank = torch.cat([self.y, y]), torch.cat([self.rank, rank])
     return keep_shares(y, self.capacity, rank)
 
-# %% ../../nbs/07_cl/01_memory.ipynb #b7585d1c
+# %% ../../nbs/07_cl/01_memory.ipynb #33a30864
 @patch
 def add(
     self:Buffer,
@@ -214,7 +215,7 @@ class ReplayBatch(Batch):
     n_seen: Tensor = None      # (B,) how many columns of `stored` count
     certainty: Tensor = None   # (B,)
 
-# %% ../../nbs/07_cl/01_memory.ipynb #1c077b42
+# %% ../../nbs/07_cl/01_memory.ipynb #268bad93
 class Chain:
     "Several sources of images, one after the other"
     def __init__(self, *sources):
@@ -230,7 +231,7 @@ class Chain:
             i -= len(s)
         raise IndexError(i)
 
-# %% ../../nbs/07_cl/01_memory.ipynb #3ee7869c
+# %% ../../nbs/07_cl/01_memory.ipynb #1b89192a
 def join(
     ds:ImageSet,
     mem:Buffer,
@@ -268,7 +269,7 @@ class Replay(Loader):
     def __len__(self):
         return self.n_new//self.batch_size
 
-# %% ../../nbs/07_cl/01_memory.ipynb #6b2d9bef
+# %% ../../nbs/07_cl/01_memory.ipynb #35ef3030
 def take(
     m:int,    # There are so many
     n:int,    # Wanted
@@ -279,7 +280,7 @@ def take(
         return torch.randperm(m, generator=gen)[:n]
     return torch.randint(m, (n,), generator=gen)
 
-# %% ../../nbs/07_cl/01_memory.ipynb #986b95ee
+# %% ../../nbs/07_cl/01_memory.ipynb #118f3721
 @patch
 def draw(self:Replay, e:int, k:int)->Tensor: # Positions in the joined set
     "What step `k` of epoch `e` replays"
@@ -287,6 +288,7 @@ def draw(self:Replay, e:int, k:int)->Tensor: # Positions in the joined set
     current = self.current[take(len(self.current), self.n_current, gen)]
     return torch.cat([current, self.n_new + take(len(self.mem), self.n_old - self.n_current, gen)])
 
+# %% ../../nbs/07_cl/01_memory.ipynb #ca5c994f
 @patch
 def _steps(self:Replay, e:int, start:int)->list: # (step, positions in the joined set)
     "New images in random order, then what the step replays"
@@ -294,7 +296,7 @@ def _steps(self:Replay, e:int, start:int)->list: # (step, positions in the joine
     steps = range(start, len(self))
     return [(k, torch.cat([order[k], self.draw(e, k)]) if self.n_old else order[k]) for k in steps]
 
-# %% ../../nbs/07_cl/01_memory.ipynb #327838c5
+# %% ../../nbs/07_cl/01_memory.ipynb #4c6919b5
 @patch
 def memory_rows(
     self:Replay,
@@ -307,6 +309,7 @@ def memory_rows(
     v = v[p[n:] - self.n_new].to(self.device, dtype, non_blocking=True)
     return torch.cat([v.new_zeros(n, *v.shape[1:]), v])
 
+# %% ../../nbs/07_cl/01_memory.ipynb #a5ceb136
 @patch
 def _batch(self:Replay, x, p, key)->ReplayBatch:
     "Augment as any loader does; then say what is new and what was stored"
@@ -336,7 +339,7 @@ class Balanced(Loader):
     def __len__(self):
         return self.per_epoch//self.batch_size
 
-# %% ../../nbs/07_cl/01_memory.ipynb #33638647
+# %% ../../nbs/07_cl/01_memory.ipynb #8789ca58
 @patch
 def order(self:Balanced, e:int)->Tensor: # Positions in the joined set, an epoch of them
     "Each class in turn through random orders of its own, with repetition where it has few images"

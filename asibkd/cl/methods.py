@@ -32,7 +32,7 @@ class TaskContext:
     ewc:EWC = field(default_factory=EWC)    # Anchors of past tasks
     si:SI|None = None                       # Importance gathered so far
 
-# %% ../../nbs/07_cl/04_methods.ipynb #bf17bf77
+# %% ../../nbs/07_cl/04_methods.ipynb #02161647
 cl_methods = Registry('cl_method')
 
 def register_cl_method(
@@ -51,12 +51,12 @@ def register_cl_method(
         return cls
     return register
 
-# %% ../../nbs/07_cl/04_methods.ipynb #827a1e39
+# %% ../../nbs/07_cl/04_methods.ipynb #3720832a
 def list_cl_methods()->list:
     "Names `cl_method=` takes"
     return cl_methods.names()
 
-# %% ../../nbs/07_cl/04_methods.ipynb #64224ade
+# %% ../../nbs/07_cl/04_methods.ipynb #21fb6e44
 def check_cl_method(name:str)->type:
     "The class of that name; unknown names are refused with the nearest"
     return cl_methods.find(name)
@@ -69,7 +69,7 @@ def mean_over(
     "Mean of the chosen samples; 0 where there are none"
     return (v*mask).sum()/mask.sum().clamp_min(1)
 
-# %% ../../nbs/07_cl/04_methods.ipynb #96422bd4
+# %% ../../nbs/07_cl/04_methods.ipynb #ff930972
 class CLMethod(Method):
     "Base of every continual method: the shared terms, weighted by `defaults`"
     rehearses = True                # Has a memory
@@ -97,7 +97,7 @@ class CLMethod(Method):
         columns = self.known_columns if columns is None else columns
         return super().kd_term(z_s, z_t, when, weight, columns, reduction)
 
-# %% ../../nbs/07_cl/04_methods.ipynb #41ed7ae2
+# %% ../../nbs/07_cl/04_methods.ipynb #a526d614
 @patch
 def masked_logits(
     self:CLMethod,
@@ -114,7 +114,7 @@ def masked_logits(
         closed = closed | (~is_new[:, None] & ~old)
     return z.masked_fill(closed, FOREIGN)
 
-# %% ../../nbs/07_cl/04_methods.ipynb #c4c011d8
+# %% ../../nbs/07_cl/04_methods.ipynb #e9f0dbe3
 @patch
 def ce_terms(self:CLMethod, z:Tensor, batch)->dict: # name → (weight, term)
     "Cross-entropy of new and of replayed images, each averaged over its own"
@@ -127,7 +127,7 @@ def ce_terms(self:CLMethod, z:Tensor, batch)->dict: # name → (weight, term)
         terms['ce_old'] = (c.ce_alpha*c.cl_replay_ce, mean_over(ce, ~batch.is_new))
     return terms
 
-# %% ../../nbs/07_cl/04_methods.ipynb #5a008309
+# %% ../../nbs/07_cl/04_methods.ipynb #25220b22
 @patch
 def stored_distance(self:CLMethod, z:Tensor, batch)->Tensor: # (B,); 0 for new images
     "D(student's first K_s columns, stored logits), averaged over the stored sets"
@@ -140,7 +140,7 @@ def stored_distance(self:CLMethod, z:Tensor, batch)->Tensor: # (B,); 0 for new i
     sets = [torch.where(seen, t, FOREIGN) for t in stored.unbind(1)]
     return torch.stack([kd_loss(z, t, self.cfg.tau_start, reduction='none') for t in sets]).mean(0)
 
-# %% ../../nbs/07_cl/04_methods.ipynb #c51e28de
+# %% ../../nbs/07_cl/04_methods.ipynb #744ac5dc
 @patch
 def stored_terms(self:CLMethod, z:Tensor, batch)->dict: # name → (weight, term)
     "Replayed images' distance to their stored logits; certain ones count more (`use_certainty_weight`)"
@@ -152,7 +152,7 @@ def stored_terms(self:CLMethod, z:Tensor, batch)->dict: # name → (weight, term
         d = d*batch.certainty/mean_over(batch.certainty, old).clamp_min(1e-6)
     return dict(der=(c.cl_der_alpha, mean_over(d, old)))
 
-# %% ../../nbs/07_cl/04_methods.ipynb #d26ee1f0
+# %% ../../nbs/07_cl/04_methods.ipynb #82c48991
 @patch
 def ewc_terms(self:CLMethod)->dict: # name → (weight, term)
     "The penalty for moving weights that matter, once there is an anchor"
@@ -175,18 +175,18 @@ def base_terms(
         terms['kd'] = (self.cfg.kd_alpha, kd())
     return terms | self.stored_terms(z, batch) | self.ewc_terms()
 
-# %% ../../nbs/07_cl/04_methods.ipynb #c57f48da
+# %% ../../nbs/07_cl/04_methods.ipynb #3f96bbc0
 @patch
 def after_task(self:CLMethod):
     "Called when the task is over"
 
-# %% ../../nbs/07_cl/04_methods.ipynb #25ecc338
+# %% ../../nbs/07_cl/04_methods.ipynb #5674ed48
 @patch
 def predict(self:CLMethod, s_out:dict)->Tensor: # (B, K)
     "The logits by which the student is evaluated"
     return s_out['logit']
 
-# %% ../../nbs/07_cl/04_methods.ipynb #dc38f1d3
+# %% ../../nbs/07_cl/04_methods.ipynb #6bfefdc9
 class SharedTerms(CLMethod):
     "The shared terms and nothing else"
     teachers_used = 'none'
@@ -216,7 +216,7 @@ def register_weights(
                   fills_early=fills_early, defaults=SharedTerms.defaults | weights)
     return register_cl_method(name)(type(name, (SharedTerms,), traits))
 
-# %% ../../nbs/07_cl/04_methods.ipynb #7ade5084
+# %% ../../nbs/07_cl/04_methods.ipynb #ebce8b3b
 register_weights('naive', "Each task as if there were no other", rehearses=False)
 register_weights('joint', "A new student on everything so far: the upper bound",
                  rehearses=False, cumulative=True)
@@ -267,7 +267,7 @@ class LwF(CLMethod):
             terms['old_kd'] = (self.cfg.cl_old_kd, self.teacher_kd(s_out, t_outs[0], when))
         return weighted(**terms)
 
-# %% ../../nbs/07_cl/04_methods.ipynb #b9029b60
+# %% ../../nbs/07_cl/04_methods.ipynb #017a5dee
 @register_cl_method('icarl')
 class ICaRL(CLMethod):
     "Incremental classifier and representation learning: exemplars by herding, nearest mean of exemplars"
@@ -279,13 +279,14 @@ class ICaRL(CLMethod):
         super().__init__(cfg, student, teachers, params, task)
         self.means = None      # label → (D,), of length 1
 
+# %% ../../nbs/07_cl/04_methods.ipynb #c2025a59
 class FirstICaRL(ICaRL):
     "The first task, without a snapshot"
     teachers_used = 'none'
 
 ICaRL.without_teachers = FirstICaRL
 
-# %% ../../nbs/07_cl/04_methods.ipynb #045fcacb
+# %% ../../nbs/07_cl/04_methods.ipynb #2419187a
 @patch
 def loss(self:ICaRL, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
     "Binary cross-entropy: labels for the new classes, the snapshot's outputs for the old ones"
@@ -299,7 +300,7 @@ def loss(self:ICaRL, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
         terms['old_kd'] = (c.cl_old_kd, bce(z[:, :lo], target))
     return weighted(**terms, **self.ewc_terms())
 
-# %% ../../nbs/07_cl/04_methods.ipynb #e2c5da7f
+# %% ../../nbs/07_cl/04_methods.ipynb #cabb58b3
 @patch
 def set_class_means(
     self:ICaRL,
@@ -308,7 +309,7 @@ def set_class_means(
     "The mean direction of each class's exemplars"
     self.means = {c: F.normalize(F.normalize(f, dim=1).mean(0), dim=0) for c, f in features.items()}
 
-# %% ../../nbs/07_cl/04_methods.ipynb #070e8ae8
+# %% ../../nbs/07_cl/04_methods.ipynb #4d9292f7
 @patch
 def predict(self:ICaRL, s_out:dict)->Tensor: # (B, K)
     "Minus the distance to each class mean; a class without exemplars cannot be predicted"
@@ -326,7 +327,7 @@ class AverageCL(CLMethod, AvgZ):
     unused_weights = ('cl_old_kd',)
     defaults = CLMethod.defaults | dict(kd_alpha=1., cl_teachers='snapshot', cl_mask='full', cl_der_alpha=.1)
 
-# %% ../../nbs/07_cl/04_methods.ipynb #27ebad26
+# %% ../../nbs/07_cl/04_methods.ipynb #c793a5be
 @register_cl_method('asib')
 class ASIBCL(CLMethod, ASMB):
     "Replay, and the synergy of the task's teachers through the bottleneck"

@@ -27,7 +27,7 @@ def class_order(
     "A random order of the classes"
     return torch.randperm(n_class, generator=generator(seed, 'class order')).tolist()
 
-# %% ../../nbs/07_cl/00_streams.ipynb #98cbf292
+# %% ../../nbs/07_cl/00_streams.ipynb #382eec91
 def class_number(
     name:str,   # A class's name, or its number as a string
     classes,    # Names, as the data have them
@@ -39,7 +39,7 @@ def class_number(
         return int(name)
     raise unknown_name('class', name, classes)
 
-# %% ../../nbs/07_cl/00_streams.ipynb #4578fb94
+# %% ../../nbs/07_cl/00_streams.ipynb #6ebc4e87
 def written_order(
     classes,  # Names, as the data have them
     given,    # Every class once, by name or number
@@ -56,7 +56,7 @@ def written_order(
         raise ConfigError("class_order must name every class once." + text)
     return order
 
-# %% ../../nbs/07_cl/00_streams.ipynb #ec622325
+# %% ../../nbs/07_cl/00_streams.ipynb #038b45c0
 def task_sizes(
     n_class:int,
     num_tasks:int,
@@ -84,19 +84,19 @@ class Stream:
     def __len__(self):
         return len(self.bounds) - 1
 
-# %% ../../nbs/07_cl/00_streams.ipynb #d4d76688
+# %% ../../nbs/07_cl/00_streams.ipynb #f9c1a40b
 @patch
 def n_seen(self:Stream, t:int)->int:
     "K_t: classes seen when task `t` is over"
     return self.bounds[t + 1]
 
-# %% ../../nbs/07_cl/00_streams.ipynb #7c88a441
+# %% ../../nbs/07_cl/00_streams.ipynb #7d233114
 @patch
 def classes(self:Stream, t:int)->range:
     "The labels that task `t` brings"
     return range(self.bounds[t], self.bounds[t + 1])
 
-# %% ../../nbs/07_cl/00_streams.ipynb #9287c3c9
+# %% ../../nbs/07_cl/00_streams.ipynb #766e344b
 @patch
 def task_of(
     self:Stream,
@@ -105,7 +105,7 @@ def task_of(
     "The task that brought each label"
     return torch.bucketize(y, torch.tensor(self.bounds[1:]), right=True)
 
-# %% ../../nbs/07_cl/00_streams.ipynb #c7412edf
+# %% ../../nbs/07_cl/00_streams.ipynb #2c4ac13d
 @patch
 def part(
     self:Stream,
@@ -120,13 +120,13 @@ def part(
     sets = {k: cut(getattr(self.data, k)) for k in ('train', 'val', 'test')}
     return replace(self.data, classes=names, **sets)
 
-# %% ../../nbs/07_cl/00_streams.ipynb #93310d80
+# %% ../../nbs/07_cl/00_streams.ipynb #600130da
 @patch
 def task(self:Stream, t:int)->Data:
     "What task `t` brings"
     return self.part(self.bounds[t], self.bounds[t + 1], t)
 
-# %% ../../nbs/07_cl/00_streams.ipynb #b1528626
+# %% ../../nbs/07_cl/00_streams.ipynb #6414af37
 @patch
 def until(self:Stream, t:int)->Data:
     "Everything up to task `t`"
@@ -149,7 +149,7 @@ def renamed_sets(
             raise ConfigError(f"Classes without {k} images cannot make a task: {', '.join(empty[:5])}.")
     return sets
 
-# %% ../../nbs/07_cl/00_streams.ipynb #d01c19c8
+# %% ../../nbs/07_cl/00_streams.ipynb #0fa600ef
 def check_validation(s:Stream):
     "Every task needs a validation image: its checkpoints are chosen by them"
     y = s.data.val.y
@@ -160,7 +160,7 @@ def check_validation(s:Stream):
             raise ConfigError(f"Task {t + 1} ({names}) has no validation image. "
                               "Give some, or raise val_frac.")
 
-# %% ../../nbs/07_cl/00_streams.ipynb #64d837a0
+# %% ../../nbs/07_cl/00_streams.ipynb #07b065a1
 def create_stream(
     data:Data,
     num_tasks=5,
@@ -197,7 +197,7 @@ def grown_layer(
             p[:n] = getattr(old, k)[:n]
     return new.train(old.training).requires_grad_(old.weight.requires_grad)
 
-# %% ../../nbs/07_cl/00_streams.ipynb #848ae7c5
+# %% ../../nbs/07_cl/00_streams.ipynb #5410238e
 def grow_head(
     m:KDModel,
     n_class:int,   # Rows from now on

@@ -193,13 +193,13 @@ def stream_batches(
 class Loader:
     "Batches of one `ImageSet`, addressed by epoch and step"
     def __init__(self,
-        ds:ImageSet,
+        ds:ImageSet,          # The images
         data:Data,            # Gives mean, std, n_class, flip
-        batch_size:int,
+        batch_size:int,       # Images; fewer if the set has fewer
         train=False,          # Shuffle, augment, mix; else in order and plain
-        seed=0,
+        seed=0,               # Part of the key of every draw
         phase='eval',         # Part of the key: two phases see two orders
-        device='cpu',
+        device='cpu',         # Batches end up here
         data_aug='0',         # '0', '1' or 'standard'
         mix=(0., 0.),         # (MixUp α, CutMix α)
         num_workers=2,        # For streamed sets; never changes a result
@@ -296,11 +296,11 @@ def view_key(self:Loader)->tuple|None: # None where views have no number
 # %% ../../nbs/01_data/03_batches.ipynb #7cd3eadc
 def make_loader(
     cfg,            # batch_size, num_workers, data_aug, mixup_alpha, cutmix_alpha_distill, seed
-    data:Data,
+    data:Data,      # The dataset
     split:str,      # 'train', 'val' or 'test'
     phase:str,      # Part of the key of every draw
     mix=None,       # (MixUp α, CutMix α); None = as cfg says
-    device='cpu',
+    device='cpu',   # Batches end up here
     train=None,     # None = split is 'train'; False evaluates on training images
     recycle=0,      # As `Loader` takes it
 )->Loader:

@@ -159,7 +159,7 @@ class MapReader:
 # %% ../../nbs/02_models/01_anatomy.ipynb #c291b4ab
 def map_reader(
     call:ModuleCall, # Of a single image
-    prefix=None,     # Tokens that are no patch, where the model says so
+    prefix=None,     # Tokens that are no patch, where the model has `num_prefix_tokens`
 )->MapReader|None: # None where the output is no map
     "How to read the output of `call` as a feature map"
     outs = list(call.out) if isinstance(call.out, (tuple, list)) else [call.out]

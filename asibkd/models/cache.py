@@ -47,7 +47,7 @@ def cache_key(
     teacher:KDModel,
     loader:Loader,
     precision='no', # 'no', 'bf16' or 'fp16'
-)->dict|None: # None where the images or their views cannot be named
+)->dict|None: # None where the images or their views cannot be identified
     "What a teacher's outputs on a loader's batches depend on"
     images = loader.view_key and fingerprint_of(loader.ds.source)
     if images is None: return None

@@ -90,7 +90,7 @@ class KDModel(nn.Module):
 def spread(self:KDModel,
     z, # (B, its own classes)
 ):  # (B, n_class)
-    "Logits in the columns of all classes; a class that the model does not know gets `FOREIGN`"
+    "Logits in the columns of all classes; a class it was not trained on gets `FOREIGN`"
     if self.columns is None: return z
     return z.new_full((len(z), self.n_class), FOREIGN).index_copy(1, self.columns, z)
 

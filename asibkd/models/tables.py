@@ -170,7 +170,7 @@ def announce_table(
     where:str,  # 'in memory', 'in …'
     need:int,   # Bytes
 ):
-    "Log how large a table may become: to everybody from 256 MB on, else with log_level=DEBUG"
+    "Log how large a table may become: at level INFO from 256 MB on, else at DEBUG"
     versions = f" × {key['views']} augmented versions" if key['views'] > 1 else ''
     log.log(logging.INFO if need >= 256e6 else logging.DEBUG,
             f"teacher_cache: {name}'s outputs on {key['n']:,} images{versions} are kept, "

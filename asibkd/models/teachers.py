@@ -33,7 +33,7 @@ models = Registry('model')   # name → function
 
 # %% ../../nbs/02_models/03_teachers.ipynb #cdff6b3c
 def register_model(
-    name:str, # Known to `create_teacher` and `create_student` from now on
+    name:str, # For `create_teacher` and `create_student` from now on
 ):
     "Decorator: register a function `(n_class, …) -> nn.Module`; registering again replaces"
     def deco(fn):
@@ -63,7 +63,7 @@ aliases = dict(
 def list_teachers(
     match='', # Also timm's and torchvision's names with this wildcard, e.g. '*vit_tiny*'
 )->list:
-    "Names that `create_teacher` knows"
+    "Names that `create_teacher` accepts"
     ours = sorted({*models, *aliases, 'resnet50', 'resnet101', 'resnet152'})
     if not match: return ours
     import timm, torchvision
@@ -83,7 +83,7 @@ def try_img_size(
         try: return timm.create_model(name, img_size=img_size, **kw)
         except TypeError as e:
             if 'img_size' not in str(e): raise
-        except AssertionError: pass   # not possible at this size: the recorded pass will say so
+        except AssertionError: pass   # not possible at this size: the recorded pass will fail with a message
 
 # %% ../../nbs/02_models/03_teachers.ipynb #1e732f1a
 def small_patch(
@@ -269,7 +269,7 @@ def compare_weights(
 # %% ../../nbs/02_models/03_teachers.ipynb #7fb0f1fe
 def likely_reason(
     o:Mismatch,
-    heads, # Names of the heads, as in `o.wanted`; empty where they are not known
+    heads, # Names of the heads, as in `o.wanted`; empty where they are not found
 )->str:
     "A guess why a checkpoint does not fit"
     only_shapes = not o.missing and not o.extra

@@ -57,8 +57,8 @@ class CifarResNet(nn.Module):
     def __init__(self,
         depth:int,    # 6n + 2
         widths:tuple, # Channels of the stem and the three layers
-        n_class:int,
-        in_chans=3,
+        n_class:int,  # Logits
+        in_chans=3,   # Channels of the image
     ):
         super().__init__()
         n, w = (depth - 2)//6, widths
@@ -79,7 +79,11 @@ class CifarResNet(nn.Module):
 # %% ../../nbs/02_models/00_zoo.ipynb #42e6faf3
 class WideBlock(nn.Module):
     "Pre-activation block; where the width changes, the shortcut starts after the first activation"
-    def __init__(self, i:int, o:int, stride=1):
+    def __init__(self,
+        i:int,     # Channels in
+        o:int,     # Channels out
+        stride=1,  # 2 halves the map
+    ):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(i), conv3x3(i, o, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(o), conv3x3(o, o)
@@ -108,10 +112,10 @@ class WideGroup(nn.Module):
 class WideResNet(nn.Module):
     "Wide ResNet of 6n+4 layers"
     def __init__(self,
-        depth:int,  # 6n + 4
-        widen:int,  # Factor on the widths 16, 32, 64
-        n_class:int,
-        in_chans=3,
+        depth:int,   # 6n + 4
+        widen:int,   # Factor on the widths 16, 32, 64
+        n_class:int, # Logits
+        in_chans=3,  # Channels of the image
     ):
         super().__init__()
         n, w = (depth - 4)//6, (16, 16*widen, 32*widen, 64*widen)
@@ -145,8 +149,8 @@ class CifarVGG(nn.Module):
     "VGG with BatchNorm and one linear layer"
     def __init__(self,
         depths:tuple, # Convolutions in each of the five blocks
-        n_class:int,
-        in_chans=3,
+        n_class:int,  # Logits
+        in_chans=3,   # Channels of the image
     ):
         super().__init__()
         w = (64, 128, 256, 512, 512)
@@ -173,8 +177,8 @@ class MLP(nn.Module):
     "Two hidden layers on the image, averaged down to 8×8"
     def __init__(self,
         width:int,   # Of both hidden layers
-        n_class:int,
-        in_chans=3,
+        n_class:int, # Logits
+        in_chans=3,  # Channels of the image
     ):
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(8)
@@ -196,8 +200,8 @@ zoo |= dict(mlp=(MLP, 100), mlp400=(MLP, 400))
 # %% ../../nbs/02_models/00_zoo.ipynb #88d2aa9e
 def create_zoo(
     name:str,      # A key of `zoo`
-    n_class:int,
-    in_chans=3,
+    n_class:int,   # Logits
+    in_chans=3,    # Channels of the image
 )->nn.Module:
     "A network of the CIFAR zoo"
     cls, *args = zoo.find(name)
