@@ -76,7 +76,7 @@ def test_one_shot(runs):
 
 def test_continual(runs):
     run = runs('cl'); text = check((run/'report.html').read_text(encoding='utf-8'))
-    for word in ('in 2 tasks (5 + 5 classes) by asib', 'Forgetting', 'Memory', 'R of asib, class-IL', 'R of asib, task-IL', 'ONE SEED', 'Confusion', 'Calibration'): assert word in text, word
+    for word in ('in 2 tasks (5 + 5 classes) with asib', 'Forgetting', 'Memory', 'R of asib, class-IL', 'R of asib, task-IL', 'ONE SEED', 'Confusion', 'Calibration'): assert word in text, word
     assert 'asib is BELOW er' in edited(run, accuracy(run, 'er', 'ACC', 2.)) and 'asib is BELOW' not in edited(run, accuracy(run, 'asib', 'ACC', 1.))
     assert 'asib is BELOW' not in edited(run, lambda s: (accuracy(run, 'asib', 'ACC', .99)(s), accuracy(run, 'joint', 'ACC', 1.)(s | dict(difference=0))))
     assert 'SAW FUTURE' in edited(run, lambda s: s['rows'][-1].update(leak='yes')) and 'SAW FUTURE' not in text

@@ -17,7 +17,7 @@ from ..core.runtime import watched
 from ..trainers.loop import Callback
 from ..analysis.figures import plot_curves
 from .browse import plot_parts
-from .widgets import show_figure, side_by_side
+from .widgets import show_figure, flow_row
 
 # %% ../../nbs/10_explore/05_monitor.ipynb #73f8a459
 class LiveMonitorCB(Callback):
@@ -29,16 +29,12 @@ class LiveMonitorCB(Callback):
         self.on = ('ipykernel' in sys.modules and watched()) if show is None else show
         self.share, self.rows, self.screen, self.next = share, [], None, 0.
 
-    def __call__(self, row:dict):
-        "Keep the row of an epoch; draw, if it is time"
-        self.rows.append(row)
-        new_phase = len(self.rows) < 2 or row['phase'] != self.rows[-2]['phase']
+    def after_epoch(self, loop):
+        "Keep the row of the epoch; draw, if it is time"
+        self.rows.append(loop.row)
+        new_phase = len(self.rows) < 2 or loop.row['phase'] != self.rows[-2]['phase']
         if self.on and (new_phase or time.perf_counter() >= self.next):
             self.draw()
-
-    def after_epoch(self, loop):
-        "An epoch of the run is over"
-        self(loop.row)
 
     def state_dict(self)->dict:
         "The rows, so that a resumed run shows them all"
@@ -56,7 +52,7 @@ def draw(self:LiveMonitorCB):
         start = time.perf_counter()
         if self.screen is None:
             from IPython.display import display
-            self.screen = side_by_side(w.Image(format='png'), w.Image(format='png'))
+            self.screen = flow_row(w.Image(format='png'), w.Image(format='png'))
             display(self.screen)
         rows = pd.DataFrame(self.rows)
         for fig, image in zip((plot_curves(rows), plot_parts(rows)), self.screen.children):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BottleneckExplorer', 'CLExplorer', 'RunBrowser']
 
-# %% ../../nbs/10_explore/04_screens.ipynb #c44fd21e
+# %% ../../nbs/10_explore/04_screens.ipynb #fdac83f4
 import html
 
 import ipywidgets as w
@@ -18,7 +18,7 @@ from ..analysis.figures import disagreement_table, plot_disagreement, plot_infor
 from .opened import FinishedRun, attention_by_class, image_table, open_run, split_outputs
 from .plots import plot_class_attention
 from .browse import filter_runs, forgetting_by_task, plot_overlay, run_table
-from .widgets import Explorer, show_figure, side_by_side, table_html
+from .widgets import Explorer, show_figure, flow_row, table_html
 
 # %% ../../nbs/10_explore/04_screens.ipynb #50305bea
 class BottleneckExplorer(Explorer):
@@ -31,13 +31,13 @@ class BottleneckExplorer(Explorer):
             self.split = w.Dropdown(options=['test', 'val'], description='split')
             self.note, self.table = w.HTML(), w.HTML()
             self.plane, self.attention, self.disagreement = (w.Image(format='png') for _ in range(3))
-            self.children = [self.message, self.split, self.note, side_by_side(self.plane, self.disagreement),
-                             side_by_side(self.attention, self.table)]
+            self.children = [self.message, self.split, self.note, flow_row(self.plane, self.disagreement),
+                             flow_row(self.attention, self.table)]
             self.on_change(self.update_split, self.split)
             self.show_training()
             self.update_split()
 
-# %% ../../nbs/10_explore/04_screens.ipynb #10ce5fd4
+# %% ../../nbs/10_explore/04_screens.ipynb #a7ff8b01
 @patch
 def show_training(self:BottleneckExplorer):
     "The information plane: numbers of the training itself, the same for both splits"
@@ -46,7 +46,7 @@ def show_training(self:BottleneckExplorer):
     except RunError as e:
         self.note.value = html.escape(str(e), quote=False)
 
-# %% ../../nbs/10_explore/04_screens.ipynb #e1f3c991
+# %% ../../nbs/10_explore/04_screens.ipynb #5f6aa1d9
 @patch
 def update_split(self:BottleneckExplorer):
     "Attention and disagreement on the images of a split"
@@ -76,7 +76,7 @@ class CLExplorer(Explorer):
             self.on_change(self.update_method, self.method, self.which)
             self.update_method()
 
-# %% ../../nbs/10_explore/04_screens.ipynb #c90bc3c0
+# %% ../../nbs/10_explore/04_screens.ipynb #27b58544
 @patch
 def arrange(self:CLExplorer):
     "The figures that depend on no control, and the places of those that do"
@@ -84,10 +84,10 @@ def arrange(self:CLExplorer):
     memory = show_figure(plot_memory(s)) if any(s['composition']) else w.HTML(
         f"{html.escape(s['method'])} kept no images.")
     notes = w.HTML(f'<p style="max-width:70em; white-space:pre-line">{html.escape(explain_cl(s))}</p>')
-    self.children = [self.message, side_by_side(self.method, self.which), side_by_side(self.R, self.lost),
-                     side_by_side(show_figure(plot_forgetting(s)), memory), notes]
+    self.children = [self.message, flow_row(self.method, self.which), flow_row(self.R, self.lost),
+                     flow_row(show_figure(plot_forgetting(s)), memory), notes]
 
-# %% ../../nbs/10_explore/04_screens.ipynb #e2e4b35e
+# %% ../../nbs/10_explore/04_screens.ipynb #6ff8e598
 @patch
 def update_method(self:CLExplorer):
     "Another method, or the other evaluation: class-IL or task-IL"
@@ -108,13 +108,13 @@ class RunBrowser(Explorer):
             self.descending = w.Checkbox(True, description='largest first', indent=False)
             self.chosen, self.curves = w.SelectMultiple(description='overlay', rows=6, **wide), w.Image(format='png')
             self.table = w.HTML(layout=w.Layout(max_height='24em', overflow='auto'))
-            self.children = [self.message, self.query, side_by_side(self.sort_by, self.descending), self.table,
-                             side_by_side(self.chosen, self.curves)]
+            self.children = [self.message, self.query, flow_row(self.sort_by, self.descending), self.table,
+                             flow_row(self.chosen, self.curves)]
             self.on_change(self.update_table, self.query, self.sort_by, self.descending)
             self.on_change(self.update_curves, self.chosen)
             self.update_table()
 
-# %% ../../nbs/10_explore/04_screens.ipynb #93366993
+# %% ../../nbs/10_explore/04_screens.ipynb #6d6de175
 @patch
 def update_table(self:RunBrowser):
     "The rows that pass the filter, sorted"
@@ -125,7 +125,7 @@ def update_table(self:RunBrowser):
     if options != list(self.chosen.options):
         self.chosen.options, self.chosen.value = options, tuple(f for _, f in options[:3])
 
-# %% ../../nbs/10_explore/04_screens.ipynb #2f56c8b6
+# %% ../../nbs/10_explore/04_screens.ipynb #2fed2a13
 @patch
 def update_curves(self:RunBrowser):
     "The curves of the chosen runs"
