@@ -120,7 +120,7 @@ def gate_lines(
     "What the gate of each stage measured and decided"
     out = []
     for g in s.get('gates', ()):
-        state = 'off (synergy_gate=0)' if not g.get('asked', True) else 'open' if g['gate'] else 'closed'
+        state = 'off (synergy_gate=0)' if not g.get('checked', True) else 'open' if g['gate'] else 'closed'
         out.append(f"stage {g['stage']}: synergy gate {state} "
                    f"(validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})")
     return out
