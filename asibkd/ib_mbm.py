@@ -31,7 +31,7 @@ class Tokens(nn.Module):
     )->tuple:   # tokens (B, N, d) · tokens per teacher [n_t]
         "Every feature, or every position of every map, as a token"
         if len(feats) != len(self.proj):
-            raise ConfigError(f"{len(feats)} teachers' features came, the bridge was built for {len(self.proj)}.")
+            raise ConfigError(f"Got features of {len(feats)} teachers; the bridge was built for {len(self.proj)}.")
         out = [p(f[:, None] if f.ndim == 2 else f.flatten(2).transpose(1, 2)) for p, f in zip(self.proj, feats)]
         return torch.cat(out, 1), [o.shape[1] for o in out]
 
@@ -74,7 +74,7 @@ def forward(self:Attend,
     counts,         # Tokens per teacher, summing to N
 )->tuple: # attended (B, d) · weights (B, heads, N), each row summing to 1
     "The attended features and their weights (Vaswani et al. 2017, eq. 1; each teacher's tokens share one vote)"
-    score = (self.heads(self.q(query)[:, None])*self.heads(self.k(tokens))).sum(-1)*self.scale   # (B, heads, N)
+    score = (self.heads(self.q(query)[:, None])*self.heads(self.k(tokens))).sum(-1)*self.scale  # (B, heads, N)
     prior = torch.cat([score.new_full((n,), -math.log(n)) for n in counts])
     w = (score.float() + prior.float()).softmax(-1)
     o = (w.to(tokens.dtype)[..., None]*self.heads(self.v(tokens))).sum(2).flatten(1)
@@ -127,7 +127,7 @@ def forward(self:IB_MBM,
     attended, attn = self.attend(q, tokens, counts)
     residual = torch.stack([t.mean(1) for t in tokens.split(counts, 1)]).mean(0)
     o = self.norm(attended + residual)
-    mu, logvar = self.mu(o).float(), 5*torch.tanh(self.sigma(o).float()/5)             # |log σ²| < 5
+    mu, logvar = self.mu(o).float(), 5*torch.tanh(self.sigma(o).float()/5)  # |log σ²| < 5
     share = torch.stack([a.sum(-1) for a in attn.split(counts, -1)], -1).mean(1)
     return dict(z=self.sample(mu, logvar), mu=mu, logvar=logvar, synergy=o, attn=attn, share=share)
 
@@ -147,19 +147,19 @@ def mean_logits(
     weight=None,    # (M, B), summing to 1 over the teachers; None = equal
     columns=None,   # As in `known_classes`; None = all teachers know all classes
 )->Tensor: # (B, K)
-    "Average of the teachers' logits, each class over those who know it"
+    "Average of the teachers' logits, each class over the teachers that know it"
     if columns is None or all(c is None for c in columns):
         return logits.mean(0) if weight is None else (weight[..., None]*logits).sum(0)
     knows = known_classes(columns, logits)
     w = knows if weight is None else knows*weight[..., None]
     mean = (w*torch.where(knows > 0, logits, 0.)).sum(0)/w.sum(0).clamp_min(1e-12)
-    return mean.masked_fill(knows.sum(0) == 0, FOREIGN)               # nobody knows it
+    return mean.masked_fill(knows.sum(0) == 0, FOREIGN)               # no teacher knows it
 
 # %% ../nbs/04_ib_mbm.ipynb #8fb99566
 def average_logits(
     t_outs, # The teachers' outputs: `logit`, and `columns` where a teacher does not know every class
 )->Tensor: # (B, K), float32
-    "The teachers' averaged logits, each class over those who know it"
+    "The teachers' averaged logits, each class over the teachers that know it"
     return mean_logits(torch.stack([o['logit'] for o in t_outs]).float(), columns=[o.get('columns') for o in t_outs])
 
 # %% ../nbs/04_ib_mbm.ipynb #417ab3c1
@@ -201,7 +201,7 @@ class Synergy(nn.Module):
     def __init__(self,
         bridge:IB_MBM,     # Features → code
         head:SynergyHead,  # Code → logits
-        key='feat_2d',     # What it reads of a teacher: 'feat_2d', 'distill_feat' (adapters) or 'feat_4d' (spatial)
+        key='feat_2d',  # What it reads of a teacher: 'feat_2d', 'distill_feat' (adapters) or 'feat_4d' (spatial)
     ):
         super().__init__()
         self.bridge, self.head, self.key = bridge, head, key

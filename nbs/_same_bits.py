@@ -22,7 +22,8 @@ CASES = {'quickstart': {}, 'quickstart-cl': dict(cl_mode=1),
          'killed': SHORT | dict(checkpoint_steps=3, student_epochs_per_stage=4),
          'killed-cl': SHORT | dict(cl_mode=1, cl_method='asib', num_tasks=3, checkpoint_steps=3)}
 # what a later version calls by another name: in summary.json, and in the names of tensors
-RENAMED = {'known': 'n_seen'}   # classes seen when an item of memory.safetensors was stored
+RENAMED = {'known': 'n_seen',       # classes seen when an item of memory.safetensors was stored
+           'asked': 'checked'}      # gates: was the synergy compared with the average?
 
 RUN = '''
 import json, sys

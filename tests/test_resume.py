@@ -26,7 +26,8 @@ def same(a, b):
     for f, w in a[2].items():
         for k, v in w.items(): assert v.dtype == b[2][f][k].dtype and v.equal(b[2][f][k]), f'{f}: {k} differs'
 
-@pytest.mark.parametrize('kw', [{}, dict(bridge_objective='both', feat_kd_alpha=1)], ids=['distil', 'both'])
+@pytest.mark.parametrize('kw', [{}, dict(bridge_objective='both', feat_kd_alpha=1), dict(student_ema=.9, accumulate=2, patience=1, grad_clip_norm=1)],
+                         ids=['distil', 'both', 'callbacks'])
 def test_kill_9(tmp_path, kw):
     "kill -9 at random moments; every field of the summary outside `time` and every weight equal the uninterrupted run's"
     p = start(tmp_path/'whole', **kw); t = time.time(); out = p.communicate(timeout=500)[0]; took = time.time() - t

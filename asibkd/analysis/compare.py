@@ -8,7 +8,7 @@ __all__ = ['BOOKKEEPING', 'METHOD_ONLY', 't_interval', 'paired', 'outcome', 'var
            'compare_notes', 'win_table', 'plot_compare', 'parameters_of', 'varied_parameters', 'ablated_keys',
            'ablation_table', 'latex_table', 'save_compare']
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #1f5b4f81
+# %% ../../nbs/09_analysis/03_compare.ipynb #e2d73e00
 from pathlib import Path
 
 from .tables import (
@@ -17,7 +17,7 @@ from ..core.config import Config, RunError, fields_read_by, fields_that_affect_r
 from ..core.params import Freezing
 from ..core.runfolder import atomic_path, atomic_write
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #750deaed
+# %% ../../nbs/09_analysis/03_compare.ipynb #f0d0f5d2
 def t_interval(
     v,         # Numbers, one a seed
     level=.95, # Confidence
@@ -29,7 +29,7 @@ def t_interval(
     half = stats.t.ppf((1 + level)/2, len(v) - 1)*v.sem() if len(v) > 1 else float('nan')
     return v.mean(), half
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #45aef7fc
+# %% ../../nbs/09_analysis/03_compare.ipynb #94fc118a
 def paired(
     a, b,      # Series indexed by seed
     level=.95, # Confidence
@@ -39,7 +39,7 @@ def paired(
     d = (pd.Series(a) - pd.Series(b)).dropna()
     return (*t_interval(d, level), len(d))
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #cb3c6490
+# %% ../../nbs/09_analysis/03_compare.ipynb #7413c69b
 def outcome(
     m:float,    # Mean difference
     half:float, # Half-width of its interval
@@ -52,7 +52,7 @@ def outcome(
         return f'not decided (same in all {n} seeds)'
     return 'better' if m > half else 'worse' if m < -half else 'not decided'
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #55bb19da
+# %% ../../nbs/09_analysis/03_compare.ipynb #9adffb63
 BOOKKEEPING = {                      # parameters that do not tell two methods apart
     *(k for k in Config.model_fields if k not in fields_that_affect_results()),
     'seed', 'method', 'cl_method', 'compare', 'finetune_ckpt1', 'finetune_ckpt2', '_requested'}
@@ -62,7 +62,7 @@ METHOD_ONLY = {                      # parameters that baselines of the same run
     'allow_leak', 'use_disagree_weight', 'disagree_mode', 'disagree_lambda_high', 'disagree_lambda_low',
     'use_certainty_weight', *(k for k in fields_read_by('cl') if k.startswith('cl_'))}
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #fa4da449
+# %% ../../nbs/09_analysis/03_compare.ipynb #b00675d9
 def varied_settings(
     runs:list, # From `finished_runs`
 )->dict: # Method → the parameters in which its runs differ
@@ -74,7 +74,7 @@ def varied_settings(
         out[method] = [k for k in keys if len({str(c.get(k, '')) for c in configs}) > 1]
     return out
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #b69673df
+# %% ../../nbs/09_analysis/03_compare.ipynb #321f0af3
 def label_runs(
     t:'pd.DataFrame', # label: a method; settings: the parameters in which its runs differ, 'k=v k=v'
     most=40,          # Longer settings are numbered
@@ -87,7 +87,7 @@ def label_runs(
     label = short.where(~is_long, t.label + ' [' + number.astype(str) + ']')
     return t.assign(label=label, settings=t.settings.where(is_long, ''))
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #21d4a2f7
+# %% ../../nbs/09_analysis/03_compare.ipynb #0bb8f94c
 def runs_of_kind(
     runs:list, # From `finished_runs`
     cl=None,   # True: continual, False: one-shot, None: whichever there are
@@ -104,7 +104,7 @@ def runs_of_kind(
         raise RunError(f"There is no finished {'continual' if cl else 'one-shot'} run in {folders}.")
     return out
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #e47e68bc
+# %% ../../nbs/09_analysis/03_compare.ipynb #1df7c6ea
 def student_rows(
     run:tuple,   # (folder, summary, parameters), from `finished_runs`
     varied:list, # The parameters that vary among the runs of its method
@@ -120,7 +120,7 @@ def student_rows(
         out.append(names | measures(r, 'cl' if is_cl(s) else 'distil'))
     return out
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #d25cd180
+# %% ../../nbs/09_analysis/03_compare.ipynb #f0e9d126
 def collect(
     *paths,  # Run folders, or folders of run folders
     cl=None, # True: continual runs, False: one-shot runs; None = whichever there are
@@ -133,21 +133,21 @@ def collect(
     t = t.sort_values('main', ascending=False, kind='stable').drop_duplicates(['label', 'seed'])
     return t.drop(columns='main').sort_index().reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #b5f57706
+# %% ../../nbs/09_analysis/03_compare.ipynb #3d2e4994
 def main_measure(
     t:'pd.DataFrame', # From `collect`
 )->str:
     "The measure that decides: ACC of continual runs, else test accuracy of the validation-selected weights"
     return 'ACC' if 'ACC' in t else 'test_acc_val_selected'
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #bd082e88
+# %% ../../nbs/09_analysis/03_compare.ipynb #b112c325
 def default_baseline(
     t:'pd.DataFrame', # From `collect`
 )->str:
     "The label that others are compared with unless one is named: avgz or derpp if there, else the first"
     return next((k for k in ('avgz', 'derpp') if k in set(t.label)), t.label[0])
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #2cc721c5
+# %% ../../nbs/09_analysis/03_compare.ipynb #b7d1ffee
 def plus_minus(
     m:float,    # Mean
     half:float, # Half-width of its interval; NaN for one seed
@@ -158,7 +158,7 @@ def plus_minus(
         return ''
     return f'{m:{sign}.2f}' + (f' ± {half:.2f}' if half > 1e-9 else '')
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #2145bec2
+# %% ../../nbs/09_analysis/03_compare.ipynb #5db59132
 def compared_row(
     label:str,
     g:'pd.DataFrame',    # Its rows, indexed by seed
@@ -175,7 +175,7 @@ def compared_row(
     verdict = '' if is_base else outcome(*paired(g[by], base[by]))
     return dict(method=label, seeds=len(g)) | means | gaps | dict(verdict=verdict, mean=g[by].mean())
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #fc268317
+# %% ../../nbs/09_analysis/03_compare.ipynb #38a2d1a7
 def compare_runs(
     runs,            # From `collect`, or a folder
     baseline='avgz', # Label that all are compared with
@@ -190,7 +190,7 @@ def compare_runs(
     rows = [compared_row(k, g.set_index('seed'), base, baseline, by) for k, g in t.groupby('label', sort=False)]
     return pd.DataFrame(rows).sort_values('mean', ascending=False).drop(columns='mean').reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #ca7a9bc7
+# %% ../../nbs/09_analysis/03_compare.ipynb #c0d5696f
 def compare_notes(
     runs:'pd.DataFrame', # From `collect`
 )->list: # of sentences
@@ -204,7 +204,7 @@ def compare_notes(
                    'beside these methods.')
     return out
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #39e07d76
+# %% ../../nbs/09_analysis/03_compare.ipynb #bbba32da
 def win_table(
     runs,  # From `collect`, or a folder
     by='', # The measure that decides; '' = `main_measure`
@@ -219,7 +219,7 @@ def win_table(
         return '' if a == b or not common else f"{(acc[a] > acc[b]).sum()}/{common}"
     return pd.DataFrame([{'method': a} | {b: wins(a, b) for b in order} for a in order])
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #4740499f
+# %% ../../nbs/09_analysis/03_compare.ipynb #5064dd66
 def plot_compare(
     runs,  # From `collect`, or a folder
     by='', # The measure that decides; '' = `main_measure`
@@ -243,7 +243,7 @@ def plot_compare(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #b8aeb29c
+# %% ../../nbs/09_analysis/03_compare.ipynb #d5cae384
 def parameters_of(
     t:'pd.DataFrame', # From `load_runs`
 )->list:
@@ -251,14 +251,14 @@ def parameters_of(
     other = (BOOKKEEPING - {'method'}) | {'run', *COSTS, *(k for m in MEASURES.values() for k in m)}
     return [k for k in t if k not in other]
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #54d7d76f
+# %% ../../nbs/09_analysis/03_compare.ipynb #8351e0b2
 def varied_parameters(
     t:'pd.DataFrame', # From `load_runs`
 )->list:
     "The parameters in which these runs differ"
     return [k for k in parameters_of(t) if t[k].astype(str).nunique() > 1]
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #e45de7d5
+# %% ../../nbs/09_analysis/03_compare.ipynb #41db096c
 def ablated_keys(
     t:'pd.DataFrame', # From `load_runs`
     keys=(),          # The parameters that were varied, or one; none = all in which the runs differ
@@ -276,12 +276,12 @@ def ablated_keys(
                        "and nothing else. Name them too, or give fewer runs.")
     return keys
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #ea0d1c80
+# %% ../../nbs/09_analysis/03_compare.ipynb #cbe7299b
 def _setting(values:dict, keys)->str:
     "'ib_beta=0 num_stages=2'"
     return ' '.join(f'{k}={cell(values[k])}' for k in keys)
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #203b681b
+# %% ../../nbs/09_analysis/03_compare.ipynb #efdadfd1
 def ablation_table(
     runs,    # From `load_runs`, or a folder
     keys=(), # The parameters that were varied, or one; none = all in which the runs differ
@@ -300,7 +300,7 @@ def ablation_table(
     values = t.drop_duplicates('label').set_index('label')[keys]
     return values.join(compare_runs(t, base, by).set_index('method')).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #ba42bae2
+# %% ../../nbs/09_analysis/03_compare.ipynb #85f91399
 def latex_table(
     t:'pd.DataFrame', # From `compare_runs`
 )->str:
@@ -309,7 +309,7 @@ def latex_table(
         return str(v).replace('±', r'$\pm$').replace('_', r'\_').replace('%', r'\%')
     return t.map(escape).rename(columns=escape).to_latex(index=False)
 
-# %% ../../nbs/09_analysis/03_compare.ipynb #4a342284
+# %% ../../nbs/09_analysis/03_compare.ipynb #d8164c51
 def save_compare(
     runs,            # From `collect`, or a folder
     folder,          # Where the files go

@@ -23,7 +23,7 @@ from ..core.config import RunError
 from ..core.picture import COLOURS, Picture
 from ..distil.metrics import confidence_bins
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #f6a1411d
+# %% ../../nbs/09_analysis/04_figures.ipynb #4f031339
 def student_curves(
     rows:pd.DataFrame, # From `load_metrics`
     main='asmb',       # Name of the run's own method, whose phases carry none
@@ -36,18 +36,18 @@ def student_curves(
     curves = dict(key=key, step=t.groupby(key).cumcount() + 1, acc=100*t.val_acc)
     return pd.DataFrame(curves).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #f0b43ea2
+# %% ../../nbs/09_analysis/04_figures.ipynb #bac58480
 def _plain(ax, **labels):
     "No frame above and to the right; title and labels"
     ax.spines[['top', 'right']].set_visible(False)
     ax.set(**labels)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #a4e5a183
+# %% ../../nbs/09_analysis/04_figures.ipynb #8750e5dd
 def _whole_steps(ax):
     "Ticks at integers only"
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #f267deee
+# %% ../../nbs/09_analysis/04_figures.ipynb #58a59fac
 def plot_curves(
     rows, # From `load_metrics`, or a run folder
 )->Figure:
@@ -80,7 +80,7 @@ def run_curves(
     return pd.DataFrame([dict(key=k, step=i, acc=100*sum(r)/len(r))
                          for k, o in s['R'].items() for i, r in enumerate(o['class_il'], 1)])
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #09db8566
+# %% ../../nbs/09_analysis/04_figures.ipynb #24b71926
 def seed_curves(
     runs, # From `collect`, or a folder
 )->pd.DataFrame: # label, step, seeds, mean, half (of the 95 % t-interval)
@@ -95,7 +95,7 @@ def seed_curves(
             for (k, i), v in every.groupby(['label', 'step'], sort=False).acc]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #6c4838b6
+# %% ../../nbs/09_analysis/04_figures.ipynb #6074bb5b
 def plot_seeds(
     runs, # As in `seed_curves`, or what it gave
 )->Figure:
@@ -126,7 +126,7 @@ def pareto(
         return b[0] <= a[0] and b[1] >= a[1] and b != a
     return [not any(dominates(b, a) for b in points) for a in points]
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #896b52a4
+# %% ../../nbs/09_analysis/04_figures.ipynb #ecd33350
 def front_table(
     t:pd.DataFrame,           # From `result_table`
     cost='MACs (M)',          # Column
@@ -145,7 +145,7 @@ def front_table(
     out = pd.DataFrame(dict(name=name, cost=t[cost], gain=t[gain], front=pareto(t[cost], t[gain])))
     return out.sort_values(['cost', 'gain'], ascending=[True, False]).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #a2fa198c
+# %% ../../nbs/09_analysis/04_figures.ipynb #c9573953
 def _name_points(ax, o:pd.DataFrame):
     "Names right of the points; models of one cost stand above each other"
     room = .06*(o.gain.max() - o.gain.min())
@@ -156,7 +156,7 @@ def _name_points(ax, o:pd.DataFrame):
             ax.annotate(shorten(name, 40), (cost, y), xytext=(7, 0), textcoords='offset points', va='center',
                         fontsize=8)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #1260f460
+# %% ../../nbs/09_analysis/04_figures.ipynb #dc610d39
 def plot_front(
     t:pd.DataFrame,           # From `result_table`
     cost='MACs (M)',          # Column
@@ -207,7 +207,7 @@ def confusion_table(
     counts = confusion_matrix(t['labels'], t[model], labels=range(len(classes)))
     return pd.DataFrame(counts, index=classes, columns=classes)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #1515d9ae
+# %% ../../nbs/09_analysis/04_figures.ipynb #efe6526f
 def confused_pairs(
     c:pd.DataFrame, # From `confusion_table`
     n=10,           # At most so many rows
@@ -219,14 +219,14 @@ def confused_pairs(
     t = pd.DataFrame(rows, columns=columns)
     return t.sort_values('images', ascending=False, kind='stable').head(n).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #b7938cfb
+# %% ../../nbs/09_analysis/04_figures.ipynb #6c3e71cf
 def _name_ticks(ax, names):
     "Names of classes or models on both axes; a class may be called $x$"
     names, style = list(map(shorten, names)), dict(fontsize=8, parse_math=False)
     ax.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, **style)
     ax.set_yticks(range(len(names)), names, **style)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #e400cc50
+# %% ../../nbs/09_analysis/04_figures.ipynb #dedc971a
 def plot_confusion(
     c:pd.DataFrame, # From `confusion_table`
     title='',       # Above the matrix
@@ -261,14 +261,14 @@ def reliability_table(
     edges = torch.arange(bins + 1)/bins
     return pd.DataFrame(dict(low=edges[:-1], high=edges[1:], n=n.long(), confidence=conf/n, accuracy=right/n))
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #64bd2417
+# %% ../../nbs/09_analysis/04_figures.ipynb #7808ed48
 def calibration_error(
     r:pd.DataFrame, # From `reliability_table`
 )->float: # In [0, 1]
     "The gap between confidence and accuracy, averaged over images (ECE)"
     return float((r.n*(r.accuracy - r.confidence).abs()).sum()/r.n.sum())
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #22c6fb48
+# %% ../../nbs/09_analysis/04_figures.ipynb #c48efda4
 def plot_reliability(
     tables:dict, # model → from `reliability_table`
 )->Figure:
@@ -298,7 +298,7 @@ def disagreement_table(
     "How often do two models predict different classes?"
     return pd.DataFrame({a: {b: 100*(t[a] != t[b]).mean() for b in models} for a in models})
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #4dd7363e
+# %% ../../nbs/09_analysis/04_figures.ipynb #4953398e
 def plot_disagreement(
     d:pd.DataFrame,   # From `disagreement_table`
     of='test images', # What the per cent are of
@@ -329,7 +329,7 @@ def information_table(
     points = dict(phase=t.phase, epoch=t.epoch, nats=t.train_nats, acc=100*t.val_acc)
     return pd.DataFrame(points).reset_index(drop=True)
 
-# %% ../../nbs/09_analysis/04_figures.ipynb #23481a29
+# %% ../../nbs/09_analysis/04_figures.ipynb #41bb8922
 def plot_information(
     rows, # As in `information_table`
 )->Figure:

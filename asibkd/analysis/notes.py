@@ -7,7 +7,7 @@ __all__ = ['WARNINGS', 'TERMINAL_WARNINGS', 'main_row', 'run_sentence', 'warn_be
            'warn_gate', 'gate_lines', 'warn_oracle', 'warn_no_baseline', 'warn_seed', 'warnings_of', 'verdict_lines',
            'cl_text', 'run_text']
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #6cc374ef
+# %% ../../nbs/09_analysis/02_notes.ipynb #93ddb942
 from pathlib import Path
 
 from .cl import explain_cl, leak_note, r_rows
@@ -15,14 +15,14 @@ from .tables import (
     baselines_ahead, is_cl, joined, keeps_text, result_rows, show_table, supervision_text)
 from ..core.config import near_chance
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #55f9fa55
+# %% ../../nbs/09_analysis/02_notes.ipynb #1f2b995a
 def main_row(
     s:dict, # summary.json
 )->dict:
     "The row of the run's own method"
     return next(r for r in s['rows'] if r['key'] == s['method'])
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #62df0a87
+# %% ../../nbs/09_analysis/02_notes.ipynb #7be6e7f1
 def run_sentence(
     s:dict, # summary.json
 )->str:
@@ -37,7 +37,7 @@ def run_sentence(
                 f"{supervision_text(row)}); beside the images of each task it had {keeps_text(row)}. {end}")
     return f"{start} with {s['method']}{_teachers_clause(s)}{_target_clause(row)}. {end}"
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #9099e207
+# %% ../../nbs/09_analysis/02_notes.ipynb #1fc9564c
 def _teachers_clause(s:dict)->str:
     "'; its teachers were resnet20 and resnet14'"
     teachers = [r['model'] for r in s['rows'] if r['role'] == 'teacher' and '~' not in r['key']]
@@ -47,13 +47,13 @@ def _teachers_clause(s:dict)->str:
         return f'; its teachers were {joined(teachers)}'
     return f'; its teacher was {teachers[0]}'
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #fd3ee21f
+# %% ../../nbs/09_analysis/02_notes.ipynb #9714bcb6
 def _target_clause(row:dict)->str:
     "' (target: synergy logits)'; nothing where the target is plainly the teachers"
     target = supervision_text(row)
     return '' if target.startswith('teacher') else f' (target: {target})'
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #33535b9e
+# %% ../../nbs/09_analysis/02_notes.ipynb #083f8175
 def warn_behind(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -68,14 +68,14 @@ def warn_behind(
         return f"{s['method']} is BELOW {s['baseline']} by {points:.2f} points, counted image by image."
     return ''
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #affa7c8a
+# %% ../../nbs/09_analysis/02_notes.ipynb #80abeec5
 def warn_leak(
     s:dict, # summary.json
 )->str: # A sentence, or ''
     "A teacher saw classes that were still to come"
     return leak_note(s)
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #88b5e7d0
+# %% ../../nbs/09_analysis/02_notes.ipynb #6830baf8
 def is_noise(
     row:dict,     # Row of a teacher
     source:str,   # Where its weights are from
@@ -84,7 +84,7 @@ def is_noise(
     "Is the teacher untrained, or hardly above chance on the test images?"
     return source == 'untrained' or near_chance(row['test_acc_val_selected'], n_class)
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #34db93a2
+# %% ../../nbs/09_analysis/02_notes.ipynb #8b25dc0a
 def warn_untrained(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -100,7 +100,7 @@ def warn_untrained(
     return (f"UNTRAINED TEACHER, or one hardly above chance ({100/s['n_class']:.1f} %): {joined(low)}. "
             "Its logits are noise. Fine-tune it (finetune_epochs) or give it weights.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #95fb22f8
+# %% ../../nbs/09_analysis/02_notes.ipynb #e34b49ae
 def warn_gate(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -113,19 +113,19 @@ def warn_gate(
             "the bridge's logits were no better than the teachers' plain average, so the student was trained on the "
             "average there.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #7d033f05
+# %% ../../nbs/09_analysis/02_notes.ipynb #323ba80e
 def gate_lines(
     s:dict, # summary.json
 )->list: # A line a stage
     "What the gate of each stage measured and decided"
     out = []
     for g in s.get('gates', ()):
-        state = 'off (synergy_gate=0)' if not g.get('asked', True) else 'open' if g['gate'] else 'closed'
+        state = 'off (synergy_gate=0)' if not g.get('checked', True) else 'open' if g['gate'] else 'closed'
         out.append(f"stage {g['stage']}: synergy gate {state} "
                    f"(validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})")
     return out
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #bf741fa5
+# %% ../../nbs/09_analysis/02_notes.ipynb #2c5d5d2e
 def warn_oracle(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -138,7 +138,7 @@ def warn_oracle(
             f"instead of {100*chosen:.2f} % ({100*(oracle - chosen):+.2f} points). "
             "The column 'test % (oracle)' is no result.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #344a329c
+# %% ../../nbs/09_analysis/02_notes.ipynb #a8a0afb7
 def warn_no_baseline(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -147,7 +147,7 @@ def warn_no_baseline(
         return ''
     return "NO BASELINE was run (compare=0): whether the method helped cannot be seen here."
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #65953e48
+# %% ../../nbs/09_analysis/02_notes.ipynb #e98ec9e5
 def warn_seed(
     s:dict, # summary.json
 )->str:
@@ -155,7 +155,7 @@ def warn_seed(
     return (f"ONE SEED ({s['seed']}): what another would give is not known. "
             "`asibkd loop` runs several and gives intervals.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #5c5116db
+# %% ../../nbs/09_analysis/02_notes.ipynb #fbaf318e
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_baseline, warn_seed)
 TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle)   # what verdict and `explain_cl` do not say
 
@@ -166,7 +166,7 @@ def warnings_of(
     "Everything a reader of this run has to beware of"
     return [text for warn in which if (text := warn(s))]
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #6486a04b
+# %% ../../nbs/09_analysis/02_notes.ipynb #b75a28dd
 def verdict_lines(
     s:dict, # summary.json
 )->list: # of sentences; [] for a run without a verdict
@@ -178,7 +178,7 @@ def verdict_lines(
                 f"[{100*o['low']:+.2f}, {100*o['high']:+.2f}]")
     return [s['verdict'], *map(line, s.get('differences', ()))]
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #392b94f0
+# %% ../../nbs/09_analysis/02_notes.ipynb #16123c66
 def cl_text(
     s:dict, # summary.json of a continual run
 )->str:
@@ -188,7 +188,7 @@ def cl_text(
               for k, name in kinds.items()]
     return '\n'.join([explain_cl(s), *tables])
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #3cb8ea1b
+# %% ../../nbs/09_analysis/02_notes.ipynb #22ec8c63
 def run_text(
     s:dict, # summary.json; with `run`, its folder, it ends with where everything is
 )->str:

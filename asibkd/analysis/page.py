@@ -19,14 +19,14 @@ def text(
     "Paragraphs of a page"
     return dict(kind='text', paragraphs=[o for o in paragraphs if o])
 
-# %% ../../nbs/09_analysis/05_page.ipynb #60bb6f21
+# %% ../../nbs/09_analysis/05_page.ipynb #811bcc50
 def code(
     line:str, # One line or several
 )->dict:
     "Something to be typed"
     return dict(kind='code', line=line)
 
-# %% ../../nbs/09_analysis/05_page.ipynb #98a73efd
+# %% ../../nbs/09_analysis/05_page.ipynb #ee35baf5
 def details(
     title:str, # What is shown at first
     *parts:dict,
@@ -34,7 +34,7 @@ def details(
     "Parts that are shown on request"
     return dict(kind='details', title=title, parts=parts)
 
-# %% ../../nbs/09_analysis/05_page.ipynb #b01b3ac5
+# %% ../../nbs/09_analysis/05_page.ipynb #6165f05b
 def section(
     title:str,
     *parts, # Parts; None is left out
@@ -42,7 +42,7 @@ def section(
     "A heading and what stands under it"
     return dict(id=re.sub(r'\W+', '-', title.lower()), title=title, parts=[p for p in parts if p])
 
-# %% ../../nbs/09_analysis/05_page.ipynb #363b4e76
+# %% ../../nbs/09_analysis/05_page.ipynb #44530324
 def same_decimals(
     col:'pd.Series', # A column
 )->list: # of strings
@@ -54,7 +54,7 @@ def same_decimals(
     n = max((len(o.partition('.')[2]) for o in words), default=0)
     return [o and f'{v + 0.:.{n}f}' for o, v in zip(words, col)]
 
-# %% ../../nbs/09_analysis/05_page.ipynb #f6b254a4
+# %% ../../nbs/09_analysis/05_page.ipynb #e939377f
 def holds_numbers(
     col:'pd.Series', # A column
     words:list,      # Its cells, as they are shown
@@ -65,7 +65,7 @@ def holds_numbers(
         return True
     return any(re.search(r'\d\.\d', v) for v in words) and all(re.match(r'[-+]?\d|all$|$', v) for v in words)
 
-# %% ../../nbs/09_analysis/05_page.ipynb #9c46bf4f
+# %% ../../nbs/09_analysis/05_page.ipynb #0fd8ca08
 def table(
     t:'pd.DataFrame',
     caption:str,  # Read before the table
@@ -79,14 +79,14 @@ def table(
     return dict(kind='table', caption=caption, head=list(map(str, t.columns)), rows=rows, number=number,
                 highlight=list(highlight) or [False]*len(rows), links=links or ['']*len(rows))
 
-# %% ../../nbs/09_analysis/05_page.ipynb #70e2d5c5
+# %% ../../nbs/09_analysis/05_page.ipynb #09fae968
 def _drawn(fig, kind, **options)->bytes:
     "A figure as a file of some kind"
     out = io.BytesIO()
     fig.savefig(out, format=kind, **options)
     return out.getvalue()
 
-# %% ../../nbs/09_analysis/05_page.ipynb #7ba1855c
+# %% ../../nbs/09_analysis/05_page.ipynb #27c6c818
 def picture(
     fig:'Figure',
     caption:str,   # Under the picture
@@ -101,7 +101,7 @@ def picture(
     src = f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
     return dict(kind='picture', caption=caption, alt=alt, size=size, src=src)
 
-# %% ../../nbs/09_analysis/05_page.ipynb #4e471aef
+# %% ../../nbs/09_analysis/05_page.ipynb #7f995661
 def marked(
     words:str, # Text of a user or of ours
 )->'Markup':
@@ -112,7 +112,7 @@ def marked(
         return Markup('`').join(parts)
     return Markup('').join(Markup(f'<code>{o}</code>') if i % 2 else o for i, o in enumerate(parts))
 
-# %% ../../nbs/09_analysis/05_page.ipynb #e3bdc7e5
+# %% ../../nbs/09_analysis/05_page.ipynb #50abc7f5
 @cache
 def templates()->'Environment':
     "The templates of the package; everything that is filled in is escaped"
@@ -121,7 +121,7 @@ def templates()->'Environment':
     env.filters['marked'] = marked
     return env
 
-# %% ../../nbs/09_analysis/05_page.ipynb #68efda76
+# %% ../../nbs/09_analysis/05_page.ipynb #b71eeedb
 def render(
     page:dict, # title, what, verdict, warnings, sections
 )->str:

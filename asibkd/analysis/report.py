@@ -7,7 +7,7 @@ __all__ = ['OURS', 'repeat_section', 'run_page', 'save_report', 'is_our_method',
            'run_warnings', 'seed_warnings', 'compare_warnings', 'best_sentence', 'run_list', 'compare_sections',
            'compare_page', 'save_compare_report']
 
-# %% ../../nbs/09_analysis/07_report.ipynb #021a4441
+# %% ../../nbs/09_analysis/07_report.ipynb #30e12c6a
 from os.path import relpath
 from pathlib import Path
 from urllib.parse import quote
@@ -24,7 +24,7 @@ from .tables import MEASURES, effective_config, joined, load_config, load_summar
 from ..core.config import RunError
 from ..core.runfolder import atomic_write
 
-# %% ../../nbs/09_analysis/07_report.ipynb #0deb93ad
+# %% ../../nbs/09_analysis/07_report.ipynb #28e915ce
 def repeat_section(
     c:dict, # config.json
 )->dict:
@@ -33,7 +33,7 @@ def repeat_section(
             "add resume=0 to compute it anew.")
     return section('Repeat it', code(command_of(c)), text(note))
 
-# %% ../../nbs/09_analysis/07_report.ipynb #d58aa368
+# %% ../../nbs/09_analysis/07_report.ipynb #2f9cfa5b
 def run_page(
     run, # Folder of a finished run
 )->dict: # As `render` takes it
@@ -48,7 +48,7 @@ def run_page(
                 verdict=s.get('verdict', ''), warnings=warnings_of(s),
                 sections=[o for o in sections if o and o['parts']])
 
-# %% ../../nbs/09_analysis/07_report.ipynb #9ea4865c
+# %% ../../nbs/09_analysis/07_report.ipynb #7a0d4c5b
 def save_report(
     run,    # Folder of a finished run
     out='', # The file; '' = report.html in that folder
@@ -67,7 +67,7 @@ def is_our_method(
     "Is it a method this package argues for?"
     return label.split()[0] in OURS
 
-# %% ../../nbs/09_analysis/07_report.ipynb #173611c9
+# %% ../../nbs/09_analysis/07_report.ipynb #37920466
 def behind_sentence(
     a:str, b:str, # Labels
     difference,   # From `paired`: mean, half-width, common seeds
@@ -82,7 +82,7 @@ def behind_sentence(
         sure = f'± {half:.2f} over {n} common seeds' + ('' if word == 'worse' else f', {word}')
     return f'{a} is BELOW {b} by {-m:.2f} points ({sure}): it did not help here.'
 
-# %% ../../nbs/09_analysis/07_report.ipynb #e0b07a42
+# %% ../../nbs/09_analysis/07_report.ipynb #72d2289a
 def behind_warnings(
     runs:'pd.DataFrame', # From `collect`
     all_data=(),         # Methods that keep all data: upper bounds, no rivals
@@ -95,7 +95,7 @@ def behind_warnings(
     every = (behind_sentence(a, b, paired(acc[a], acc[b])) for a in ours for b in others)
     return [o for o in every if o]
 
-# %% ../../nbs/09_analysis/07_report.ipynb #9f59cf75
+# %% ../../nbs/09_analysis/07_report.ipynb #b933a77a
 def run_warnings(
     summaries:list, # Of the runs that are compared
 )->list: # of sentences
@@ -108,7 +108,7 @@ def run_warnings(
             out.append(share + found[0])
     return out
 
-# %% ../../nbs/09_analysis/07_report.ipynb #d0721f69
+# %% ../../nbs/09_analysis/07_report.ipynb #5cf35505
 def seed_warnings(
     seeds:dict, # label → number of seeds
 )->list: # of sentences
@@ -122,7 +122,7 @@ def seed_warnings(
         out.append(f'Unequal numbers of seeds ({counts}): differences count common seeds only.')
     return out
 
-# %% ../../nbs/09_analysis/07_report.ipynb #69297481
+# %% ../../nbs/09_analysis/07_report.ipynb #88e06853
 def compare_warnings(
     runs:'pd.DataFrame', # From `collect`
 )->list: # of sentences
@@ -152,7 +152,7 @@ def best_sentence(
     ours = ''.join(f' {k}: {stands[k]}.' for k in others if is_our_method(k) and k != base)
     return f'{best} is best: {t[measure][0]} ({measure}), {stands[best]}.' + ours
 
-# %% ../../nbs/09_analysis/07_report.ipynb #0bf3c276
+# %% ../../nbs/09_analysis/07_report.ipynb #e0499f99
 def run_list(
     runs:'pd.DataFrame', # From `collect`
     beside,              # Folder of the page
@@ -165,7 +165,7 @@ def run_list(
     links = [quote(Path(relpath(p, beside)).as_posix()) if p.exists() else '' for p in pages]
     return table(t, 'Every student that was counted', links=links)
 
-# %% ../../nbs/09_analysis/07_report.ipynb #4103858f
+# %% ../../nbs/09_analysis/07_report.ipynb #9adc6777
 def compare_sections(
     runs:'pd.DataFrame', # From `collect`
     t:'pd.DataFrame',    # From `compare_runs`
@@ -187,7 +187,7 @@ def compare_sections(
             section('Who wins how often', wins), section('Curves', curves), section('Runs', run_list(runs, beside)),
             section('Repeat it', code('\n'.join(commands)))]
 
-# %% ../../nbs/09_analysis/07_report.ipynb #9f6a8314
+# %% ../../nbs/09_analysis/07_report.ipynb #610e832a
 def compare_page(
     runs,        # From `collect`, or a folder
     baseline='', # Label that the others are compared with; '' = `default_baseline`
@@ -205,7 +205,7 @@ def compare_page(
     return dict(title=f'{len(t)} methods on {datasets}', what=what, verdict=best, warnings=compare_warnings(runs),
                 sections=compare_sections(runs, t, base, best, beside))
 
-# %% ../../nbs/09_analysis/07_report.ipynb #007baaca
+# %% ../../nbs/09_analysis/07_report.ipynb #e9061d1e
 def save_compare_report(
     runs,        # From `collect`, or a folder
     out,         # The file

@@ -26,7 +26,7 @@ from ..core.config import Config, RunError, fields_read_by, resolve
 from ..distil import asmb, crd, multi, single    # they register their methods
 from ..distil.methods import is_ours, methods
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #9f13e834
+# %% ../../nbs/09_analysis/06_sections.ipynb #4937c586
 _NOT_PARAMETERS = ('_requested', 'user_code', 'kind')      # keys of config.json that `Config` does not have
 
 def requested_parameters(
@@ -35,13 +35,13 @@ def requested_parameters(
     "The parameters as they were typed, before the run settled what `auto` and the like mean"
     return {k: v for k, v in (c | c.get('_requested', {})).items() if k not in _NOT_PARAMETERS}
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #b5a3ec08
+# %% ../../nbs/09_analysis/06_sections.ipynb #569a67ef
 def _resolved(**typed)->dict:
     "Every parameter that these resolve to, as JSON has them"
     cfg, extra = resolve(**typed)
     return json.loads(json.dumps(cfg.model_dump() | extra))
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #677962ee
+# %% ../../nbs/09_analysis/06_sections.ipynb #036d6bdd
 def parameters_to_type(
     c:dict, # config.json
 )->dict:
@@ -54,7 +54,7 @@ def parameters_to_type(
         return k != 'preset' and (before if k in first else after).get(k, ...) == v
     return {k: v for k, v in c.items() if not is_known(k, v)}
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #bcba7db9
+# %% ../../nbs/09_analysis/06_sections.ipynb #75245254
 def package_method(
     c:dict, # config.json
 )->type: # None where it was registered by somebody else
@@ -62,7 +62,7 @@ def package_method(
     cls = cl_methods.get(c['cl_method']) if c['cl_mode'] else methods.get(c['method'])
     return cls if cls and is_ours(cls) else None
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #3e2841be
+# %% ../../nbs/09_analysis/06_sections.ipynb #ce8698ec
 def _typed_value(v)->str:
     "A value as the command line takes it"
     if v is None:
@@ -71,7 +71,7 @@ def _typed_value(v)->str:
         return str(int(v))
     return ','.join(map(str, v)) if isinstance(v, list) else str(v)
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #643414f4
+# %% ../../nbs/09_analysis/06_sections.ipynb #64253ded
 def command_of(
     c:dict, # config.json
 )->str:
@@ -92,7 +92,7 @@ def _shown_value(v)->str:
         return ''
     return ', '.join(map(str, v)) if isinstance(v, list) else str(v)
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #dd98803e
+# %% ../../nbs/09_analysis/06_sections.ipynb #89cce9bb
 def changed_parameters(
     c:dict, # config.json
 )->pd.DataFrame: # parameter, value, default, meaning
@@ -108,7 +108,7 @@ def changed_parameters(
             if k not in (*_NOT_PARAMETERS, *unread) and usual.get(k, ...) != v]
     return pd.DataFrame(rows, columns=['parameter', 'value', 'default', 'meaning'])
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #e0a82b4a
+# %% ../../nbs/09_analysis/06_sections.ipynb #aab23814
 def config_parts(
     c:dict, # config.json
 )->tuple:
@@ -118,7 +118,7 @@ def config_parts(
     return (table(changed_parameters(c), 'Parameters that differ from the defaults'),
             details(f'All {len(rows)} parameters', every))
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #820db336
+# %% ../../nbs/09_analysis/06_sections.ipynb #0f70abd6
 def env_part(
     run, # Run folder
 )->dict: # None where there is no `env.json`
@@ -131,7 +131,7 @@ def env_part(
     rows = [dict(what=k, value=str(v)) for k, v in env.items() if v is not None]
     return table(pd.DataFrame(rows), 'Environment')
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #a66edd84
+# %% ../../nbs/09_analysis/06_sections.ipynb #4d31fa52
 def time_parts(
     s:dict, # summary.json
 )->tuple:
@@ -159,7 +159,7 @@ def curve_picture(
     caption = 'Validation accuracy, epoch by epoch. Left the students, right the teachers and the synergy.'
     return picture(plot_curves(run), caption, f'Learning curves. In validation accuracy {ends}.')
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #31090b19
+# %% ../../nbs/09_analysis/06_sections.ipynb #3a298f38
 def front_picture(
     t:pd.DataFrame, # From `result_table`
     cost:str,       # Column
@@ -176,7 +176,7 @@ def front_picture(
     caption = f'{gain} against {cost}; filled squares are not dominated by any other model of this table.'
     return picture(plot_front(t, cost, gain), caption, f'{gain} against {cost}. On the Pareto front: {best}.')
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #b3b5e803
+# %% ../../nbs/09_analysis/06_sections.ipynb #f176e141
 def information_picture(
     run, # Run folder
 )->dict: # None where no bottleneck was trained
@@ -206,7 +206,7 @@ def confusion_section(
     return section('Confusion', picture(plot_confusion(c, model), caption, words),
                    table(pairs, 'The most frequent confusions') if len(pairs) else None)
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #f254ca91
+# %% ../../nbs/09_analysis/06_sections.ipynb #3dc2aad2
 def calibration_section(
     t:pd.DataFrame, # From `load_predictions`
     models,         # Columns; those without confidences are left out
@@ -221,7 +221,7 @@ def calibration_section(
     return section('Calibration', picture(plot_reliability(r), caption,
                                           f'Reliability diagrams. Expected calibration error: {errors}.'))
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #8f7a793a
+# %% ../../nbs/09_analysis/06_sections.ipynb #4896feef
 def disagreement_section(
     t:pd.DataFrame, # From `load_predictions`
     models,         # Columns
@@ -237,7 +237,7 @@ def disagreement_section(
     caption = 'Share of the test images for which two models predict different classes.'
     return section('Disagreement', picture(plot_disagreement(d), caption, words))
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #3cce88d4
+# %% ../../nbs/09_analysis/06_sections.ipynb #3c430fc5
 def prediction_sections(
     run,    # Run folder
     s:dict, # summary.json
@@ -269,7 +269,7 @@ def score_table(
             for k, v in every.items()]
     return table(pd.DataFrame(rows), 'Scores on the test images', [k == s['method'] for k in every])
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #b29d3372
+# %% ../../nbs/09_analysis/06_sections.ipynb #6fad53d0
 def difference_table(
     s:dict, # summary.json
 )->dict: # None for a run without baselines
@@ -298,7 +298,7 @@ def result_section(
     scores = table(t.drop(columns=costs), 'The test images of every task, after each task', own)
     return section('Result', scores, difference_table(s), table(t[['method', *costs]], 'What it cost', own))
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #d666510e
+# %% ../../nbs/09_analysis/06_sections.ipynb #d3f98059
 def accuracy_section(
     s:dict, # summary.json of a continual run
 )->dict:
@@ -313,7 +313,7 @@ def accuracy_section(
     words = text(*newest_wins(s).splitlines())
     return section('Accuracy task by task', words, picture(plot_R(s), caption, alt), *R)
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #546af58b
+# %% ../../nbs/09_analysis/06_sections.ipynb #a7a64336
 def cl_sections(
     s:dict, # summary.json of a continual run
 )->list:
@@ -328,7 +328,7 @@ def cl_sections(
         out.append(section('Memory', held))
     return out
 
-# %% ../../nbs/09_analysis/06_sections.ipynb #b3e922bd
+# %% ../../nbs/09_analysis/06_sections.ipynb #b1fe1159
 def figure_sections(
     run,    # Run folder
     s:dict, # summary.json

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.config import RunError
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #6150083d
+# %% ../../nbs/09_analysis/00_tables.ipynb #7086736a
 def load_summary(
     run, # Run folder
 )->dict: # What came out: rows, verdict, times, …
@@ -24,14 +24,14 @@ def load_summary(
         raise RunError(f"'{f}' does not exist: '{run}' is not the folder of a finished run.")
     return json.loads(f.read_text(encoding='utf-8'))
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #f901e9d7
+# %% ../../nbs/09_analysis/00_tables.ipynb #127a05d7
 def load_config(
     run, # Run folder
 )->dict: # Key → value
     "Read `config.json`: every parameter, as the run settled it"
     return json.loads((Path(run)/'config.json').read_text(encoding='utf-8'))
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #87494499
+# %% ../../nbs/09_analysis/00_tables.ipynb #4c49c7e4
 def load_metrics(
     run, # Run folder
 )->'pd.DataFrame': # An epoch a row; empty where the run kept no `metrics.jsonl`
@@ -42,7 +42,7 @@ def load_metrics(
         return pd.DataFrame()
     return pd.DataFrame([json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o])
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #0e71d3bf
+# %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
 def joined(
     names, # Any items
 )->str: # 'a, b and c'
@@ -50,7 +50,7 @@ def joined(
     *most, last = list(map(str, names))
     return f"{', '.join(most)} and {last}" if most else last
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #9aa4f21f
+# %% ../../nbs/09_analysis/00_tables.ipynb #f07efe69
 def shorten(
     name,    # Name of a model, a class, a method
     most=24, # Characters
@@ -59,28 +59,28 @@ def shorten(
     name = str(name)
     return name if len(name) <= most else name[:most - 1] + '…'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #23a27e6b
+# %% ../../nbs/09_analysis/00_tables.ipynb #e21f279b
 def is_cl(
     summary:dict, # summary.json
 )->bool:
     "Is it the summary of a continual run?"
     return summary.get('kind') == 'cl'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #7ce608f8
+# %% ../../nbs/09_analysis/00_tables.ipynb #7d8d68de
 def is_student(
     row:dict, # Row of a summary
 )->bool:
     "Is it a trained student, the run's own or a baseline's?"
     return row['role'] == 'student'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #e50173c0
+# %% ../../nbs/09_analysis/00_tables.ipynb #53d910c8
 def role_text(
     row:dict, # Row of a summary
 )->str: # 'teacher', 'ensemble', 'student: asmb'
     "What a model was in its run"
     return f"student: {row['key']}" if is_student(row) else row['role']
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #13bc4188
+# %% ../../nbs/09_analysis/00_tables.ipynb #e291352d
 _LOGITS = dict(teachers='teacher logits', average='averaged logits', synergy='synergy logits')
 
 def logits_text(
@@ -92,7 +92,7 @@ def logits_text(
         return _LOGITS.get(first, first if first == 'labels' else f'{first} logits')
     return 'averaged, later synergy logits' if first == 'average' else 'synergy, later averaged logits'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #e3cb067c
+# %% ../../nbs/09_analysis/00_tables.ipynb #efaae524
 _SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pretrained='pretrained',
                 untrained='untrained', adapted='phase A')
 
@@ -107,7 +107,7 @@ def weights_text(
     of = f" of {len(weights['classes'])} classes" if weights.get('classes') else ''
     return _SOURCES.get(source, source) + of
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #ffb335d0
+# %% ../../nbs/09_analysis/00_tables.ipynb #ae639119
 _OBJECTIVES = dict(distil='averaged logits', ce='labels', both='labels + averaged logits')
 
 def supervision_text(
@@ -127,14 +127,14 @@ def supervision_text(
     views = f", {target['views']} recycled views" if target.get('views') else ''
     return logits_text(target['logits']) + features + views
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #ffc79fff
+# %% ../../nbs/09_analysis/00_tables.ipynb #2eb2363a
 def sees_all_data(
     row:dict, # Row of a continual run's summary
 )->bool:
     "Did the method keep all data so far?"
     return row.get('memory') == 'all'
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #d111103a
+# %% ../../nbs/09_analysis/00_tables.ipynb #2a7c873e
 def keeps_text(
     row:dict, # Row of a continual run's summary
 )->str: # 'all data so far', '200 kept images', '0 kept images'
@@ -156,7 +156,7 @@ CL_COLUMNS = dict(      # … and for a continual one
     task_BWT='task-IL BWT', task_FWT='task-IL FWT', memory_mb='memory (MB)', logits_mb='of it logits (MB)',
     student_images='student images', teacher_forwards='teacher forwards', leak='leak', seconds='train (s)')
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #53e9d179
+# %% ../../nbs/09_analysis/00_tables.ipynb #33e4c802
 FRACTIONS = ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc',
              'ACC', 'AIA', 'AIA_samples', 'BWT', 'forgetting', 'forgetting_avalanche', 'forgetting_mammoth',
              'learning_acc', 'task_ACC', 'task_BWT', 'task_FWT')     # in a summary; per cent in a table
@@ -175,7 +175,7 @@ def shown_number(
     decimals = dict(latency_ms=2, seconds=1, memory_mb=4, logits_mb=4).get(key)
     return v if decimals is None else round(v, decimals)
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #3a8f4116
+# %% ../../nbs/09_analysis/00_tables.ipynb #6f19fa10
 def shown_row(
     row:dict,  # Row of a summary
     time:dict, # The summary's `time`: seconds and latency by key
@@ -188,7 +188,7 @@ def shown_row(
         out['memory_mb'] = 'all'
     return out
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #774cc5c4
+# %% ../../nbs/09_analysis/00_tables.ipynb #de084775
 def result_rows(
     summary, # A summary, or the folder of a finished run
 )->list: # A dict a row; keys are the heads of the columns
@@ -201,7 +201,7 @@ def result_rows(
     full = [k for k in names if any(r.get(k) not in (None, '') for r in rows)]
     return [{names[k]: r.get(k) for k in full} for r in rows]
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #b7edb406
+# %% ../../nbs/09_analysis/00_tables.ipynb #96037402
 def result_table(
     summary, # A summary, or the folder of a finished run
 )->'pd.DataFrame':
@@ -209,7 +209,7 @@ def result_table(
     import pandas as pd
     return pd.DataFrame(result_rows(summary))
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #cca9f387
+# %% ../../nbs/09_analysis/00_tables.ipynb #70b5e4b5
 def cell(
     v, # A value of a table
 )->str:
@@ -218,7 +218,7 @@ def cell(
         return ''
     return f'{v + 0.:g}' if isinstance(v, float) else str(v)
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #78824c6d
+# %% ../../nbs/09_analysis/00_tables.ipynb #88259e82
 def show_table(
     t, # Rows (a list of dicts), or a DataFrame
 )->str:
@@ -236,14 +236,14 @@ def show_table(
     rule = '|' + '|'.join('-'*(n + 2) for n in width) + '|'
     return '\n'.join([line(rows[0]), rule, *map(line, rows[1:])])
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #5ee5dad7
+# %% ../../nbs/09_analysis/00_tables.ipynb #c57f85a9
 MEASURES = dict(        # kind of run → key of a row → head of the column
     distil=dict(val_acc='val %', test_acc_val_selected='test % (selected)', test_acc_last='test % (last)'),
     cl=dict(val_acc='val ACC %', ACC='ACC %', AIA='AIA %', BWT='BWT', forgetting='forgetting',
             task_ACC='task-IL ACC %'))
 COSTS = ('params', 'macs')
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #43c25d9e
+# %% ../../nbs/09_analysis/00_tables.ipynb #e86b653c
 def measures(
     row:dict,      # Row of a student
     kind='distil', # Kind of run: distil or cl
@@ -251,7 +251,7 @@ def measures(
     "What a student is measured by, in per cent"
     return {k: float('nan') if row[k] is None else 100*row[k] for k in MEASURES[kind]}
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #decf1328
+# %% ../../nbs/09_analysis/00_tables.ipynb #226cbc35
 def effective_config(
     s:dict,  # summary.json
     c:dict,  # config.json
@@ -263,7 +263,7 @@ def effective_config(
     keys = dict(student_type=s['method'], teacher1_type='teacher1', teacher2_type='teacher2')
     return c | dict(dataset=s['dataset']) | {k: models[v] for k, v in keys.items() if v in models}
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #f3ae01a3
+# %% ../../nbs/09_analysis/00_tables.ipynb #7da4383d
 def finished_runs(
     *paths, # Run folders, or folders of run folders
 )->list: # of (folder, summary, parameters)
@@ -277,7 +277,7 @@ def finished_runs(
         raise RunError(f"No finished run in {', '.join(map(str, paths))}. Start one with `asibkd run`.")
     return out
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #fe662e66
+# %% ../../nbs/09_analysis/00_tables.ipynb #42e53ff1
 def load_runs(
     *paths, # Run folders, or folders of run folders
 )->'pd.DataFrame': # exp_id, method, seed, run (its folder), costs, measures in per cent, and every parameter
@@ -293,7 +293,7 @@ def load_runs(
     t = pd.DataFrame(rows).drop(columns='_requested', errors='ignore')
     return t[[k for k in dict.fromkeys(first) if k in t] + [k for k in t if k not in first]]
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #a0c1d1ac
+# %% ../../nbs/09_analysis/00_tables.ipynb #86c09be4
 def baselines_ahead(
     summary, # A summary, or the folder of a finished run
 )->dict: # Baseline → points it is ahead, largest first

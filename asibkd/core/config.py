@@ -95,12 +95,12 @@ class Config(*GROUPS[::-1]):   # reversed: pydantic collects fields from the las
     def _listed(cls, v):
         return [o.strip() for o in v.strip('[]').split(',') if o.strip()] if isinstance(v, str) else v
 
-# %% ../../nbs/00_core/01_config.ipynb #fe71962b
+# %% ../../nbs/00_core/01_config.ipynb #3c57340e
 def fields_that_affect_results()->list: # Names, in the order of the help page
     "Parameters of which another value makes another run"
     return [k for k, f in Config.model_fields.items() if f.json_schema_extra['affects_result']]
 
-# %% ../../nbs/00_core/01_config.ipynb #30218ced
+# %% ../../nbs/00_core/01_config.ipynb #461e00f5
 def fields_read_by(
     tag:str, # 'bridge', 'cl', 'finetune' or 'eval'
 )->list: # Names, in the order of the help page
@@ -110,7 +110,7 @@ def fields_read_by(
         raise unknown_name('reader', tag, filter(None, set(tags.values())))
     return [k for k, t in tags.items() if t == tag]
 
-# %% ../../nbs/00_core/01_config.ipynb #b389b44d
+# %% ../../nbs/00_core/01_config.ipynb #baa02c15
 def parameter_rows()->list: # [dict(group, key, default, bounds, about, affects_result, read_by)]
     "Every parameter there is, in the order of the help page"
     return [r for g in GROUPS for r in group_rows(g)]
@@ -128,7 +128,7 @@ def list_presets()->list: # Names as `preset=` takes them
     "The presets that come with the package"
     return sorted(f.relative_to(PRESETS).with_suffix('').as_posix() for f in PRESETS.rglob('*.yaml'))
 
-# %% ../../nbs/00_core/01_config.ipynb #b0d68a9b
+# %% ../../nbs/00_core/01_config.ipynb #202c3a55
 def flatten_log(
     d:dict, # Values as they were written
 )->dict: # Flat keys
@@ -137,7 +137,7 @@ def flatten_log(
     flat = {k: v for k, v in d.items() if k not in ('log', '_requested', 'user_code', 'own', 'kind')}
     return flat | {f'log_{k}': v for k, v in nested.items()}
 
-# %% ../../nbs/00_core/01_config.ipynb #53295cd8
+# %% ../../nbs/00_core/01_config.ipynb #6682ccb7
 def read_yaml(
     path, # A YAML file; a run's config.json is one, too
 )->dict: # Flat keys
@@ -153,7 +153,7 @@ def read_yaml(
         raise ConfigError(f"Parameter file '{path}' holds a {type(d).__name__}; expected lines of `key: value`.")
     return flatten_log(d)
 
-# %% ../../nbs/00_core/01_config.ipynb #91081388
+# %% ../../nbs/00_core/01_config.ipynb #62081c73
 def effective_value(
     layers:list, # Dicts, the later ones win
     key:str,
@@ -161,7 +161,7 @@ def effective_value(
     "What the last layer that has `key` says; else its default"
     return next((d[key] for d in reversed(layers) if key in d), Config.model_fields[key].default)
 
-# %% ../../nbs/00_core/01_config.ipynb #82c6e480
+# %% ../../nbs/00_core/01_config.ipynb #fa1860dd
 def is_on(
     v, # A switch as it was typed
 )->bool:
@@ -171,7 +171,7 @@ def is_on(
 BLOCKS = dict(with_digits=lambda layers: effective_value(layers, 'dataset') == 'digits',
               with_cl_mode=lambda layers: is_on(effective_value(layers, 'cl_mode')))
 
-# %% ../../nbs/00_core/01_config.ipynb #9fcc1549
+# %% ../../nbs/00_core/01_config.ipynb #5875ae8c
 def merge_presets(
     base:dict, # Values
     over:dict, # Values that win
@@ -180,7 +180,7 @@ def merge_presets(
     blocks = {b: (base.get(b) or {}) | (over.get(b) or {}) for b in BLOCKS}
     return base | over | {b: v for b, v in blocks.items() if v}
 
-# %% ../../nbs/00_core/01_config.ipynb #57d55cda
+# %% ../../nbs/00_core/01_config.ipynb #3a7bc318
 def preset_values(
     name:str,     # One of `list_presets()`
     path=(),      # Presets that led to this one, to catch a circle
@@ -197,7 +197,7 @@ def preset_values(
         base |= preset_values(o, (*path, name))
     return merge_presets(base, values)
 
-# %% ../../nbs/00_core/01_config.ipynb #c6bdd186
+# %% ../../nbs/00_core/01_config.ipynb #76f580a6
 def apply_blocks(
     layers:list, # Dicts, perhaps with conditional blocks
 )->list: # The same, without blocks
@@ -228,7 +228,7 @@ PEER_NAMES = dict(   # what other libraries call them
     ema_decay='student_ema', early_stopping='patience', gradient_accumulation_steps='accumulate')
 method_params:dict[str, type[BaseModel]] = {}   # method (or 'cl:' + continual method) → the parameters it brings
 
-# %% ../../nbs/00_core/01_config.ipynb #eb0ce2a2
+# %% ../../nbs/00_core/01_config.ipynb #9b09e1d7
 def hydra_hint(
     key:str, # With dots, or one of `HYDRA_KEYS`
     names,   # The names that exist
@@ -239,7 +239,7 @@ def hydra_hint(
     near = difflib.get_close_matches(key.replace('.', '_'), names, n=1, cutoff=0.3)
     return 'here keys are flat, without dots. ' + (f"Did you mean '{near[0]}'?" if near else "See `asibkd run --help`.")
 
-# %% ../../nbs/00_core/01_config.ipynb #91075569
+# %% ../../nbs/00_core/01_config.ipynb #9951d65b
 def refuse_key(
     key:str, # A key that does not exist
     names,   # Those that do
@@ -287,7 +287,7 @@ def explain_validation(
         lines.append(f"Parameter '{key}' = {o['input']!r}: {o['msg']}.{about}")
     return '\n'.join(dict.fromkeys(lines))
 
-# %% ../../nbs/00_core/01_config.ipynb #7988515e
+# %% ../../nbs/00_core/01_config.ipynb #64907a27
 plugins:dict[str, str] = {}   # file → hash of the text that was run
 
 def run_plugin_file(
@@ -326,7 +326,7 @@ def load_plugins(
         except Exception as e:
             raise ConfigError(f"plugin='{name}' failed: {type(e).__name__}: {e}") from e
 
-# %% ../../nbs/00_core/01_config.ipynb #7661e8f7
+# %% ../../nbs/00_core/01_config.ipynb #d5fe39b7
 def preset_names(
     preset, # As it was typed: a name, 'a,b', '[a, b]', a list, or 'none'
 )->list:
@@ -350,7 +350,7 @@ def config_layers(
         load_plugins(effective_value(layers, 'plugin'))
     return layers
 
-# %% ../../nbs/00_core/01_config.ipynb #d4171aab
+# %% ../../nbs/00_core/01_config.ipynb #ae9118da
 def refuse_idle_cl(
     given:dict,  # What was typed
     layers:list, # All layers
@@ -363,7 +363,7 @@ def refuse_idle_cl(
             raise ConfigError(f"{k}={given[k]} without cl_mode: parameters of continual learning count only with "
                               f"cl_mode=1. Add it, or leave {k} out.")
 
-# %% ../../nbs/00_core/01_config.ipynb #d4bd9cef
+# %% ../../nbs/00_core/01_config.ipynb #fed54b5a
 def params_model(
     layers:list, # All layers
 )->type[BaseModel]|None: # None: it brings none
@@ -371,7 +371,7 @@ def params_model(
     cl = is_on(effective_value(layers, 'cl_mode'))
     return method_params.get('cl:' + effective_value(layers, 'cl_method') if cl else effective_value(layers, 'method'))
 
-# %% ../../nbs/00_core/01_config.ipynb #35528442
+# %% ../../nbs/00_core/01_config.ipynb #bda3e94f
 def resolve(
     _file='',     # A YAML file of values (`-f file.yaml`), between preset and given
     **given,      # What the user typed: flat keys
@@ -392,7 +392,7 @@ def resolve(
     except ValidationError as e:
         raise ConfigError(explain_validation(e)) from None
 
-# %% ../../nbs/00_core/01_config.ipynb #d8abf0e0
+# %% ../../nbs/00_core/01_config.ipynb #a67a4ed3
 def near_chance(
     acc:float,    # Accuracy, 0…1
     n_class:int,  # Of how many classes

@@ -8,13 +8,13 @@ __all__ = ['side_param', 'bridge_param', 'finetune_param', 'cl_param', 'eval_par
            'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual', 'Memory',
            'Penalties', 'Evaluation']
 
-# %% ../../nbs/00_core/00_params.ipynb #7507f3a2
+# %% ../../nbs/00_core/00_params.ipynb #1258e250
 from functools import partial
 from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# %% ../../nbs/00_core/00_params.ipynb #546ac1d7
+# %% ../../nbs/00_core/00_params.ipynb #3588cee3
 def param(
     default,              # The value where nothing is given
     about:str,            # One sentence, for `--help` and the docs
@@ -26,13 +26,13 @@ def param(
     tags = dict(affects_result=affects_result, read_by=read_by)
     return Field(default, description=about, json_schema_extra=tags, **bounds)
 
-# %% ../../nbs/00_core/00_params.ipynb #0cae0a89
+# %% ../../nbs/00_core/00_params.ipynb #70dccbe0
 class Params(BaseModel):
     "Base of every group of parameters: unknown names are refused, assignments are checked"
     model_config = ConfigDict(extra='forbid', validate_assignment=True, protected_namespaces=(),
                               defer_build=True)   # validators are built when first used: imports stay fast
 
-# %% ../../nbs/00_core/00_params.ipynb #f4e8e4c9
+# %% ../../nbs/00_core/00_params.ipynb #dc3199ae
 def field_bounds(
     field, # pydantic's `FieldInfo`
 )->str: # '≥ 0, ≤ 10', 'flat | deep', or ''
@@ -43,7 +43,7 @@ def field_bounds(
     choices = [str(o) for a in literals for o in get_args(a)]
     return ' | '.join(dict.fromkeys(choices)) or ', '.join(limits)
 
-# %% ../../nbs/00_core/00_params.ipynb #37be9604
+# %% ../../nbs/00_core/00_params.ipynb #6604718a
 def group_rows(
     group:type[Params], # A group
 )->list: # [dict(group, key, default, bounds, about, affects_result, read_by)]
@@ -51,7 +51,7 @@ def group_rows(
     return [dict(group=group.__doc__, key=k, default=f.default, bounds=field_bounds(f), about=f.description,
                  **f.json_schema_extra) for k, f in group.model_fields.items()]
 
-# %% ../../nbs/00_core/00_params.ipynb #4224121e
+# %% ../../nbs/00_core/00_params.ipynb #f00a1c1f
 class Experiment(Params):
     "Experiment"
     preset:str | list[str] = param('quickstart', "A named set of values (asibkd/presets), or several, later ones "
@@ -70,7 +70,7 @@ class Experiment(Params):
     device:Literal['auto', 'cuda', 'mps', 'cpu'] = param('auto', "Where to compute; where cuda is missing, the CPU "
         "is used, with a warning.")
 
-# %% ../../nbs/00_core/00_params.ipynb #e3bdf0b7
+# %% ../../nbs/00_core/00_params.ipynb #0886d5b8
 side_param = partial(param, affects_result=False)   # no value of it changes a result
 
 class Output(Params):
@@ -91,7 +91,7 @@ class Output(Params):
     track:Literal['none', 'tensorboard', 'wandb'] = side_param('none', "Send each epoch's numbers to a tracker "
         "(install it yourself).")
 
-# %% ../../nbs/00_core/00_params.ipynb #245a8e48
+# %% ../../nbs/00_core/00_params.ipynb #8df29a49
 class DataParams(Params):
     "Data"
     dataset:str = param('cifar100', "digits, cifar10, cifar100, imagenet32, imagenet100, imagefolder, or one you "
@@ -114,7 +114,7 @@ class DataParams(Params):
     train_per_class:int = param(0, "Use at most so many training images a class; 0 = all.", ge=0)
     skip_corrupt:bool = param(False, "Drop and count images that cannot be read instead of stopping.")
 
-# %% ../../nbs/00_core/00_params.ipynb #814977c4
+# %% ../../nbs/00_core/00_params.ipynb #62324d82
 class Models(Params):
     "Models"
     teacher1_type:str = param('resnet152', "Architecture of teacher 1: a name of `list_teachers()`, or any timm name.")
@@ -136,7 +136,7 @@ class Models(Params):
     dropout_p:float | None = param(None, "Dropout before the classifier of any teacher; empty = the architecture's "
         "own.", ge=0, lt=1)
 
-# %% ../../nbs/00_core/00_params.ipynb #57cf59ad
+# %% ../../nbs/00_core/00_params.ipynb #f84ff259
 class Freezing(Params):
     "Freezing"
     use_partial_freeze:bool = param(True, "Apply the levels and scopes below; off for every method but asmb.")
@@ -157,7 +157,7 @@ class Freezing(Params):
     distill_hidden_dim:int = param(0, "Width of the adapter's hidden layer; 0 = its output width.", ge=0)
     distill_out_dim:int = param(512, "Width of the adapter's output.", ge=1)
 
-# %% ../../nbs/00_core/00_params.ipynb #ae87cdc3
+# %% ../../nbs/00_core/00_params.ipynb #844bbdf9
 bridge_param = partial(param, read_by='bridge')
 
 class Bridge(Params):
@@ -183,7 +183,7 @@ class Bridge(Params):
     synergy_gate:bool = bridge_param(True, "Use the synergy logits only where they beat the plain average in "
         "validation NLL.")
 
-# %% ../../nbs/00_core/00_params.ipynb #e4d0bc7e
+# %% ../../nbs/00_core/00_params.ipynb #a6564342
 class Adaptation(Params):
     "Adaptation (phase A)"
     teacher_adapt_epochs:int = bridge_param(5, "Epochs of phase A in each stage.", ge=0)
@@ -198,7 +198,7 @@ class Adaptation(Params):
     reg_lambda:float = bridge_param(0.0, "L2 on the teachers' open parameters in phase A.", ge=0)
     mbm_reg_lambda:float = bridge_param(0.0, "L2 on bridge and head in phase A.", ge=0)
 
-# %% ../../nbs/00_core/00_params.ipynb #5d67c3b4
+# %% ../../nbs/00_core/00_params.ipynb #74372901
 class Distillation(Params):
     "Distillation (phase B)"
     num_stages:int = param(2, "Rounds of (teacher adaptation, student distillation).", ge=1)
@@ -217,7 +217,7 @@ class Distillation(Params):
     hybrid_beta:float = bridge_param(0.0, "Weight of plain distillation from the average of the teachers' logits.",
         ge=0)
 
-# %% ../../nbs/00_core/00_params.ipynb #985f55c6
+# %% ../../nbs/00_core/00_params.ipynb #04d75b5f
 class Terms(Params):
     "Feature terms and weights of images"
     feat_kd_alpha:float = bridge_param(0.0, "Weight of the feature term between student and synergy representation; "
@@ -235,7 +235,7 @@ class Terms(Params):
     disagree_lambda_low:float = param(1.0, "Weight where they agree.", ge=0)
     use_certainty_weight:bool = param(False, "Weigh the distillation terms by the bottleneck's certainty 1/σ².")
 
-# %% ../../nbs/00_core/00_params.ipynb #7e67a692
+# %% ../../nbs/00_core/00_params.ipynb #1bd04195
 class Optimisation(Params):
     "Optimiser and schedule"
     optimizer:Literal['auto', 'adam', 'adamw', 'sgd'] = param('auto', "auto: adam for adaptation, adamw for the "
@@ -257,7 +257,7 @@ class Optimisation(Params):
     milestones:list[int] | None = param(None, "Epochs of the drops instead of step_size.")
     gamma:float = param(0.1, "Factor of each drop.", gt=0, le=1)
 
-# %% ../../nbs/00_core/00_params.ipynb #49d45c6b
+# %% ../../nbs/00_core/00_params.ipynb #a40fb4b2
 class Precision(Params):
     "Precision and speed"
     use_amp:bool = param(True, "Mixed precision where the hardware has it; resolved to off on a CPU without native "
@@ -275,7 +275,7 @@ class Precision(Params):
     cache_views:int = param(0, "Train on N recycled versions of every image, so that RandAugment and mixing can be "
         "cached, too; 0 = always new ones.", ge=0)
 
-# %% ../../nbs/00_core/00_params.ipynb #805d635e
+# %% ../../nbs/00_core/00_params.ipynb #85894222
 finetune_param = partial(param, read_by='finetune')
 
 class Finetuning(Params):
@@ -290,7 +290,7 @@ class Finetuning(Params):
         "skipped.")
     finetune_ckpt2:str = finetune_param('', "The same for teacher 2.")
 
-# %% ../../nbs/00_core/00_params.ipynb #0de06a47
+# %% ../../nbs/00_core/00_params.ipynb #411addaa
 class MethodKeys(Params):
     "Single-teacher methods"
     logit_standardization:bool = param(False, "Standardise logits per sample before the softmax (Sun et al. 2024).")
@@ -307,7 +307,7 @@ class MethodKeys(Params):
     dkd_beta:float = param(8.0, "DKD's non-target weight.", ge=0)
     dkd_warmup:int = param(20, "Epochs over which DKD's two terms grow linearly to full weight.", ge=0)
 
-# %% ../../nbs/00_core/00_params.ipynb #24a5c2ee
+# %% ../../nbs/00_core/00_params.ipynb #9cafdc49
 cl_param = partial(param, read_by='cl')
 
 class Continual(Params):
@@ -331,7 +331,7 @@ class Continual(Params):
         "icarl); empty = the method's own.", ge=0)
     allow_leak:bool = cl_param(False, "Allow a teacher that saw future classes; the result row says so.")
 
-# %% ../../nbs/00_core/00_params.ipynb #7799306a
+# %% ../../nbs/00_core/00_params.ipynb #86ffdfba
 class Memory(Params):
     "Continual learning: memory"
     replay_ratio:float = cl_param(0.5, "Replayed images for each new one; above 0 at least one a step.", ge=0)
@@ -346,7 +346,7 @@ class Memory(Params):
     cl_der_alpha:float | None = cl_param(None, "Weight of the stored logits; empty = the method's own.", ge=0)
     cl_der_loss:Literal['kl', 'mse'] | None = cl_param(None, "Distance to the stored logits; empty = the method's own.")
 
-# %% ../../nbs/00_core/00_params.ipynb #a1ff5a68
+# %% ../../nbs/00_core/00_params.ipynb #9f86e968
 class Penalties(Params):
     "Continual learning: penalties"
     lambda_ewc:float | None = cl_param(None, "Weight of elastic weight consolidation; empty = the method's own.", ge=0)
@@ -357,7 +357,7 @@ class Penalties(Params):
     si_c:float = cl_param(5.0, "Weight c of synaptic intelligence (si).", ge=0)
     si_xi:float = cl_param(0.1, "Damping ξ of synaptic intelligence.", gt=0)
 
-# %% ../../nbs/00_core/00_params.ipynb #64c11b3b
+# %% ../../nbs/00_core/00_params.ipynb #e660e64e
 eval_param = partial(param, read_by='eval')
 
 class Evaluation(Params):
@@ -367,6 +367,6 @@ class Evaluation(Params):
     mbm_ckpt:str = eval_param('', "Weights of the bridge.")
     head_ckpt:str = eval_param('', "Weights of the synergy head (when not in mbm_ckpt).")
 
-# %% ../../nbs/00_core/00_params.ipynb #33f2fa74
+# %% ../../nbs/00_core/00_params.ipynb #2cc48b68
 GROUPS = (Experiment, Output, DataParams, Models, Freezing, Bridge, Adaptation, Distillation, Terms, Optimisation,
           Precision, Finetuning, MethodKeys, Continual, Memory, Penalties, Evaluation)

@@ -6,7 +6,7 @@
 __all__ = ['atomic_path', 'atomic_write', 'atomic_save', 'exp_name', 'package_version', 'git_commit', 'environment', 'Run',
            'start_log', 'setup_log']
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #639ccf89
+# %% ../../nbs/00_core/03_runfolder.ipynb #4b9e638c
 import contextlib, hashlib, json, logging, os, platform, shutil, subprocess, sys
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def atomic_path(
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #e193102e
+# %% ../../nbs/00_core/03_runfolder.ipynb #1ab43326
 def atomic_write(
     path,
     text:str, # The whole content
@@ -42,7 +42,7 @@ def atomic_write(
     with atomic_path(path) as tmp:
         tmp.write_text(text, encoding='utf-8')
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #d73a0d05
+# %% ../../nbs/00_core/03_runfolder.ipynb #8aef5207
 def atomic_save(
     obj, # Tensors, as `torch.save` takes them
     path,
@@ -57,7 +57,7 @@ def atomic_save(
                 raise KeyboardInterrupt from None
             raise OSError(str(e).splitlines()[0]) from e
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #6f8b5d19
+# %% ../../nbs/00_core/03_runfolder.ipynb #44392b23
 def exp_name(
     cfg:Config,
     extra=(),  # Parameters that a registered method brought
@@ -70,7 +70,7 @@ def exp_name(
     method = f'cl-{cfg.cl_method}' if cfg.cl_mode else cfg.method
     return f'{method}-{cfg.dataset}-s{cfg.seed}-{tag}'
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #3f3784fd
+# %% ../../nbs/00_core/03_runfolder.ipynb #84f67967
 def package_version(
     name:str, # Of a distribution
 )->str|None: # None: it is not installed
@@ -81,7 +81,7 @@ def package_version(
     except PackageNotFoundError:
         return None
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #6bc4110c
+# %% ../../nbs/00_core/03_runfolder.ipynb #4853c884
 def git_commit()->str|None: # None where there is no repository, or no git
     "The commit of the repository the command was started in"
     try:
@@ -126,7 +126,7 @@ class Run:
         "Is there a summary?"
         return (self/'summary.json').exists()
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #f8ba63fe
+# %% ../../nbs/00_core/03_runfolder.ipynb #5c6a0ae2
 @patch
 def _acquire(self:Run):
     "Make the folder and take its lock, or say who is in the way"
@@ -142,7 +142,7 @@ def _acquire(self:Run):
         raise RunError(f"Results folder '{self.path}' cannot be written: {e.strerror or e}. "
                        "Choose another results_dir.") from None
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #78baf318
+# %% ../../nbs/00_core/03_runfolder.ipynb #1534a81f
 @patch
 def close(self:Run,
     error=None, # What ended the run, if anything
@@ -156,7 +156,7 @@ def close(self:Run,
     if isinstance(error, AsibError) and {f.name for f in self.path.iterdir()} <= not_begun:
         shutil.rmtree(self.path, ignore_errors=True)
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #ffcae4ad
+# %% ../../nbs/00_core/03_runfolder.ipynb #10715102
 @patch
 def differences(self:Run,
     old:dict, # The folder's config.json
@@ -170,7 +170,7 @@ def differences(self:Run,
     return [f'{k}: {requested.get(k)!r} → {new.get(k)!r}' for k in keys
             if new.get(k) not in (requested.get(k), settled.get(k))]
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #a094ff9b
+# %% ../../nbs/00_core/03_runfolder.ipynb #5d34326d
 @patch
 def move_aside(self:Run):
     "Move what the folder holds to `<exp_id>~n`: starting anew loses nothing"
@@ -182,7 +182,7 @@ def move_aside(self:Run):
             f.rename(to/f.name)
     log.info(f"resume=0: the earlier run was moved to {to}")
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #b1895a68
+# %% ../../nbs/00_core/03_runfolder.ipynb #4b3e4cf1
 @patch
 def _settle(self:Run):
     "Same parameters: go on. Other parameters: refuse. `resume=0`: move the old run aside"
@@ -201,7 +201,7 @@ def _settle(self:Run):
     elif not self.finished:
         log.info(f"resuming {self.path}")
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #322d49f4
+# %% ../../nbs/00_core/03_runfolder.ipynb #88a418ca
 @patch
 def open(self:Run)->Run:
     "Take the lock, settle `resume`, and write config.json"
@@ -213,7 +213,7 @@ def open(self:Run)->Run:
         raise
     return self
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #a32cd4d5
+# %% ../../nbs/00_core/03_runfolder.ipynb #e22a4b6b
 @patch
 def __enter__(self:Run):
     return self.open()
@@ -236,7 +236,7 @@ def log_row(self:Run,
         raise RunError(f"Cannot write '{file}': {e.strerror or e}. Is the disk full? "
                        "The last checkpoint is whole.") from e
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #f40e7775
+# %% ../../nbs/00_core/03_runfolder.ipynb #67a17240
 @patch
 def rows(self:Run)->list: # Of dicts
     "The rows of metrics.jsonl; a last line cut off by a crash is dropped"
@@ -246,7 +246,7 @@ def rows(self:Run)->list: # Of dicts
         return []
     return [json.loads(o) for o in lines]
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #fdf40057
+# %% ../../nbs/00_core/03_runfolder.ipynb #de158329
 @patch
 def keep_rows(self:Run,
     n:int, # How many rows the checkpoint knows of
@@ -277,13 +277,13 @@ def finish(self:Run,
         atomic_write(shared, table.to_csv(index=False))
     atomic_write(self/'summary.json', json.dumps(summary, indent=1, ensure_ascii=False))
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #73b5a553
+# %% ../../nbs/00_core/03_runfolder.ipynb #5e3785eb
 @patch
 def summary(self:Run)->dict:
     "What the finished run left in summary.json"
     return json.loads((self/'summary.json').read_text(encoding='utf-8'))
 
-# %% ../../nbs/00_core/03_runfolder.ipynb #3c2f6828
+# %% ../../nbs/00_core/03_runfolder.ipynb #ee1450a7
 def start_log(
     level='INFO', # DEBUG, INFO, WARNING or ERROR
     file=None,    # Also written to

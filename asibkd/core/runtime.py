@@ -23,7 +23,7 @@ def seed_of(
     "A seed from any key, the same on every machine"
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little') >> 1
 
-# %% ../../nbs/00_core/04_runtime.ipynb #5f8aa6f7
+# %% ../../nbs/00_core/04_runtime.ipynb #478c4032
 def generator(
     *key,         # Strings and numbers, e.g. seed, phase, epoch, step
     device='cpu',
@@ -31,7 +31,7 @@ def generator(
     "A torch generator seeded by the key"
     return torch.Generator(device).manual_seed(seed_of(*key))
 
-# %% ../../nbs/00_core/04_runtime.ipynb #1aa7de95
+# %% ../../nbs/00_core/04_runtime.ipynb #27702ace
 def reseed(
     seed:int, # As `seed_of` makes it
 ):
@@ -42,7 +42,7 @@ def reseed(
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
 
-# %% ../../nbs/00_core/04_runtime.ipynb #ea7432c1
+# %% ../../nbs/00_core/04_runtime.ipynb #228631c2
 @contextlib.contextmanager
 def forked_rng(
     *key, # Strings and numbers
@@ -53,7 +53,7 @@ def forked_rng(
         reseed(seed_of(*key))
         yield
 
-# %% ../../nbs/00_core/04_runtime.ipynb #ee272ee0
+# %% ../../nbs/00_core/04_runtime.ipynb #7b48e56b
 def set_deterministic(
     on:bool=True,
 ):
@@ -89,7 +89,7 @@ def pick_device(
     log.warning(f"device='{want}' was asked for, but torch sees none here: the run goes on on the CPU.")
     return torch.device('cpu')
 
-# %% ../../nbs/00_core/04_runtime.ipynb #f38dedb0
+# %% ../../nbs/00_core/04_runtime.ipynb #e6b62e44
 def cpu_has_bf16()->bool:
     "Does this CPU compute in bfloat16 (AVX-512-BF16, AMX), or only emulate it?"
     checks = [getattr(torch.cpu, n, None) for n in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
@@ -111,7 +111,7 @@ def precision_of(
     given = 'amp_dtype' in cfg.model_fields_set
     return 'bf16' if given or cpu_has_bf16() else 'no'
 
-# %% ../../nbs/00_core/04_runtime.ipynb #7ea9eddb
+# %% ../../nbs/00_core/04_runtime.ipynb #bd2b3df0
 def get_amp_components(
     cfg:Config,
 )->tuple: # (autocast context, GradScaler or None)
@@ -166,7 +166,7 @@ def tau_at(
     end = cfg.tau_start if cfg.tau_end is None else cfg.tau_end
     return end + (cfg.tau_start - end) * (1 - min(max(progress, 0), 1))**cfg.tau_decay_power
 
-# %% ../../nbs/00_core/04_runtime.ipynb #15ac719f
+# %% ../../nbs/00_core/04_runtime.ipynb #626eedc4
 def beta_at(
     cfg:Config, # `use_ib`, `ib_beta`, `ib_beta_warmup_epochs`
     epoch,      # Adaptation epochs done so far, over all stages
@@ -221,7 +221,7 @@ def watched()->bool:
         return True
     return not any(o in command for o in ('papermill', 'nbconvert', 'nbdev', 'nbclient'))
 
-# %% ../../nbs/00_core/04_runtime.ipynb #18aabcb7
+# %% ../../nbs/00_core/04_runtime.ipynb #fbe3592d
 def progress_bar(
     it,              # What to iterate over
     cfg=None,        # `disable_tqdm` is read from it

@@ -124,7 +124,7 @@ def _batch_arrays(f):
     x, y = (np.asarray(o.get(k, ())) for k in ('data', 'labels'))
     side = round((x.shape[1]/3)**.5) if x.ndim == 2 else 0
     if not side or x.dtype != np.uint8 or x.shape[1] != 3*side*side or len(x) != len(y):
-        raise DataError(f"'{f}' is to hold 'data', uint8 (N, 3·s·s), and 'labels', N numbers from 1; "
+        raise DataError(f"'{f}' must hold 'data', uint8 (N, 3·s·s), and 'labels', N numbers from 1; "
                         f"got data {x.dtype} {x.shape} and {len(y)} labels.")
     if len(y) and y.min() < 1:
         raise DataError(f"Labels in '{f}' count from 1 in this format; got {y.min()}.")
@@ -205,7 +205,7 @@ def _labels_of(ds):
         return as_labels(_labels_of(ds.dataset))[torch.as_tensor(list(ds.indices), dtype=torch.int64)]
     t, n = getattr(ds, 'targets', None), len(ds)
     if n and not (isinstance(ds[0], (tuple, list)) and len(ds[0]) > 1):
-        raise DataError(f"Items of a dataset are to be (image, label); item 0 is {type(ds[0]).__name__}.")
+        raise DataError(f"Items of a dataset must be (image, label); item 0 is {type(ds[0]).__name__}.")
     try: agree = len(t) == n and all(int(t[i]) == int(ds[i][1]) for i in {0, n - 1} if n)
     except (TypeError, ValueError): agree = False
     return t if agree else [ds[i][1] for i in range(n)]
@@ -217,7 +217,7 @@ def as_image_set(
     "An `ImageSet` of anything with images and labels"
     if isinstance(o, ImageSet): return o
     if not (hasattr(o, '__len__') and hasattr(o, '__getitem__')):
-        raise DataError("A dataset is to be map-style, with len() and [i] -> (image, label); "
+        raise DataError("A dataset must be map-style, with len() and [i] -> (image, label); "
                         f"got {type(o).__name__}.")
     inner = o
     while not hasattr(inner, 'classes') and hasattr(inner, 'dataset'): inner = inner.dataset

@@ -30,12 +30,12 @@ def as_labels(
     if isinstance(y, (list, tuple)): y = [o.item() if hasattr(o, 'item') else o for o in y]
     y = np.asarray(y)
     if y.ndim != 1 or (len(y) and y.dtype.kind not in 'biu'):
-        raise DataError(f"Labels of {where} are to be whole numbers, one an image; "
+        raise DataError(f"Labels of {where} must be whole numbers, one an image; "
                         f"got {y.dtype} of shape {y.shape}.")
     bad = np.flatnonzero((y < 0) | (y >= (n_class or np.inf)))
     if len(bad):
         top = n_class - 1 if n_class else 'n−1'
-        raise DataError(f"Labels of {where} are to be 0…{top}; got {y.min()}…{y.max()} "
+        raise DataError(f"Labels of {where} must be 0…{top}; got {y.min()}…{y.max()} "
                         f"({len(bad)} outside, first: {y[bad[0]]} at image {bad[0]}). "
                         "Labels count from 0, and `classes` names every one.")
     return torch.from_numpy(y.astype(np.int64))

@@ -18,7 +18,7 @@ from ..core.config import DataError
 def _floats_to_uint8(im):
     "Floats in 0…1 → 0…255"
     if not im.is_floating_point() or not (im.amin() >= 0 and im.amax() <= 1):
-        raise DataError(f"An image is to be uint8, or floats in 0…1; got {im.dtype} in "
+        raise DataError(f"An image must be uint8, or floats in 0…1; got {im.dtype} in "
                         f"{im.min():.4g}…{im.max():.4g}. Leave out Normalize: mean and std are computed "
                         "from the training images.")
     return (im * 255).round().to(torch.uint8)
@@ -35,7 +35,7 @@ def as_image(
     channels_last = isinstance(im, np.ndarray)
     if channels_last: im = torch.from_numpy(np.ascontiguousarray(im))
     if not isinstance(im, torch.Tensor) or im.ndim not in (2, 3):
-        raise DataError(f"An image is to be a PIL image, an array (H, W, C) or a tensor (C, H, W); "
+        raise DataError(f"An image must be a PIL image, an array (H, W, C) or a tensor (C, H, W); "
                         f"got {type(im).__name__} {tuple(getattr(im, 'shape', ()))}.")
     if im.ndim == 2: im = im[None]
     elif channels_last: im = im.permute(2, 0, 1)

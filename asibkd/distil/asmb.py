@@ -23,7 +23,7 @@ class Center(nn.Module):
     def __init__(self,
         d:int,         # Width
         scale=False,   # Also to unit variance
-        floor=0.01,    # Smallest step of the running mean: it is an average over about the last 1/floor batches
+        floor=0.01,  # Smallest step of the running mean: it is an average over about the last 1/floor batches
     ):
         super().__init__()
         self.scale, self.floor = scale, floor

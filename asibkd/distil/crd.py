@@ -45,7 +45,7 @@ def forward(self:Negatives,
     found = circle[(start + torch.arange(self.window, device=y.device)) % self.n]      # (B, window)
     other = self.labels[found] != y[:, None]
     place = other.cumsum(1) - 1
-    place = torch.where(other & (place < self.k), place, self.k)           # what is not wanted: last column
+    place = torch.where(other & (place < self.k), place, self.k)  # what is not wanted: last column
     return found.new_zeros(len(y), self.k + 1).scatter_(1, place, found)[:, :self.k]
 
 # %% ../../nbs/05_distil/05_crd.ipynb #581cd312
@@ -138,11 +138,11 @@ def embed(self:CRD,
 @patch
 def contrast(self:CRD,
     f_s:Tensor, f_t:Tensor, # As in `embed`
-    batch,                  # Its `idx` says which images these are
+    batch,                  # Its `idx` identifies the images
 )->Tensor:
     "Both directions, then both memories move"
     idx = torch.cat([batch.idx[:, None], self.negatives(self.negatives.labels[batch.idx])], 1)
-    with torch.autocast(f_s.device.type, enabled=False):               # exp(·/0.07) is no place for half precision
+    with torch.autocast(f_s.device.type, enabled=False):  # exp(·/0.07) is no place for half precision
         g_s, g_t = self.embed(f_s, f_t)
         n = self.negatives.n
         loss = nce(self.memory_t(g_s, idx), n) + nce(self.memory_s(g_t, idx), n)

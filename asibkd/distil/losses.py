@@ -86,7 +86,7 @@ def split_target(
 )->tuple: # log (p_y, 1 − p_y): (B, 2) · log-softmax over the other classes: (B, K−1)
     "A softened distribution in two parts: the target against all others, and the others among themselves"
     other = torch.arange(z.shape[1] - 1, device=y.device)
-    other = other + (other >= y[:, None])                                 # (B, K−1): every class but y
+    other = other + (other >= y[:, None])  # (B, K−1): every class but y
     z = upcast(z)/tau
     rest = z.gather(1, other)
     both = torch.cat([z.gather(1, y[:, None]), rest.logsumexp(1, keepdim=True)], 1)
@@ -140,7 +140,7 @@ def attention_map(
     "Where a map has its energy (Zagoruyko & Komodakis 2017, eq. 1)"
     f = upcast(f)
     if f.shape[-2:] != hw: f = F.adaptive_avg_pool2d(f, hw)
-    f = f/f.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-6)   # no overflow in f²; Q is the same
+    f = f/f.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-6)  # no overflow in f²; Q is the same
     return F.normalize(f.pow(2).mean(1).flatten(1), dim=1)
 
 # %% ../../nbs/05_distil/00_losses.ipynb #f44a4e06

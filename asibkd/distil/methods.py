@@ -53,12 +53,12 @@ class Method(nn.Module):
     teachers_used = 'all'        # 'all', 'one' or 'none': the others' outputs are not computed
     adapts = False               # Has a phase A (`adapt_loss`)
     allows_class_subsets = True  # Can use teachers that know only some of the classes
-    needs_maps = False           # Compares feature maps (`stages`, `feat_4d` of a teacher): those are never cached
+    needs_maps = False  # Compares feature maps (`stages`, `feat_4d` of a teacher): those are never cached
     defaults = dict(ce_alpha=.1, kd_alpha=.9, rkd_loss_weight=0.)   # Where the user gave no weight
 
     def __init__(self,
         cfg:Config,             # Every parameter, with the method's `defaults` filled in
-        student,                # The wrapped student: widths and class count are read, nothing is kept
+        student,  # The wrapped student: widths and class count are read, nothing is kept
         teachers,               # The wrapped teachers, likewise
         params:BaseModel=None,  # The parameters registered with the method
         labels:Tensor=None,     # (N,) of the training images, in the order of `batch.idx`
@@ -158,7 +158,7 @@ def check_name(
 # %% ../../nbs/05_distil/02_methods.ipynb #45d26e42
 def check_params(
     name:str, # Of the method
-    params,   # What came as its parameters
+    params,   # What was given as its parameters
 ):
     "A method's own parameters: a pydantic model none of whose names is taken"
     if params is None:

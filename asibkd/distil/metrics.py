@@ -56,9 +56,9 @@ def collect_logits(
     synergy=None,             # `Synergy`; it reads the outputs of `student` and `teachers`
     teachers=(),              # Names of the teachers: adds their 'average'
     student=None,             # Name of the student whose feature is the bridge's query
-    teacher_fns:dict=None,    # name → function of a batch, called in that model's place (`get_teacher_fn`)
+    teacher_fns:dict=None,  # name → function of a batch, called in that model's place (`get_teacher_fn`)
     autocast=None,            # As in `predict`
-    extra=None,               # (outputs by name, the bridge's output or None) → dict of more tensors
+    extra=None,  # (outputs by name, the bridge's output or None) → dict of more tensors
 )->tuple: # {name: (N, K) logits, 'average', 'synergy', 'synergy_open', 'nats' (N,), 'share' (N, M)} · labels (N,)
     "Logits of every model, their average and the synergy on the same images"
     fns = teacher_fns or {}

@@ -60,7 +60,7 @@ def min_norm(
     a = g*faces[:, :, None]*faces[:, None, :] + torch.diag_embed(1 - faces) + 1e-6*eye
     w = torch.linalg.solve_ex(a, faces[..., None])[0][..., 0]*faces
     w = w/w.sum(1, keepdim=True)
-    cost = (w[:, :, None]*w[:, None]*(g + 1e-6*eye)).sum((1, 2))       # no matmul: autocast would halve its precision
+    cost = (w[:, :, None]*w[:, None]*(g + 1e-6*eye)).sum((1, 2))  # no matmul: autocast would halve its precision
     best = torch.where((w >= -1e-6).all(1) & cost.isfinite(), cost, torch.inf).argmin(0, keepdim=True)
     return w.index_select(0, best)[0].clamp_min(0)
 
@@ -71,9 +71,9 @@ def weigh_min_norm(
 )->Tensor: # (M, B): one set of weights a batch
     "AEKD: min-norm weights of the teachers' gradients at the student's logits (Du et al. 2020, eq. 8)"
     z_s, z_t = upcast(z_s.detach()), upcast(z_t.detach())
-    knows = z_t > FOREIGN/2                                 # no gradient on a class that a teacher does not know
+    knows = z_t > FOREIGN/2  # no gradient on a class that a teacher does not know
     g = (torch.where(knows, z_s/tau, FOREIGN).softmax(-1) - (z_t/tau).softmax(-1)).flatten(1)
-    w = min_norm((g[:, None]*g).sum(-1))                    # no matmul: autocast would halve its precision
+    w = min_norm((g[:, None]*g).sum(-1))  # no matmul: autocast would halve its precision
     return (w/w.sum())[:, None].expand(-1, z_s.shape[0])
 
 # %% ../../nbs/05_distil/06_multi.ipynb #98f3e9f3
@@ -158,7 +158,7 @@ class CAMKD(Weighing):
         check_last_maps(student, teachers)
         s, *ts = [m.last_shape() for m in (student, *teachers)]
         self.regress = nn.ModuleList([Regressor(s, t) for t in ts])
-        self.classify = [t.classify for t in teachers]                     # the teachers', not among our parameters
+        self.classify = [t.classify for t in teachers]  # the teachers', not among our parameters
 
 # %% ../../nbs/05_distil/06_multi.ipynb #51a4ab4a
 @patch

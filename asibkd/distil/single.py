@@ -74,7 +74,7 @@ class Regressor(nn.Module):
     def forward(self,
         f:Tensor, # (B, C, h, w)
     )->Tensor: # (B, C', h', w')
-        "Convolution, interpolation where the ratio was none of the known ones, BatchNorm and ReLU"
+        "Convolution, interpolation where that does not reach the size, BatchNorm and ReLU"
         f = self.net[0](f)
         if f.shape[-2:] != self.hw: f = F.interpolate(f, self.hw, mode='bilinear', align_corners=False)
         return self.net[1:](f)

@@ -35,7 +35,7 @@ from ..trainers.callbacks import FiniteCB, LogCB
 from ..trainers.fit import fit
 from ..trainers.phases import DistilStep, adapt, distil, to_device, train_loader
 
-# %% ../../nbs/11_run/05_bench.ipynb #fe9ff54b
+# %% ../../nbs/11_run/05_bench.ipynb #2fcd78a5
 def timed(
     work:Callable, # Does its work, returns how many images it worked on
 )->float: # Images a second
@@ -83,7 +83,7 @@ def noise_folder(
             Image.fromarray(im).save(f/f'{i}.jpg')
     return Path(d)
 
-# %% ../../nbs/11_run/05_bench.ipynb #c9338d78
+# %% ../../nbs/11_run/05_bench.ipynb #f4c257c0
 def noise_set(
     n:int,       # Images
     classes:int,
@@ -93,7 +93,7 @@ def noise_set(
     x = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
     return ImageSet(x, torch.arange(n) % classes, shape=(3, side, side))
 
-# %% ../../nbs/11_run/05_bench.ipynb #fc68c575
+# %% ../../nbs/11_run/05_bench.ipynb #6a559fc7
 def noise(
     n:int,      # Training images; of the others, one a class
     classes=10,
@@ -103,7 +103,7 @@ def noise(
     train, other = noise_set(n, classes, side), noise_set(classes, classes, side)
     return Data('noise', train, other, other, list(map(str, range(classes))), (.5,)*3, (.25,)*3, (3, side, side))
 
-# %% ../../nbs/11_run/05_bench.ipynb #b37f23c1
+# %% ../../nbs/11_run/05_bench.ipynb #a4a3bcbd
 def bench_config(
     **given, # Parameters
 )->Config:
@@ -111,7 +111,7 @@ def bench_config(
     usual = dict(preset='none', dataset='digits', data_aug='standard', batch_size=64, disable_tqdm=1, num_stages=1)
     return resolve(**usual | given)[0]
 
-# %% ../../nbs/11_run/05_bench.ipynb #7d065d94
+# %% ../../nbs/11_run/05_bench.ipynb #4964250a
 def expert(
     name:str,    # As `create_teacher` takes it
     n_class=100,
@@ -119,7 +119,7 @@ def expert(
     "A frozen teacher; it is untrained, since its cost does not depend on what it knows"
     return freeze_all(create_teacher(name, n_class=n_class)).eval()
 
-# %% ../../nbs/11_run/05_bench.ipynb #1a2a0d10
+# %% ../../nbs/11_run/05_bench.ipynb #3e1be2c3
 class FirstBatches:
     "The first `steps` batches of an epoch; of `epochs` different ones in turn"
     def __init__(self, loader, steps:int, epochs:int):
@@ -137,7 +137,7 @@ class FirstBatches:
         self.calls += 1
         return self.batches((self.calls - 1) % self.epochs)
 
-# %% ../../nbs/11_run/05_bench.ipynb #ea4ebd02
+# %% ../../nbs/11_run/05_bench.ipynb #9672a2e5
 def in_memory(
     loader, # Whose images and views there are
 )->Callable: # Teacher → function of a batch
@@ -158,7 +158,8 @@ class Steps:
         epochs=3,         # Different ones
         teacher_fn=None,  # Teacher → function of a batch; None: the teachers themselves
     ):
-        self.acc, self.batch, self.teachers, self.teacher_fns = create_accelerator(cfg), cfg.batch_size, list(teachers), []
+        self.acc, self.batch = create_accelerator(cfg), cfg.batch_size
+        self.teachers, self.teacher_fns = list(teachers), []
         self.ctx = RunContext(cfg, data, self.acc)
         torch.manual_seed(0)
         self.student = create_student(student, n_class=data.n_class)
@@ -190,7 +191,7 @@ class Steps:
                     teacher_fn(b)
         return self
 
-# %% ../../nbs/11_run/05_bench.ipynb #7b3ca227
+# %% ../../nbs/11_run/05_bench.ipynb #eba2d810
 def image_folder_loader(
     data_root,
     data_aug:str, # 'standard' or '1', as the parameter
@@ -206,7 +207,7 @@ def image_folder_loader(
     ds = datasets.ImageFolder(Path(data_root)/split, T.Compose(steps))
     return torch.utils.data.DataLoader(ds, batch, shuffle=True, num_workers=workers, drop_last=True)
 
-# %% ../../nbs/11_run/05_bench.ipynb #19419e4b
+# %% ../../nbs/11_run/05_bench.ipynb #c372ee71
 def count_images(
     batches:Callable, # () → batches, ours or (x, y)
     n:int,            # Batches
@@ -258,7 +259,7 @@ def bench_precision(
         rows += [dict(part='precision', of=s, **r) for r in side_by_side(cases, rounds)]
     return rows
 
-# %% ../../nbs/11_run/05_bench.ipynb #981c9aea
+# %% ../../nbs/11_run/05_bench.ipynb #a6dafb0b
 def kd_by_hand(
     z, t, # Logits of student and teacher
     y,    # Labels
@@ -269,7 +270,7 @@ def kd_by_hand(
     kl = nn.functional.kl_div((z/tau).log_softmax(1), (t/tau).softmax(1), reduction='batchmean')
     return .1*nn.functional.cross_entropy(z, y) + .9*tau**2*kl
 
-# %% ../../nbs/11_run/05_bench.ipynb #4f3ae795
+# %% ../../nbs/11_run/05_bench.ipynb #d8dbac67
 def epoch_by_hand(
     s:Steps, # Its modules
     loader,  # Its batches
@@ -291,7 +292,7 @@ def epoch_by_hand(
         return len(loader)*s.batch
     return work
 
-# %% ../../nbs/11_run/05_bench.ipynb #9f228d55
+# %% ../../nbs/11_run/05_bench.ipynb #74e7b744
 def epoch_by_fit(
     s:Steps, # Its modules
     loader,  # Its batches
@@ -341,7 +342,7 @@ def bench_cache(
         rows += [dict(part='cache', of=of, **r) for r in side_by_side(cases, rounds)]
     return rows
 
-# %% ../../nbs/11_run/05_bench.ipynb #fa925309
+# %% ../../nbs/11_run/05_bench.ipynb #e2d21480
 def peer_steps(
     loader,   # As `image_folder_loader` makes it
     student, teacher,
@@ -399,7 +400,7 @@ def memory_mb()->float: # MB
     m = psutil.Process().memory_info()
     return (m.rss - getattr(m, 'shared', 0))/1e6
 
-# %% ../../nbs/11_run/05_bench.ipynb #5725d765
+# %% ../../nbs/11_run/05_bench.ipynb #e8097ca7
 def growth_images(
     images,   # Numbers of images
     rounds:int, batch:int, steps:int, student:str,
@@ -415,7 +416,7 @@ def growth_images(
         cases[str(n)], mb[str(n)] = work, memory_mb() - before
     return [dict(part='growth', of='images', **r, mb=mb[r['case']]) for r in side_by_side(cases, rounds)]
 
-# %% ../../nbs/11_run/05_bench.ipynb #bba3c74d
+# %% ../../nbs/11_run/05_bench.ipynb #1e63c518
 def growth_classes(
     classes,  # Numbers of classes
     rounds:int, batch:int, steps:int, student:str,
@@ -428,7 +429,7 @@ def growth_classes(
         cases[str(k)] = Steps(data, cfg, 'vanilla_kd', [expert(student, k)], student, steps, rounds + 1, cached).fill()
     return [dict(part='growth', of='classes', **r) for r in side_by_side(cases, rounds)]
 
-# %% ../../nbs/11_run/05_bench.ipynb #0ebc2b35
+# %% ../../nbs/11_run/05_bench.ipynb #f85a471b
 def growth_teachers(
     teachers, # Numbers of teachers
     rounds:int, batch:int, steps:int, student:str,
@@ -444,7 +445,7 @@ def growth_teachers(
         rows += [dict(part='growth', of=kind, **r) for r in side_by_side(cases, rounds)]
     return rows
 
-# %% ../../nbs/11_run/05_bench.ipynb #93a77219
+# %% ../../nbs/11_run/05_bench.ipynb #e9f9c8b1
 def staged(
     n:int,       # Stages, of one epoch A and one epoch B each
     data:Data,
@@ -463,7 +464,7 @@ def staged(
         return 2*n*(len(data.train)//batch)*batch
     return work
 
-# %% ../../nbs/11_run/05_bench.ipynb #3d547ebe
+# %% ../../nbs/11_run/05_bench.ipynb #aa58509c
 def bench_growth(
     rounds=5,
     images=(1000, 5000, 20_000, 50_000), classes=(10, 100, 1000), teachers=(1, 2, 4), stages=(1, 2, 4),
@@ -476,7 +477,7 @@ def bench_growth(
     cases = {str(n): staged(n, noise(steps*batch), ts, student, batch) for n in stages}
     return rows + [dict(part='growth', of='stages', **r) for r in side_by_side(cases, rounds)]
 
-# %% ../../nbs/11_run/05_bench.ipynb #5404995b
+# %% ../../nbs/11_run/05_bench.ipynb #c4821459
 class StepClock:
     "Milliseconds between marks"
     def __init__(self):
@@ -489,7 +490,7 @@ class StepClock:
         now = time.perf_counter()
         self.marks[name], self.last = 1000*(now - self.last), now
 
-# %% ../../nbs/11_run/05_bench.ipynb #da2da46a
+# %% ../../nbs/11_run/05_bench.ipynb #e83fe27a
 def step_parts(
     s:Steps, # One step a call, unprepared
 )->dict: # part → ms
@@ -555,7 +556,7 @@ def check_bench(
         raise ConfigError(f"data_root='{data_root}' has no folder train/<class>/. "
                           "Name one that has, or leave it out for noise.")
 
-# %% ../../nbs/11_run/05_bench.ipynb #7101d985
+# %% ../../nbs/11_run/05_bench.ipynb #d392392f
 def processor()->str:
     "The name of the CPU"
     info = Path('/proc/cpuinfo')
@@ -564,7 +565,7 @@ def processor()->str:
     names = [o.split(':')[1].strip() for o in info.read_text().splitlines() if o.startswith('model name')]
     return names[0] if names else ''
 
-# %% ../../nbs/11_run/05_bench.ipynb #aa3c1e0c
+# %% ../../nbs/11_run/05_bench.ipynb #f872cd10
 def run_bench(
     parts=(),        # Names; none = all
     data_root='',    # Folder of 32×32 images with train/<class>/…; '' = noise

@@ -17,7 +17,7 @@ from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layer
                                 unknown_name)
 from ..core.runfolder import atomic_write, start_log
 
-# %% ../../nbs/11_run/06_cli.ipynb #d7c1b34c
+# %% ../../nbs/11_run/06_cli.ipynb #5405f63c
 ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
              finetune='fine-tune one teacher', baseline='train the student alone, by labels',
              evaluate='train and test accuracy from checkpoints',
@@ -33,7 +33,7 @@ def usage()->str:
     return '\n'.join(['usage: asibkd COMMAND [--key value …]', '', *(f'  {k:10}{v}' for k, v in ABOUT.items()), '',
                       '`asibkd COMMAND --help` explains every parameter.'])
 
-# %% ../../nbs/11_run/06_cli.ipynb #e8d6c80a
+# %% ../../nbs/11_run/06_cli.ipynb #d051eb89
 def option_words(
     argv:list, # As they were typed
 )->list: # 'key=value' and '+key=value' become '--key=value'
@@ -42,7 +42,7 @@ def option_words(
     return [f"--{o.lstrip('+')}" if re.match(r'\+*[\w.]+=', o) and not is_value else o
             for o, is_value in zip(argv, after_bare)]
 
-# %% ../../nbs/11_run/06_cli.ipynb #83f0f421
+# %% ../../nbs/11_run/06_cli.ipynb #938391f3
 def read_options(
     command:str, # For the message
     argv:list,   # As they were typed
@@ -61,7 +61,7 @@ def read_options(
         given[key] = value
     return given
 
-# %% ../../nbs/11_run/06_cli.ipynb #0130bf1a
+# %% ../../nbs/11_run/06_cli.ipynb #05748cce
 def takes_none(
     key:str,
 )->bool:
@@ -85,8 +85,9 @@ def parse(
             refuse_key(key, {*Config.model_fields, *ALIASES})
     return file, {k: None if v.lower() in ('none', 'null') and takes_none(k) else v for k, v in given.items()}
 
-# %% ../../nbs/11_run/06_cli.ipynb #0634b80b
-LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [the environment's METHOD_LIST, else asmb or asib]",
+# %% ../../nbs/11_run/06_cli.ipynb #4ae7e232
+LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [the environment's METHOD_LIST, else "
+                    'asmb or asib]',
             seeds="numbers, as '0, 1, 2' [0 1 2]",
             baseline='what the others are compared with [avgz or derpp when it is there, else the first method]')
 
@@ -98,7 +99,7 @@ def add_option(
     "One parameter of the help page"
     group.add_argument(f'--{key}', metavar='…', nargs='?', const='1', help=about.replace('%', '%%'))
 
-# %% ../../nbs/11_run/06_cli.ipynb #4d9e1449
+# %% ../../nbs/11_run/06_cli.ipynb #6a329e4f
 def add_parameters(
     p:argparse.ArgumentParser,
 ):
@@ -114,7 +115,7 @@ def add_parameters(
     for alias, key in ALIASES.items():
         add_option(p, alias, f'alias of --{key}')
 
-# %% ../../nbs/11_run/06_cli.ipynb #9895e0f0
+# %% ../../nbs/11_run/06_cli.ipynb #6a3aed46
 def add_method_parameters(
     p:argparse.ArgumentParser,
 ):
@@ -146,7 +147,7 @@ def help_text(
     add_method_parameters(p)
     return p.format_help()
 
-# %% ../../nbs/11_run/06_cli.ipynb #97f01a83
+# %% ../../nbs/11_run/06_cli.ipynb #77aefc94
 def announce(
     file:str,   # YAML file of parameters, or ''
     given:dict, # What was typed
@@ -161,7 +162,7 @@ def announce(
     method = f"cl_method {value('cl_method')}" if is_on(value('cl_mode')) else value('method')
     log.info(f"{method} on {value('dataset')}, seed {value('seed')}, preset {value('preset')}")
 
-# %% ../../nbs/11_run/06_cli.ipynb #5552f560
+# %% ../../nbs/11_run/06_cli.ipynb #9fde4666
 def print_run(
     s:dict, # summary.json, with `run`, the folder
 ):
@@ -169,7 +170,7 @@ def print_run(
     from asibkd.analysis.notes import run_text
     print(run_text(s))
 
-# %% ../../nbs/11_run/06_cli.ipynb #e7810b69
+# %% ../../nbs/11_run/06_cli.ipynb #38c3fb8b
 def cmd_run(argv):
     "asibkd run"
     file, given = parse('run', argv)
@@ -177,7 +178,7 @@ def cmd_run(argv):
     from asibkd.run.experiment import run_experiment
     print_run(run_experiment(file, **given))
 
-# %% ../../nbs/11_run/06_cli.ipynb #97e8d491
+# %% ../../nbs/11_run/06_cli.ipynb #af80e8ad
 def cmd_baseline(argv):
     "asibkd baseline"
     file, given = parse('baseline', argv)
@@ -186,7 +187,7 @@ def cmd_baseline(argv):
     from asibkd.run.tasks import with_defaults
     print_run(run_experiment(file, **with_defaults(file, given, compare=0) | {'method': 'ce'}))
 
-# %% ../../nbs/11_run/06_cli.ipynb #9d92a3b7
+# %% ../../nbs/11_run/06_cli.ipynb #255cb41f
 def cmd_finetune(argv):
     "asibkd finetune"
     file, given = parse('finetune', argv)
@@ -196,7 +197,7 @@ def cmd_finetune(argv):
     print(f"{s['checkpoint']} exists: skipped" if s['skipped'] else
           f"{s['type']}: validation {100*s['val_acc']:.2f} %, test {100*s['test_acc']:.2f} % → {s['checkpoint']}")
 
-# %% ../../nbs/11_run/06_cli.ipynb #0820309a
+# %% ../../nbs/11_run/06_cli.ipynb #1ff70d5b
 def cmd_evaluate(argv):
     "asibkd evaluate"
     file, given = parse('evaluate', argv)
@@ -209,7 +210,7 @@ def cmd_evaluate(argv):
         if 'disagreement' in o:
             line(split, 'teachers disagree', o['disagreement'])
 
-# %% ../../nbs/11_run/06_cli.ipynb #c3325a40
+# %% ../../nbs/11_run/06_cli.ipynb #5a72f9b9
 def print_comparison(
     runs,         # A table from `collect`
     baseline:str, # '' = the usual one
@@ -229,7 +230,7 @@ def print_comparison(
     print('\nmean ± half-width of the 95 % t-interval over seeds; paired differences. Written: '
           + ', '.join(map(str, files)))
 
-# %% ../../nbs/11_run/06_cli.ipynb #a8a01cf6
+# %% ../../nbs/11_run/06_cli.ipynb #6b67013c
 def cmd_loop(argv):
     "asibkd loop"
     file, given = parse('loop', argv)
@@ -240,7 +241,7 @@ def cmd_loop(argv):
     folders = [s['run'] for s in run_loop(_file=file, **loop, **given)]
     print_comparison(collect(*folders), baseline, Path(folders[0]).parent/'compare')
 
-# %% ../../nbs/11_run/06_cli.ipynb #5364a9a6
+# %% ../../nbs/11_run/06_cli.ipynb #dc697e1b
 def runs_options(
     command:str,
     argv:list,
@@ -257,7 +258,7 @@ def runs_options(
     a.cl = None if a.cl is None else a.cl == '1'
     return a
 
-# %% ../../nbs/11_run/06_cli.ipynb #5a536883
+# %% ../../nbs/11_run/06_cli.ipynb #ca14567d
 def cmd_compare(argv):
     "asibkd compare"
     a = runs_options('compare', argv, 'results', 'folder for the files [<first folder>/compare]')
@@ -276,7 +277,7 @@ def newest(
         raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
     return str(max(sorted(done), key=lambda f: f.stat().st_mtime).parent)
 
-# %% ../../nbs/11_run/06_cli.ipynb #03603f2f
+# %% ../../nbs/11_run/06_cli.ipynb #a7f239cb
 def cmd_show(argv):
     "asibkd show"
     p = argparse.ArgumentParser('asibkd show', description=ABOUT['show'])
@@ -285,7 +286,7 @@ def cmd_show(argv):
     from asibkd.analysis.tables import load_summary
     print_run(load_summary(run) | dict(run=run))
 
-# %% ../../nbs/11_run/06_cli.ipynb #93d0145d
+# %% ../../nbs/11_run/06_cli.ipynb #d652ece8
 def cmd_report(argv):
     "asibkd report"
     a = runs_options('report', argv, 'the newest in results/', 'the HTML file [report.html in the run folder; '
@@ -299,7 +300,7 @@ def cmd_report(argv):
         out = a.out or Path(runs[0])/'compare'/'report.html'
         print(save_compare_report(collect(*runs, cl=a.cl), out, a.baseline))
 
-# %% ../../nbs/11_run/06_cli.ipynb #176c1fbd
+# %% ../../nbs/11_run/06_cli.ipynb #0dbbd20a
 def cmd_export(argv):
     "asibkd export"
     p = argparse.ArgumentParser('asibkd export', description=ABOUT['export'])
@@ -312,7 +313,7 @@ def cmd_export(argv):
     e = export_student(a.run or newest(), a.to, a.path)
     print(f"{e['path']}: answers alike (largest difference {e['difference']:.1e} of the largest logit)")
 
-# %% ../../nbs/11_run/06_cli.ipynb #2fa28d77
+# %% ../../nbs/11_run/06_cli.ipynb #513d6f42
 def cmd_explore(argv):
     "asibkd explore"
     p = argparse.ArgumentParser('asibkd explore', description=ABOUT['explore'])
@@ -331,7 +332,7 @@ def cmd_explore(argv):
     from asibkd.explore.serve import serve
     serve(run, a.port, not a.no_browser)
 
-# %% ../../nbs/11_run/06_cli.ipynb #8f00260b
+# %% ../../nbs/11_run/06_cli.ipynb #4ae06eea
 def cmd_bench(argv):
     "asibkd bench"
     p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
@@ -368,7 +369,7 @@ def like_ctrl_c():
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/11_run/06_cli.ipynb #9604107f
+# %% ../../nbs/11_run/06_cli.ipynb #6f8a71ee
 def main(
     argv=None, # The words after `asibkd`; None: those of the process
 )->int: # Exit code: 0 well, 2 refused or stopped with a message, 130 Ctrl-C or SIGTERM
@@ -393,6 +394,6 @@ def main(
         print('asibkd: stopped; the same command goes on from the last checkpoint.', file=sys.stderr)
         return 130
 
-# %% ../../nbs/11_run/06_cli.ipynb #34a53765
+# %% ../../nbs/11_run/06_cli.ipynb #928e3304
 if __name__ == '__main__' and '__file__' in globals():   # `python -m asibkd.run.cli`, not this notebook
     sys.exit(main())

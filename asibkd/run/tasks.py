@@ -110,7 +110,7 @@ def evaluate_single(
     net = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
     load_into(net, load_weights(file), file)
     to_device(RunContext(cfg, data, acc), net)
-    return report_splits({net.name: net}, data, cfg, acc)
+    return report_splits({net.name: net}, RunContext(cfg, data, acc))
 
 # %% ../../nbs/11_run/04_tasks.ipynb #a901c807
 def evaluate_synergy(
@@ -124,7 +124,7 @@ def evaluate_synergy(
     student = build_student(cfg, data)
     synergy = load_synergy(list(teachers.values()), student, cfg, cfg.mbm_ckpt, cfg.head_ckpt)
     to_device(RunContext(cfg, data, acc), synergy, student, *teachers.values())
-    return report_splits(teachers | {'student': student}, data, cfg, acc, synergy, list(teachers), 'student')
+    return report_splits(teachers | {'student': student}, RunContext(cfg, data, acc), synergy, list(teachers), 'student')
 
 # %% ../../nbs/11_run/04_tasks.ipynb #249f96af
 def add_rows(

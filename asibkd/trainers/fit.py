@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['usual_callbacks', 'resume', 'prepare_from', 'fit']
 
-# %% ../../nbs/06_trainers/02_fit.ipynb #037bb880
+# %% ../../nbs/06_trainers/02_fit.ipynb #bf39107d
 from ..core.config import log
 from ..core.runtime import RunContext
 from .callbacks import (AccumulateCB, CheckpointCB, ClipCB, EarlyStopCB, FiniteCB, LateParamsCB, LogCB,
                                        PhaseCheckpoint, ProgressCB, SelectCB, load_callback_states)
 from .loop import FitResult, Loop, Phase, restore
 
-# %% ../../nbs/06_trainers/02_fit.ipynb #52a226c7
+# %% ../../nbs/06_trainers/02_fit.ipynb #40aaff6b
 def usual_callbacks(
     phase:Phase,
     ctx:RunContext,
@@ -26,7 +26,7 @@ def usual_callbacks(
     return [FiniteCB(), LateParamsCB(), SelectCB(), LogCB(), ProgressCB(),
             *(make() for wanted, make in optional if wanted), *phase.callbacks, *ctx.callbacks]
 
-# %% ../../nbs/06_trainers/02_fit.ipynb #10941658
+# %% ../../nbs/06_trainers/02_fit.ipynb #41c8b054
 def resume(
     loop:Loop,
     state:dict, # From a checkpoint
@@ -37,7 +37,7 @@ def resume(
     loop.epoch, loop.step = state['epoch'], state['step']
     load_callback_states(loop.callbacks, state['callbacks'])
 
-# %% ../../nbs/06_trainers/02_fit.ipynb #6a338655
+# %% ../../nbs/06_trainers/02_fit.ipynb #6b0bb4ac
 def prepare_from(
     loop:Loop,
     state:dict|None, # From a checkpoint; None: a fresh start
@@ -54,7 +54,7 @@ def prepare_from(
         scaler.load_state_dict(state['scaler'])
     log.info(f"{loop.phase.name}: resuming at epoch {loop.epoch + 1} of {loop.phase.epochs}, step {loop.step + 1}")
 
-# %% ../../nbs/06_trainers/02_fit.ipynb #0db538fd
+# %% ../../nbs/06_trainers/02_fit.ipynb #2f282827
 def fit(
     phase:Phase,
     ctx:RunContext, # Without a run folder nothing is written

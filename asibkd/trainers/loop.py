@@ -35,7 +35,7 @@ def create_optimizer(
         return torch.optim.SGD(groups, momentum=cfg.momentum, nesterov=cfg.nesterov and cfg.momentum > 0, **kw)
     return {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}[name](groups, **kw)
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #3786a6fe
+# %% ../../nbs/06_trainers/00_loop.ipynb #f9880f0b
 def create_schedule(
     opt, cfg:Config,     # lr_schedule, lr_warmup_epochs, min_lr, step_size | milestones, gamma
     epochs,              # Length of the whole schedule, epochs
@@ -75,14 +75,14 @@ class Phase:
         "Where in the run its epoch `epoch` stands"
         return When(self.kind, self.stage, self.offset + epoch, self.total or self.epochs)
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #393598fd
+# %% ../../nbs/06_trainers/00_loop.ipynb #464711f6
 def snapshot(
     modules:dict, # name → module
 )->dict: # {name: state dict on the CPU}
     "A *copy* of the weights: what trains on does not change it"
     return {k: {n: v.detach().cpu().clone() for n, v in m.state_dict().items()} for k, m in modules.items()}
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #e7e3e882
+# %% ../../nbs/06_trainers/00_loop.ipynb #f49fd486
 def restore(
     modules:dict, # name → module
     state:dict,   # From `snapshot`
@@ -107,7 +107,7 @@ class FitResult:
     seconds:float = 0.                        # Of training, validation aside
     epochs:int = 0                            # Epochs that were trained
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #8e20288c
+# %% ../../nbs/06_trainers/00_loop.ipynb #4a5d508a
 class Callback:
     "Base of every callback; each method gets the `Loop`"
     order = 80   # Smaller comes first; the package's own stand at 0 to 70, and 90 (checkpoints)
@@ -129,7 +129,7 @@ class Callback:
     def load_state_dict(self, state:dict):
         "Take up what a checkpoint kept"
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #a9bbce18
+# %% ../../nbs/06_trainers/00_loop.ipynb #81379674
 class FunctionCB(Callback):
     "Call a function with each epoch's row"
     def __init__(self,
@@ -141,7 +141,7 @@ class FunctionCB(Callback):
         "Hand on the row"
         self.fn(loop.row)
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #7c954829
+# %% ../../nbs/06_trainers/00_loop.ipynb #6afccdb8
 def as_callback(
     o, # A `Callback`, or a function of an epoch's row
 )->Callback:
@@ -154,7 +154,7 @@ def as_callback(
         raise RunError(f"callbacks has {o!r}: give a `Callback`, or a function that is called with each epoch's row.")
     return FunctionCB(o)
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #b7bf6eaf
+# %% ../../nbs/06_trainers/00_loop.ipynb #95266a2a
 class Loop:
     "One phase while it trains"
     def __init__(self,
@@ -175,7 +175,7 @@ class Loop:
         "Is this the last epoch of the phase?"
         return self.stop or self.epoch + 1 >= self.phase.epochs
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #6b5a818c
+# %% ../../nbs/06_trainers/00_loop.ipynb #b391a538
 @patch
 def call(self:Loop,
     event:str, # 'before_epoch', …
@@ -184,7 +184,7 @@ def call(self:Loop,
     for cb in self.callbacks:
         getattr(cb, event)(self)
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #b431db93
+# %% ../../nbs/06_trainers/00_loop.ipynb #ffd34eed
 @patch
 def prepare(self:Loop)->Loop:
     "Build the optimiser and its schedule; accelerate puts precision and devices around model and optimiser"
@@ -194,13 +194,13 @@ def prepare(self:Loop)->Loop:
     self.model, self.opt = acc.prepare_model(phase.objective), acc.prepare_optimizer(opt)
     return self
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #98258561
+# %% ../../nbs/06_trainers/00_loop.ipynb #de3e6289
 def unprepare(model):
     "Take accelerate's autocast wrapper off `forward`, and its note that it has put one on: the next fit needs it again"
     for k in ('forward', '_original_forward', '_is_accelerate_prepared'):
         model.__dict__.pop(k, None)
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #fda021eb
+# %% ../../nbs/06_trainers/00_loop.ipynb #a59ae065
 @patch
 def release(self:Loop):
     "Let model and optimiser go: accelerate would keep every phase's networks and moments"
@@ -208,7 +208,7 @@ def release(self:Loop):
     self.ctx.acc._models.clear()
     self.ctx.acc._optimizers.clear()
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #c9158a14
+# %% ../../nbs/06_trainers/00_loop.ipynb #021022ec
 @patch
 def set_lr(self:Loop,
     step:int, # Of this epoch, counted in batches
@@ -230,7 +230,7 @@ def train_step(loop:Loop):
         loop.opt.step()
     loop.call('after_step')
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #977f1bee
+# %% ../../nbs/06_trainers/00_loop.ipynb #f8883e3b
 def shard(batch, acc):
     "This process's part of a global batch (all of it with one process)"
     if acc.num_processes == 1:
@@ -238,7 +238,7 @@ def shard(batch, acc):
     part = slice(acc.process_index, None, acc.num_processes)
     return replace(batch, **{f.name: v[part] for f in fields(batch) if torch.is_tensor(v := getattr(batch, f.name))})
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #20f48ba1
+# %% ../../nbs/06_trainers/00_loop.ipynb #815f0779
 def train_epoch(loop:Loop):
     "The steps of one epoch, from `loop.step` on"
     phase, seed, acc = loop.phase, loop.ctx.cfg.seed, loop.ctx.acc
@@ -253,7 +253,7 @@ def train_epoch(loop:Loop):
             train_step(loop)
     loop.step = 0
 
-# %% ../../nbs/06_trainers/00_loop.ipynb #41986e6e
+# %% ../../nbs/06_trainers/00_loop.ipynb #e990664a
 @patch
 def run(self:Loop)->FitResult:
     "All epochs: train, validate, and what the callbacks add"
