@@ -126,7 +126,8 @@ def export_student(
     "Write the student as a program and check that its logits are the student's"
     if to not in ('pt2', 'onnx'):
         raise AsibError(f"Cannot export to '{to}'. Known: pt2, onnx.")
-    student, shape = load_student(run, model), json.loads((Path(run)/'student.json').read_text(encoding='utf-8'))['shape']
+    student = load_student(run, model)
+    shape = json.loads((Path(run)/'student.json').read_text(encoding='utf-8'))['shape']
     path, x = Path(path or Path(run)/f'student.{to}'), torch.randn(2, *shape)
     batch = torch.export.Dim('batch', min=1, max=65536)
     program = torch.export.export(student.model, (x,), dynamic_shapes=({0: batch},))

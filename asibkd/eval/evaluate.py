@@ -49,7 +49,7 @@ def teacher_report(
         out['agreement'] = {k: agreement(z[student], z[k]) for k in (*teachers, 'average', 'synergy') if k in z}
     return out
 
-# %% ../../nbs/08_eval/00_evaluate.ipynb #d032800a
+# %% ../../nbs/08_eval/00_evaluate.ipynb #0509d6df
 def paired_difference(
     a:Tensor, b:Tensor,  # (N, K) logits of two models, or (N,) their predictions
     y:Tensor,            # (N,) labels
@@ -76,7 +76,7 @@ def verdict_text(
             f"compared with {baseline}, the best of the baselines, "
             f"95 % interval [{100*d['low']:+.2f}, {100*d['high']:+.2f}]; {basis}.")
 
-# %% ../../nbs/08_eval/00_evaluate.ipynb #b12e371a
+# %% ../../nbs/08_eval/00_evaluate.ipynb #9975215a
 def verdict(
     method:str,   # Key of the run's method
     others,       # Keys of the baselines
@@ -110,7 +110,7 @@ def load_synergy(
     load_into(syn, state, mbm_ckpt)
     return syn
 
-# %% ../../nbs/08_eval/00_evaluate.ipynb #c4eba46e
+# %% ../../nbs/08_eval/00_evaluate.ipynb #8e73d7e6
 def report_splits(
     models:dict, ctx:RunContext,
     synergy=None, teachers=(), student=None,  # As `collect_logits` takes them
