@@ -101,30 +101,30 @@ def check_evaluation(cfg:Config):
 
 # %% ../../nbs/11_run/04_tasks.ipynb #30f89eb3
 def evaluate_single(
-    cfg:Config, data,  # Settled parameters, `Data`
-    acc,               # Accelerator
+    ctx:RunContext, # Settled parameters, data, device
 )->dict: # As `report_splits` returns it
     "One network from its checkpoint"
+    cfg, data = ctx.cfg, ctx.data
     file = cfg.ckpt_path or cfg.student_ckpt
     kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0], small_input=cfg.small_input == '1')
     net = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
     load_into(net, load_weights(file), file)
-    to_device(RunContext(cfg, data, acc), net)
-    return report_splits({net.name: net}, RunContext(cfg, data, acc))
+    to_device(ctx, net)
+    return report_splits({net.name: net}, ctx)
 
 # %% ../../nbs/11_run/04_tasks.ipynb #a901c807
 def evaluate_synergy(
-    cfg:Config, data,  # Settled parameters, `Data`
-    acc,               # Accelerator
+    ctx:RunContext, # Settled parameters, data, device
 )->dict: # As `report_splits` returns it
     "Teachers, bridge, head and student from their checkpoints"
+    cfg, data = ctx.cfg, ctx.data
     specs = teacher_specs(cfg.model_copy(update=dict(method='asmb')), n_class=data.n_class)
     ready = cfg.model_copy(update=dict(finetune_epochs=0))
     teachers = {s.name: build_teacher(s, data, ready)[0] for s in specs}
     student = build_student(cfg, data)
     synergy = load_synergy(list(teachers.values()), student, cfg, cfg.mbm_ckpt, cfg.head_ckpt)
-    to_device(RunContext(cfg, data, acc), synergy, student, *teachers.values())
-    return report_splits(teachers | {'student': student}, RunContext(cfg, data, acc), synergy, list(teachers), 'student')
+    to_device(ctx, synergy, student, *teachers.values())
+    return report_splits(teachers | {'student': student}, ctx, synergy, list(teachers), 'student')
 
 # %% ../../nbs/11_run/04_tasks.ipynb #249f96af
 def add_rows(
@@ -163,7 +163,7 @@ def run_evaluate(
     acc, data = create_accelerator(cfg), create_data(cfg)
     cfg = settle_config(cfg, data)
     evaluate = evaluate_single if cfg.eval_mode == 'single' else evaluate_synergy
-    report = evaluate(cfg, data, acc)
+    report = evaluate(RunContext(cfg, data, acc))
     add_rows(Path(cfg.results_dir)/'evaluation.csv', evaluation_rows(report, cfg, data))
     return report
 
