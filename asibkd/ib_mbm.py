@@ -121,7 +121,7 @@ def forward(self:IB_MBM,
     feats,       # The teachers' features, see `Tokens`
     f_s:Tensor,  # (B, student_dim) the student's feature
 )->dict: # z, mu, logvar, synergy: (B, D) · attn (B, heads, N) · share (B, M): attention by teacher
-    "The code of a batch, and the attention behind it"
+    "The code of a batch, and the attention weights"
     q = self.to_query(f_s) if self.query is None else self.query.expand(len(f_s), -1)
     tokens, counts = self.tokens(feats)
     attended, attn = self.attend(q, tokens, counts)

@@ -19,7 +19,7 @@ from .methods import Method, register_method, weighted
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #3586b686
 class Center(nn.Module):
-    "Subtract the running mean (and divide by the running deviation); both move only in training mode"
+    "Subtract the running mean (and divide by the running deviation); both are updated only in training mode"
     def __init__(self,
         d:int,         # Width
         scale=False,   # Also to unit variance
@@ -33,7 +33,7 @@ class Center(nn.Module):
     def forward(self,
         x:Tensor, # (B, d)
     )->Tensor: # (B, d) float32, without gradient
-        "Centred features; in training mode the batch first moves the mean"
+        "Centred features; in training mode the batch first updates the mean"
         x = x.detach().float()
         if self.training:
             self.move(x)
@@ -165,7 +165,7 @@ def synergy_ce(self:ASMB,
 def feature_pull(self:ASMB, s_out,
     syn:dict, # As `synergy_outputs` returns it, with gradient
 )->Tensor:
-    "Phase A's feature term: here the *bridge* moves toward the (frozen) student"
+    "Phase A's feature term: here the *bridge* is pulled toward the (frozen) student"
     f = self.project(s_out[self.cfg.feat_kd_key].detach())
     return feature_loss(syn[self.cfg.feat_kd_target] - self.center.mean, f, self.cfg.feat_kd_norm)
 

@@ -167,7 +167,7 @@ def dropout_of(arch, cfg:Config)->float|None:
 # %% ../../nbs/06_trainers/04_build.ipynb #45a87857
 def hash_of_items(
     o,    # A dataset of (image, label)
-    n=32, # Items that are looked at, spread over it
+    n=32, # Items that are read, evenly spaced
 )->str: # 8 hex digits
     "A hash of some images and labels; images that differ from read to read (augmented) are left out"
     h = hashlib.blake2b(digest_size=4)
