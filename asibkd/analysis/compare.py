@@ -19,7 +19,7 @@ from ..core.runfolder import atomic_path, atomic_write
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #f0d0f5d2
 def t_interval(
-    v,         # Numbers, one a seed
+    v,         # Numbers, one per seed
     level=.95, # Confidence
 )->tuple: # (mean, half-width); the half-width is NaN for fewer than two numbers
     "Mean and half-width of Student's t-interval"
@@ -34,7 +34,7 @@ def paired(
     a, b,      # Series indexed by seed
     level=.95, # Confidence
 )->tuple: # (mean difference a − b, half-width, number of common seeds)
-    "Difference over the seeds that both have"
+    "Paired difference over the common seeds"
     import pandas as pd
     d = (pd.Series(a) - pd.Series(b)).dropna()
     return (*t_interval(d, level), len(d))
@@ -45,7 +45,7 @@ def outcome(
     half:float, # Half-width of its interval
     n:int,      # Common seeds
 )->str:
-    "What `paired` found; differences without any spread are a coincidence of few seeds, no certainty"
+    "What `paired` found; identical differences on a few seeds are a coincidence, not certainty"
     if n < 2:
         return 'one seed' if n else 'no common seed'
     if half < 1e-9:
@@ -53,7 +53,7 @@ def outcome(
     return 'better' if m > half else 'worse' if m < -half else 'not decided'
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #9adffb63
-BOOKKEEPING = {                      # parameters that do not tell two methods apart
+BOOKKEEPING = {                      # parameters that do not distinguish two methods
     *(k for k in Config.model_fields if k not in fields_that_affect_results()),
     'seed', 'method', 'cl_method', 'compare', 'finetune_ckpt1', 'finetune_ckpt2', '_requested'}
 
@@ -78,7 +78,7 @@ def varied_settings(
 def label_runs(
     t:'pd.DataFrame', # label: a method; settings: the parameters in which its runs differ, 'k=v k=v'
     most=40,          # Longer settings are numbered
-)->'pd.DataFrame': # settings is kept where a number stands for it
+)->'pd.DataFrame': # settings is kept only where the label has a number
     "Settings become part of the label, or a number: 'asmb ib_beta=0', 'ce [2]'"
     import pandas as pd
     is_long = t.groupby('label').settings.transform(lambda v: v.str.len().max()) > most
@@ -90,12 +90,12 @@ def label_runs(
 # %% ../../nbs/09_analysis/03_compare.ipynb #0bb8f94c
 def runs_of_kind(
     runs:list, # From `finished_runs`
-    cl=None,   # True: continual, False: one-shot, None: whichever there are
+    cl=None,   # True: continual, False: one-shot, None: whichever kind is there
 )->list:
-    "The runs of one kind; a mixture is refused"
+    "The runs of one kind; a mixture is an error"
     kinds = {is_cl(s) for _, s, _ in runs}
     if cl is None and len(kinds) > 1:
-        raise RunError("Continual and one-shot runs have no common measure. Say which: --cl 1 or --cl 0 "
+        raise RunError("Continual and one-shot runs have no common measure. Choose one kind: --cl 1 or --cl 0 "
                        "(in Python cl=True or False).")
     cl = kinds.pop() if cl is None else cl
     out = [r for r in runs if is_cl(r[1]) == cl]
@@ -123,9 +123,9 @@ def student_rows(
 # %% ../../nbs/09_analysis/03_compare.ipynb #f0e9d126
 def collect(
     *paths,  # Run folders, or folders of run folders
-    cl=None, # True: continual runs, False: one-shot runs; None = whichever there are
+    cl=None, # True: continual runs, False: one-shot runs; None = whichever kind is there
 )->'pd.DataFrame': # label, settings, seed, params, run, and measures in per cent
-    "A row for every student of every finished run; a run's own goes before a baseline of the same label"
+    "A row for every student of every finished run; main students take precedence over baselines of the same label"
     import pandas as pd
     runs = runs_of_kind(finished_runs(*paths), cl)
     varied = varied_settings(runs)
@@ -144,7 +144,7 @@ def main_measure(
 def default_baseline(
     t:'pd.DataFrame', # From `collect`
 )->str:
-    "The label that others are compared with unless one is named: avgz or derpp if there, else the first"
+    "The baseline unless one is named: avgz or derpp if present, else the first label"
     return next((k for k in ('avgz', 'derpp') if k in set(t.label)), t.label[0])
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #b7d1ffee
@@ -178,9 +178,9 @@ def compared_row(
 # %% ../../nbs/09_analysis/03_compare.ipynb #38a2d1a7
 def compare_runs(
     runs,            # From `collect`, or a folder
-    baseline='avgz', # Label that all are compared with
+    baseline='avgz', # Label of the baseline
     by='',           # The measure that decides; '' = `main_measure`
-)->'pd.DataFrame': # A row a label, best first
+)->'pd.DataFrame': # One row per label, best first
     "Mean ± t-interval over seeds, and paired differences to the baseline"
     import pandas as pd
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
@@ -194,11 +194,11 @@ def compare_runs(
 def compare_notes(
     runs:'pd.DataFrame', # From `collect`
 )->list: # of sentences
-    "What stands below a comparison: numbers spelled out, how little two seeds say, which bounds are missing"
+    "Notes below a comparison: the settings behind numbered labels, too few seeds, missing bounds"
     numbered = runs[runs.settings != ''].drop_duplicates('label')
     out = [f'{k}: {v}' for k, v in zip(numbered.label, numbered.settings)]
     if (runs.groupby('label').size() == 2).any():
-        out.append('2 seeds: the t-interval is 12.7 standard errors wide; use three or more.')
+        out.append('2 seeds: the t-interval is 12.7 standard errors to each side; use three or more.')
     if 'ACC' in runs and not {'naive', 'joint'} & set(runs.label.str.split().str[0]):
         out.append('Neither naive nor joint was run: there is no lower and no upper bound '
                    'beside these methods.')
@@ -224,7 +224,7 @@ def plot_compare(
     runs,  # From `collect`, or a folder
     by='', # The measure that decides; '' = `main_measure`
 )->'Figure':
-    "A dot a seed, and mean ± t-interval, best on top"
+    "One dot per seed, and mean ± t-interval, best on top"
     import pandas as pd
     from asibkd.core.picture import Picture
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
@@ -263,7 +263,7 @@ def ablated_keys(
     t:'pd.DataFrame', # From `load_runs`
     keys=(),          # The parameters that were varied, or one; none = all in which the runs differ
 )->list:
-    "The names, checked against what the runs really differ in"
+    "The named parameters, checked against those in which the runs differ"
     there, vary = parameters_of(t), varied_parameters(t)
     keys = [keys] if isinstance(keys, str) else list(keys) or vary
     for k in keys:
@@ -288,7 +288,7 @@ def ablation_table(
     base='', # Row the others are compared with ('ib_beta=0.001'); '' = the default values, else the first
     by='',   # The measure that decides; '' = `main_measure`
 )->'pd.DataFrame': # A row for every combination of values, in their order
-    "What a parameter does: mean ± t-interval over seeds, and the paired difference"
+    "The effect of a parameter: mean ± t-interval over seeds, and the paired difference"
     import pandas as pd
     t = runs if isinstance(runs, pd.DataFrame) else load_runs(runs)
     keys = ablated_keys(t, keys)
@@ -313,7 +313,7 @@ def latex_table(
 def save_compare(
     runs,            # From `collect`, or a folder
     folder,          # Where the files go
-    baseline='avgz', # Label that all are compared with
+    baseline='avgz', # Label of the baseline
 )->list: # The paths
     "compare.csv, .md, .tex, .png and .pdf, and the rows behind them"
     import pandas as pd

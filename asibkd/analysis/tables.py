@@ -17,7 +17,7 @@ from ..core.config import RunError
 # %% ../../nbs/09_analysis/00_tables.ipynb #7086736a
 def load_summary(
     run, # Run folder
-)->dict: # What came out: rows, verdict, times, …
+)->dict: # Results: rows, verdict, times, …
     "Read `summary.json` of a finished run; `RunError` where there is none"
     f = Path(run)/'summary.json'
     if not f.exists():
@@ -28,13 +28,13 @@ def load_summary(
 def load_config(
     run, # Run folder
 )->dict: # Key → value
-    "Read `config.json`: every parameter, as the run settled it"
+    "Read `config.json`: every parameter, with `auto` replaced by what the run used"
     return json.loads((Path(run)/'config.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #4c49c7e4
 def load_metrics(
     run, # Run folder
-)->'pd.DataFrame': # An epoch a row; empty where the run kept no `metrics.jsonl`
+)->'pd.DataFrame': # One row per epoch; empty where the run has no `metrics.jsonl`
     "Read `metrics.jsonl` as a table"
     import pandas as pd
     f = Path(run)/'metrics.jsonl'
@@ -55,7 +55,7 @@ def shorten(
     name,    # Name of a model, a class, a method
     most=24, # Characters
 )->str:
-    "A name that leaves room for the rest of a picture"
+    "A long name, cut so that it fits into a figure"
     name = str(name)
     return name if len(name) <= most else name[:most - 1] + '…'
 
@@ -70,14 +70,14 @@ def is_cl(
 def is_student(
     row:dict, # Row of a summary
 )->bool:
-    "Is it a trained student, the run's own or a baseline's?"
+    "Is it a trained student: that of the run's method or of a baseline?"
     return row['role'] == 'student'
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #53d910c8
 def role_text(
     row:dict, # Row of a summary
 )->str: # 'teacher', 'ensemble', 'student: asmb'
-    "What a model was in its run"
+    "The role of a model in its run"
     return f"student: {row['key']}" if is_student(row) else row['role']
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #e291352d
@@ -98,9 +98,9 @@ _SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pret
 
 def weights_text(
     weights:dict, # `source` and, for a teacher of some classes only, `classes`
-    given=False,  # Is the network a module of the user's own?
+    given=False,  # Did the user pass the network as a module?
 )->str:
-    "Where a teacher's weights are from"
+    "Where a teacher's weights come from"
     source = weights.get('source', '')
     if given and source != 'adapted':
         return 'given, labels' if source == 'finetuned' else 'given'
@@ -138,7 +138,7 @@ def sees_all_data(
 def keeps_text(
     row:dict, # Row of a continual run's summary
 )->str: # 'all data so far', '200 kept images', '0 kept images'
-    "What a continual method keeps of earlier tasks"
+    "What a continual method keeps from earlier tasks"
     if 'memory' not in row:
         return ''
     return 'all data so far' if sees_all_data(row) else f"{row.get('memory_items') or 0} kept images"
@@ -191,7 +191,7 @@ def shown_row(
 # %% ../../nbs/09_analysis/00_tables.ipynb #de084775
 def result_rows(
     summary, # A summary, or the folder of a finished run
-)->list: # A dict a row; keys are the heads of the columns
+)->list: # One dict per row; keys are the column heads
     "The rows of the result table, without pandas; columns that are empty everywhere are left out"
     s = summary if isinstance(summary, dict) else load_summary(summary)
     if 'rows' not in s:
@@ -205,7 +205,7 @@ def result_rows(
 def result_table(
     summary, # A summary, or the folder of a finished run
 )->'pd.DataFrame':
-    "Teachers, their ensemble, baselines and the student of one run; of a continual run, a row a method"
+    "Teachers, their ensemble, baselines and the student of one run; for a continual run, one row per method"
     import pandas as pd
     return pd.DataFrame(result_rows(summary))
 
@@ -213,7 +213,7 @@ def result_table(
 def cell(
     v, # A value of a table
 )->str:
-    "The value in a table for people: nothing for None and NaN, no −0"
+    "The value as a reader sees it: nothing for None and NaN, no −0"
     if v is None or v != v:
         return ''
     return f'{v + 0.:g}' if isinstance(v, float) else str(v)
@@ -256,7 +256,7 @@ def effective_config(
     s:dict,  # summary.json
     c:dict,  # config.json
 )->dict:
-    "The parameters; where objects were given, their names take the place of unused defaults"
+    "The parameters; where objects were passed, their names replace unused defaults"
     if not c.get('user_code'):
         return c
     models = {r['key']: r['model'] for r in s['rows'] if 'model' in r}
@@ -267,7 +267,7 @@ def effective_config(
 def finished_runs(
     *paths, # Run folders, or folders of run folders
 )->list: # of (folder, summary, parameters)
-    "The finished runs at or below `paths`, without fine-tuning and runs that were set aside (`name~1`)"
+    "The finished runs at or below `paths`, without fine-tuning-only runs and runs that were set aside (`name~1`)"
     dirs = []
     for p in map(Path, paths):
         dirs += [p] if (p/'summary.json').exists() else sorted(f.parent for f in p.glob('*/summary.json'))
@@ -296,8 +296,8 @@ def load_runs(
 # %% ../../nbs/09_analysis/00_tables.ipynb #86c09be4
 def baselines_ahead(
     summary, # A summary, or the folder of a finished run
-)->dict: # Baseline → points it is ahead, largest first
-    "The baselines that beat the run's method; one that keeps all data is an upper bound, no baseline"
+)->dict: # Baseline → its lead in points, largest first
+    "The baselines that beat the run's method; a method that keeps all data is an upper bound, not a baseline"
     s = summary if isinstance(summary, dict) else load_summary(summary)
     by = 'ACC' if is_cl(s) else 'test_acc_val_selected'
     acc = {r['key']: r[by] for r in s['rows'] if is_student(r) and not sees_all_data(r)}

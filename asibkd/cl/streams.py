@@ -22,7 +22,7 @@ from ..models.teachers import new_head
 # %% ../../nbs/07_cl/00_streams.ipynb #1b7182d2
 def class_order(
     n_class:int,
-    seed:int,     # Of the order alone: methods are compared on one order
+    seed:int,     # Seeds only the order, so that methods share it
 )->list: # A permutation of the classes
     "A random order of the classes"
     return torch.randperm(n_class, generator=generator(seed, 'class order')).tolist()
@@ -32,7 +32,7 @@ def class_number(
     name:str,   # A class's name, or its number as a string
     classes,    # Names, as the data have them
 )->int:
-    "The number of a class; a name wins over a number"
+    "The number of a class; where both fit, the name takes precedence"
     if name in classes:
         return classes.index(name)
     if name.isdigit() and int(name) < len(classes):
@@ -44,7 +44,7 @@ def written_order(
     classes,  # Names, as the data have them
     given,    # Every class once, by name or number
 )->list: # A permutation of the classes
-    "The order that was asked for, checked"
+    "The order the user gave, checked and as numbers"
     if len(given) == 1 and len(classes) > 1 and given[0] not in classes:
         given = given[0].split()                                             # 'a b c' from a shell
     order = [class_number(o, classes) for o in given]
@@ -60,7 +60,7 @@ def written_order(
 def task_sizes(
     n_class:int,
     num_tasks:int,
-    sizes=None,    # Sizes that were written down; None = as even as possible
+    sizes=None,    # Given sizes; None = as even as possible
 )->list: # Classes of each task
     "How many classes each task brings"
     if sizes is not None:
@@ -110,7 +110,7 @@ def task_of(
 def part(
     self:Stream,
     lo:int, hi:int,  # Labels lo … hi − 1
-    t:int,           # The part knows the class names up to this task
+    t:int,           # The part lists the class names up to this task
 )->Data:
     "The images of some labels"
     names = self.data.classes[:self.n_seen(t)]
@@ -123,7 +123,7 @@ def part(
 # %% ../../nbs/07_cl/00_streams.ipynb #600130da
 @patch
 def task(self:Stream, t:int)->Data:
-    "What task `t` brings"
+    "The data of task `t` alone"
     return self.part(self.bounds[t], self.bounds[t + 1], t)
 
 # %% ../../nbs/07_cl/00_streams.ipynb #6414af37
@@ -151,7 +151,7 @@ def renamed_sets(
 
 # %% ../../nbs/07_cl/00_streams.ipynb #0fa600ef
 def check_validation(s:Stream):
-    "Every task needs a validation image: its checkpoints are chosen by them"
+    "Every task needs validation images: they select its checkpoint"
     y = s.data.val.y
     for t in range(len(s)):
         c = s.classes(t)
@@ -183,8 +183,8 @@ def grown_layer(
     model:nn.Module,
     name:str,        # Of the head inside `model`
     n_class:int,
-    key:tuple,       # Names the draw of the new rows
-    keep=True,       # Copy the rows there were
+    key:tuple,       # Seeds the draw of the new rows
+    keep=True,       # Copy the existing rows
 )->nn.Module:
     "Replace the layer `name` by one with `n_class` rows"
     old = model.get_submodule(name)
@@ -201,8 +201,8 @@ def grown_layer(
 def grow_head(
     m:KDModel,
     n_class:int,   # Rows from now on
-    *key,          # Names the draw of the new rows
-    keep=True,     # Copy the rows there were (False: all new)
+    *key,          # Seeds the draw of the new rows
+    keep=True,     # Copy the existing rows (False: all rows are new)
 )->KDModel:
     "Give every head of a wrapped model `n_class` rows"
     for name in m.anatomy.heads:

@@ -87,7 +87,7 @@ SMALL = 64    # pixels a side
 def is_small(
     shape, # (C, H, W)
 )->bool:
-    "Is an image of this shape kept in memory and augmented in batches?"
+    "Are images of this shape kept in memory and augmented as whole batches?"
     return max(shape[1:]) <= SMALL
 
 # %% ../../nbs/01_data/01_images.ipynb #650affbe
@@ -133,7 +133,7 @@ def _evenly_spaced(n, k):
 def common_shape(
     sets,          # The `ImageSet`s that will be used together
     image_size=0,  # Side in pixels; 0 = own size if uniform and small, else 224
-    skip=False,    # Pass over images that cannot be read
+    skip=False,    # Ignore images that cannot be read
 )->tuple: # (C, H, W)
     "One shape for all images"
     seen, error = Counter(), None
@@ -215,10 +215,10 @@ def _shuffled_by_class(y, *key):
 # %% ../../nbs/01_data/01_images.ipynb #fc7f3aa2
 def stratified_split(
     y,     # (N,) labels
-    n:int, # How many to hold out, about: each class with two or more images gives and keeps at least one
+    n:int, # Approximate number to hold out; at least one image of each class is held out, and one kept
     *key,  # Names the draw, e.g. seed, 'val'
 )->tuple: # Positions (rest, held out), both sorted
-    "Hold out `n` positions, every class by its share"
+    "Hold out about `n` positions, in the proportions of the classes"
     count = torch.bincount(y)
     share = count.double()*n/len(y)
     take = share.floor().long()
@@ -232,7 +232,7 @@ def stratified_split(
 # %% ../../nbs/01_data/01_images.ipynb #bf5a5ec8
 def limit_per_class(
     y,     # (N,) labels
-    k:int, # Images a class at most
+    k:int, # Images per class at most
     *key,  # Names the draw
 )->torch.Tensor: # Positions, sorted
     "At most `k` positions of each class"
@@ -256,7 +256,7 @@ def channel_stats(
 # %% ../../nbs/01_data/01_images.ipynb #e10fa8ab
 @dataclass
 class Data:
-    "Three splits of one dataset, and what was found out while reading it"
+    "Three splits of one dataset, and its properties"
     name: str
     train: ImageSet
     val: ImageSet
@@ -289,7 +289,7 @@ def overlap_classes(
     pct:float,    # Per cent of them that both teachers get
     *key,         # Names the draw, e.g. seed
 )->tuple: # Two sorted lists of classes; together all of them
-    "Deal the classes to two teachers"
+    "Divide the classes between two teachers"
     order = torch.randperm(n_class, generator=generator(*key, 'overlap')).tolist()
     shared = round(n_class*pct/100)
     both, rest = order[:shared], order[shared:]

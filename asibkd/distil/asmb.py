@@ -19,7 +19,7 @@ from .methods import Method, register_method, weighted
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #3586b686
 class Center(nn.Module):
-    "Subtract the running mean (and divide by the running deviation); both move only in training mode"
+    "Subtract the running mean (and divide by the running deviation); both are updated only in training mode"
     def __init__(self,
         d:int,         # Width
         scale=False,   # Also to unit variance
@@ -33,7 +33,7 @@ class Center(nn.Module):
     def forward(self,
         x:Tensor, # (B, d)
     )->Tensor: # (B, d) float32, without gradient
-        "Centred features; in training mode the batch first moves the mean"
+        "Centred features; in training mode the batch first updates the mean"
         x = x.detach().float()
         if self.training:
             self.move(x)
@@ -96,14 +96,14 @@ def synergy_outputs(self:ASMB,
     s_out:dict,  # The student's output
     t_outs:list, # The teachers' outputs
 )->dict: # logit, open_logit, average, recon, mu, logvar, share, …
-    "What bridge and head make of a batch; the student's feature enters detached"
+    "Outputs of bridge and head for a batch; the student's feature enters detached"
     return self.synergy({k: v.detach() for k, v in s_out.items() if torch.is_tensor(v)}, t_outs)
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #07131856
 @patch
 def weights(self:ASMB, batch, t_outs,
-    syn:dict, # As `synergy_outputs` gives it
-)->'Tensor|None': # (B,) of mean 1; None = all alike
+    syn:dict, # As `synergy_outputs` returns it
+)->'Tensor|None': # (B,) of mean 1; None = equal
     "How much each sample's distillation counts"
     c, w = self.cfg, None
     if c.use_disagree_weight:
@@ -117,7 +117,7 @@ def weights(self:ASMB, batch, t_outs,
 # %% ../../nbs/05_distil/03_asmb.ipynb #ae8366ce
 @patch
 def target(self:ASMB, t_outs,
-    syn:dict, # As `synergy_outputs` gives it
+    syn:dict, # As `synergy_outputs` returns it
 )->Tensor: # (B, D)
     "What the student's feature is compared with: feat_kd_target"
     key = self.cfg.feat_kd_target
@@ -126,8 +126,8 @@ def target(self:ASMB, t_outs,
 # %% ../../nbs/05_distil/03_asmb.ipynb #99f61e2c
 @patch
 def feature_terms(self:ASMB, s_out, t_outs,
-    syn:dict,    # As `synergy_outputs` gives it
-    weight=None, # (B,) as `weights` gives it
+    syn:dict,    # As `synergy_outputs` returns it
+    weight=None, # (B,) as `weights` returns it
 )->dict: # name → (weight, term)
     "The projected feature against its target, and relations within the batch against the target's"
     c, f, target, terms = self.cfg, s_out[self.cfg.feat_kd_key], self.target(t_outs, syn), {}
@@ -141,7 +141,7 @@ def feature_terms(self:ASMB, s_out, t_outs,
 # %% ../../nbs/05_distil/03_asmb.ipynb #4d549467
 @patch
 def loss(self:ASMB, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
-    "L_B: what the student learns from"
+    "L_B, the student's loss"
     c = self.cfg
     with torch.no_grad():
         syn = self.synergy_outputs(s_out, t_outs)
@@ -157,15 +157,15 @@ def synergy_ce(self:ASMB,
     z:Tensor, # (B, K) the head's logits
     batch,
 )->Tensor:
-    "The labels' part of L_A"
+    "Cross-entropy of the synergy on the labels"
     return ce_loss(z, batch.y, self.cfg.label_smoothing)
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #1cbb420a
 @patch
 def feature_pull(self:ASMB, s_out,
-    syn:dict, # As `synergy_outputs` gives it, with gradient
+    syn:dict, # As `synergy_outputs` returns it, with gradient
 )->Tensor:
-    "Phase A's feature term: here the *bridge* moves toward the (frozen) student"
+    "Phase A's feature term: here the *bridge* is pulled toward the (frozen) student"
     f = self.project(s_out[self.cfg.feat_kd_key].detach())
     return feature_loss(syn[self.cfg.feat_kd_target] - self.center.mean, f, self.cfg.feat_kd_norm)
 
@@ -198,14 +198,14 @@ def penalties(self:ASMB,
 # %% ../../nbs/05_distil/03_asmb.ipynb #9d79fe3e
 @patch
 def adapt_terms(self:ASMB, syn:dict, t_outs, when)->dict: # name → (weight, term)
-    "What a method built on this one adds to L_A"
+    "Terms that a subclass adds to L_A"
     return {}
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #0ab0e12c
 def detached_output(
     o:dict, # A teacher's output
 )->dict:
-    "Without gradient, but for what its adapter makes (`distill_feat`)"
+    "The output without gradient, except for the adapter's `distill_feat`"
     return {k: v.detach() if torch.is_tensor(v) and k != 'distill_feat' else v for k, v in o.items()}
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #d448dcee
@@ -213,7 +213,7 @@ def detached_output(
 def adapt_loss(self:ASMB, batch, s_out, t_outs, when,
     open_params=(),  # The teachers' trainable parameters, for reg_lambda
 )->dict: # dict(loss, parts)
-    "L_A: what the bridge (and what is trainable in the teachers) learns from"
+    "L_A, the loss of the bridge (and of the teachers' trainable parameters)"
     c, objective = self.cfg, self.cfg.bridge_objective
     if objective == 'distil':
         t_outs = [detached_output(o) for o in t_outs]

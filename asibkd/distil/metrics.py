@@ -22,8 +22,8 @@ def predict(
     fn,            # Batch → logits (B, K), or a dict of tensors (B, …)
     loader,        # Evaluation batches in order: `.x` and `.y`
     autocast=None, # Zero-argument function giving a context, for mixed precision
-)->tuple: # what `fn` gave, on the CPU in float32, concatenated · labels (N,)
-    "Collect outputs without gradient; one transfer a batch, no arithmetic"
+)->tuple: # outputs of `fn`, on the CPU in float32, concatenated · labels (N,)
+    "Collect outputs without gradient; one transfer per batch, no arithmetic"
     out, ys = [], []
     with torch.inference_mode(), (autocast or contextlib.nullcontext)():
         for b in loader:
@@ -135,5 +135,5 @@ def disagreement_rates(
 def scores(
     z:Tensor, y:Tensor, # As in `accuracy`
 )->dict: # acc, top5, nll, ece
-    "The numbers reported of every model"
+    "The numbers reported for every model"
     return dict(acc=accuracy(z, y), top5=accuracy(z, y, 5), nll=nll(z, y), ece=ece(z, y))

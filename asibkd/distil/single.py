@@ -32,7 +32,7 @@ def hint_pair(
     s, t,      # As in `aligned`
     layer:int, # hint_layer
 )->tuple: # (student's, teacher's)
-    "The pair of stages with the number `hint_layer`"
+    "Pair number `hint_layer`, counted from 0"
     pairs = aligned(s, t)
     if layer >= len(pairs):
         raise ConfigError(f"hint_layer={layer}: these networks have {len(pairs)} stages in common, 0…{len(pairs) - 1}.")
@@ -40,7 +40,7 @@ def hint_pair(
 
 # %% ../../nbs/05_distil/04_single.ipynb #72c599c3
 class SingleTeacher(Method):
-    "Base of the methods that are CE + a term of their own, from one teacher"
+    "Base of the single-teacher methods: CE, optional KD, and one term that a subclass adds"
     teachers_used = 'one'
     defaults = {**Method.defaults, 'ce_alpha': 1., 'kd_alpha': 0.}
 

@@ -40,7 +40,7 @@ class BottleneckExplorer(Explorer):
 # %% ../../nbs/10_explore/04_screens.ipynb #a7ff8b01
 @patch
 def show_training(self:BottleneckExplorer):
-    "The information plane: numbers of the training itself, the same for both splits"
+    "The information plane, from the training log: the same for both splits"
     try:
         show_figure(plot_information(self.run.path), self.plane)
     except RunError as e:
@@ -61,7 +61,7 @@ def update_split(self:BottleneckExplorer):
 
 # %% ../../nbs/10_explore/04_screens.ipynb #fbc3315d
 class CLExplorer(Explorer):
-    "The matrix R, what each task lost, and what the memory held"
+    "The matrix R, forgetting by task, and the contents of the memory"
     def __init__(self, run):  # Folder of a finished continual run, or its summary
         super().__init__()
         with self.report_errors():
@@ -79,7 +79,7 @@ class CLExplorer(Explorer):
 # %% ../../nbs/10_explore/04_screens.ipynb #27b58544
 @patch
 def arrange(self:CLExplorer):
-    "The figures that depend on no control, and the places of those that do"
+    "The layout: figures that do not depend on a control are drawn here"
     s = self.summary
     memory = show_figure(plot_memory(s)) if any(s['composition']) else w.HTML(
         f"{html.escape(s['method'])} kept no images.")

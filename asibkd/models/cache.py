@@ -27,7 +27,7 @@ from .teachers import count_macs
 def weights_hash(
     m:nn.Module,
 )->str: # 32 hex digits
-    "A name for a network: architecture, weights and buffers"
+    "A hash of a network: architecture, weights and buffers"
     h = hashlib.blake2b(repr(m).encode(), digest_size=16)
     for k, v in m.state_dict().items():
         h.update(f'{k}{tuple(v.shape)}{v.dtype}'.encode())
@@ -39,7 +39,7 @@ def weights_hash(
 def storage_dtype(
     loader:Loader,
 )->torch.dtype:
-    "Half precision for the views of a training run; un-augmented outputs are few and kept whole"
+    "Half precision for augmented views; unaugmented outputs are few and stored in single precision"
     return torch.float32 if loader.n_views == 1 else torch.float16
 
 # %% ../../nbs/02_models/06_cache.ipynb #599bb349
@@ -57,7 +57,7 @@ def cache_key(
                 width=[teacher.anatomy.n_class, teacher.feat_dim], dtype=str(storage_dtype(loader)))
 
 # %% ../../nbs/02_models/06_cache.ipynb #dc6e343d
-teacher_counts = Counter()   # Images: 'requested' of teachers, and 'computed' by a network
+teacher_counts = Counter()   # Images: outputs 'requested', and outputs 'computed' by a network
 
 # %% ../../nbs/02_models/06_cache.ipynb #c962a7a2
 def maybe_compile(
@@ -92,7 +92,7 @@ class TeacherOutput(dict):
 
 # %% ../../nbs/02_models/06_cache.ipynb #868b3879
 class CachedTeacher:
-    "A frozen teacher behind its table"
+    "A frozen teacher whose outputs are cached in a table"
     def __init__(self,
         teacher:KDModel,
         table:Table,
@@ -126,7 +126,7 @@ def compute(self:CachedTeacher,
 # %% ../../nbs/02_models/06_cache.ipynb #48ef13f3
 @patch
 def __call__(self:CachedTeacher, batch):
-    "The teacher's output on a batch: read where it is there, computed where not"
+    "The teacher's output on a batch: read from the table, computed where missing"
     t = self.teacher
     found, there = self.table.read(batch.row)
     teacher_counts.update(requested=len(batch))
@@ -143,11 +143,11 @@ def __call__(self:CachedTeacher, batch):
 def is_frozen(
     t:KDModel,
 )->bool:
-    "Will this teacher give the same output tomorrow?"
+    "Do the weights of this teacher stay as they are?"
     return not t.changes_each_step and not any(p.requires_grad for p in t.model.parameters())
 
 # %% ../../nbs/02_models/06_cache.ipynb #0418f999
-MIN_MACS = 200_000   # Multiply-accumulates an image from which reading a row is cheaper
+MIN_MACS = 200_000   # Multiply-accumulates per image above which reading a row is cheaper
 
 def is_cheap(
     teacher:KDModel,
@@ -165,7 +165,7 @@ def why_not_cached(
     cfg:Config,  # `teacher_cache` is read from it
     maps=False,  # Does the method compare feature maps?
 )->str: # '' where it can be cached
-    "The reason why a teacher has to be run"
+    "The reason why a teacher has to be run on every batch"
     if maps: return "the method compares feature maps"
     if not is_frozen(teacher): return "a part of it is trained"
     if loader.view_key is None:
@@ -174,14 +174,14 @@ def why_not_cached(
     return ''
 
 # %% ../../nbs/02_models/06_cache.ipynb #31641716
-_tables_in_memory = WeakKeyDictionary()   # teacher → {key: Table}, which go when the teacher goes
+_tables_in_memory = WeakKeyDictionary()   # teacher → {key: Table}; freed together with the teacher
 
 def find_table(
     teacher:KDModel,
     key:dict,    # From `cache_key`
     cfg:Config,  # teacher_cache, cache_gb, results_dir, cl_mode
 )->tuple: # (Table or None, why there is none)
-    "The table of a teacher where `teacher_cache` wants it"
+    "The table of a teacher, in the place that `teacher_cache` sets"
     where = cfg.teacher_cache
     if where == 'auto': where = 'memory' if cfg.cl_mode else 'disk'
     if where == 'disk':
@@ -198,10 +198,10 @@ def get_teacher_fn(
     teacher:KDModel,
     loader:Loader,
     cfg:Config=None,   # teacher_cache, cache_gb, results_dir; None = run the teacher
-    precision='no',    # That the outputs are computed in: 'no', 'bf16' or 'fp16'
+    precision='no',    # In which the outputs are computed: 'no', 'bf16' or 'fp16'
     maps=False,        # Does the method compare feature maps?
 ): # batch → teacher output
-    "The function that gives a teacher's outputs on the batches of a loader: the network, or its table"
+    "The function that returns a teacher's outputs on the batches of a loader, from the network or its table"
     step = cfg if loader.train else None
     if cfg is None or cfg.teacher_cache == 'off': return LiveTeacher(teacher, step)
     why, table = why_not_cached(teacher, loader, cfg, maps), None

@@ -22,9 +22,9 @@ def capture(
     model:nn.Module,
     outs,       # Names of modules whose output is wanted
     ins=(),     # Names of modules whose input is wanted
-    drop=None,  # Module applied to these inputs on the way
+    drop=None,  # Module applied to these inputs first (dropout)
 ):
-    "Inside, a run of `model` fills the dict: name → output, (name, 'in') → input"
+    "Inside, running `model` fills the dict: name → output, (name, 'in') → input"
     seen, hooks = {}, []
     def out(n): return lambda m, args, o: seen.__setitem__(n, o)
     def inp(n):
@@ -46,7 +46,7 @@ def set_dropout(
     head:str,        # Name of the head
     p:float,         # Probability
 )->bool: # False where there is none
-    "Set the `nn.Dropout` beside the head"
+    "Set the `nn.Dropout` in the same container as the head"
     parent = model.get_submodule(head.rpartition('.')[0])
     beside = [m for _, m in parent.named_children() if isinstance(m, nn.Dropout)]
     if not head.count('.') or not beside: return False
@@ -61,12 +61,12 @@ class KDModel(nn.Module):
         img_size=32,      # Pixels, for the recorded pass
         in_chans=3,
         name='',          # For tables and errors
-        dropout=None,     # In front of the classifier; None = the model's own
+        dropout=None,     # Before the classifier; None = the model's default
     ):
         super().__init__()
         self.model, self.adapter, self.name = model, None, name or type(model).__name__
-        self.frozen_modules = set()     # names kept in evaluation mode whatever `train()` says
-        self.changes_each_step = False  # True for an average of weights, which moves without an optimiser
+        self.frozen_modules = set()     # names kept in evaluation mode even after `train()`
+        self.changes_each_step = False  # True for an average of weights, which changes without an optimiser
         self.anatomy = a = anatomy(model, img_size, in_chans, self.name)
         self.shape = (in_chans, img_size, img_size)
         self.register_buffer('columns', None, persistent=False)   # see `spread_classes`
@@ -82,13 +82,13 @@ class KDModel(nn.Module):
 
     @property
     def heads(self):
-        "The modules that make the logits"
+        "The modules that output the logits"
         return [self.model.get_submodule(h) for h in self.anatomy.heads]
 
 # %% ../../nbs/02_models/02_kdmodel.ipynb #9d8054cb
 @patch
 def spread(self:KDModel,
-    z, # (B, its own classes)
+    z, # (B, number of the classes it was trained on)
 ):  # (B, n_class)
     "Logits in the columns of all classes; a class it was not trained on gets `FOREIGN`"
     if self.columns is None: return z
@@ -116,7 +116,7 @@ def forward(self:KDModel,
 def classify(self:KDModel,
     feat, # (B, feat_dim)
 ):  # (B, n_class)
-    "Logits of the model's own classifier for a feature"
+    "Logits of the model's classifier for a feature"
     zs = [h(f[..., None, None]).flatten(1) if isinstance(h, nn.Conv2d) else h(f)
           for h, f in zip(self.heads, feat.split(self.anatomy.feat_dims, 1))]
     return self.spread(zs[0] if len(zs) == 1 else torch.stack(zs).mean(0))
@@ -127,7 +127,7 @@ def dry_run(self:KDModel)->dict: # As `forward`; only the shapes count
     "One image of the size it was built for, without arithmetic where the model allows it"
     with torch.no_grad():
         try: return meta_copy(self)(torch.empty(1, *self.shape, device='meta'))
-        except Exception:   # a model that looks at numbers
+        except Exception:   # a model whose code depends on values
             device = next(self.parameters()).device
             return copy.deepcopy(self).eval()(torch.zeros(1, *self.shape, device=device))
 
@@ -148,7 +148,7 @@ def last_shape(self:KDModel)->tuple: # (C, h, w)
 def train(self:KDModel,
     mode=True,
 ):
-    "As any module's; `frozen_modules` stay in evaluation mode"
+    "As `nn.Module.train`, but `frozen_modules` stay in evaluation mode"
     nn.Module.train(self, mode)
     if mode:
         for n in self.frozen_modules: self.get_submodule(n).eval()
@@ -168,10 +168,10 @@ def add_adapter(
 # %% ../../nbs/02_models/02_kdmodel.ipynb #52a8d443
 def spread_classes(
     m:KDModel,    # Changed in place
-    classes,      # Its classes, as positions among all, in the order of its logits
+    classes,      # Indices of its classes among all, in the order of its logits
     n_class:int,  # All classes
 )->KDModel:
-    "Let a model of some classes output logits for all"
+    "Let a model trained on some of the classes output logits for all"
     if len(classes) != m.anatomy.n_class:
         raise ConfigError(f"'{m.name}' has {m.anatomy.n_class} logits and is to stand for {len(classes)} classes. "
                           "Give as many classes as it has logits.")

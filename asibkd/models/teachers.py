@@ -35,7 +35,7 @@ models = Registry('model')   # name → function
 def register_model(
     name:str, # For `create_teacher` and `create_student` from now on
 ):
-    "Decorator: register a function `(n_class, …) -> nn.Module`; registering again replaces"
+    "Decorator: register a function `(n_class, …) -> nn.Module`; registering a name again replaces the entry"
     def deco(fn):
         models[name] = fn
         return fn
@@ -45,7 +45,7 @@ def register_model(
 def zoo_builder(
     name:str, # A key of `zoo`
 ):
-    "What the register keeps for a network of the zoo"
+    "The function registered for a network of the zoo"
     def build(n_class=100, in_chans=3): return create_zoo(name, n_class, in_chans)
     return build
 
@@ -76,14 +76,14 @@ def try_img_size(
     img_size:int, # Pixels
     **kw,         # To timm.create_model
 )->nn.Module|None: # On the meta device; None where the network is not built for one size
-    "The network built for an image size, without numbers"
+    "The network built for an image size, without values"
     import timm
     if name.startswith(('hf-hub:', 'hf_hub:')): return None
     with torch.device('meta'):
         try: return timm.create_model(name, img_size=img_size, **kw)
         except TypeError as e:
             if 'img_size' not in str(e): raise
-        except AssertionError: pass   # not possible at this size: the recorded pass will fail with a message
+        except AssertionError: pass   # impossible at this size: the recorded pass will raise the error
 
 # %% ../../nbs/02_models/03_teachers.ipynb #1e732f1a
 def small_patch(
@@ -104,7 +104,7 @@ def download_error(
     name:str,
     e, # What the library raised
 )->CheckpointError: # Ready to be raised
-    "Published weights that could not be had"
+    "The error for published weights that could not be loaded"
     reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
     return CheckpointError(f"Published weights of '{name}' could not be loaded: {reason}. "
                            f"They are downloaded once: connect to the network and try again, or {INSTEAD}.")
@@ -140,7 +140,7 @@ def new_head(
     head:str,        # Name of the module that makes the logits
     n_class:int,
 )->nn.Module:
-    "Replace the classifier by a fresh one"
+    "Replace the classifier by a newly initialised one"
     old = model.get_submodule(head)
     bias = old.bias is not None
     if isinstance(old, nn.Conv2d):
@@ -188,10 +188,10 @@ def build_torchvision(
 
 # %% ../../nbs/02_models/03_teachers.ipynb #46ca80c9
 def unwrap(
-    state,   # What the file held
+    state,   # Contents of the file
     path='', # For the error
 )->dict: # Name → tensor
-    "Take `{'model': …}`, `{'state_dict': …}` and `module.` off"
+    "Remove `{'model': …}`, `{'state_dict': …}` and `module.`"
     for _ in range(3):
         inner = isinstance(state, Mapping) and next((
             state[k] for k in ('state_dict', 'model', 'model_state_dict', 'student', 'net')
@@ -208,7 +208,7 @@ _SAFE = [_core.multiarray.scalar, (_core.multiarray.scalar, 'numpy.core.multiarr
 
 # %% ../../nbs/02_models/03_teachers.ipynb #884f5141
 def missing_file(path:Path)->CheckpointError: # Ready to be raised
-    "A checkpoint that is not there, with the files that are"
+    "The error for a missing checkpoint; it lists the files in its folder"
     near = [f.name for f in path.parent.glob('*') if f.suffix in ('.pth', '.pt', '.safetensors')]
     hint = f"In that folder: {', '.join(sorted(near)[:5])}." if near else "Check the path."
     return CheckpointError(f"Checkpoint '{path}' does not exist. {hint}")
@@ -254,7 +254,7 @@ def compare_weights(
     model:nn.Module,
     state:dict, # From `load_weights`
 )->Mismatch: # False where everything fits; `state` has the names that `model` uses
-    "Hold a checkpoint against a model"
+    "Compare a checkpoint with a model"
     wanted, wrapped = model.state_dict(), isinstance(model, KDModel)
     renamed = ({f'model.{k}': v for k, v in state.items()} if wrapped else
                {k.removeprefix('model.'): v for k, v in state.items()})
@@ -289,7 +289,7 @@ def mismatch_error(
     model:nn.Module,
     path, # Of the checkpoint
 )->CheckpointError: # Ready to be raised
-    "What does not fit, and the likely reason"
+    "The error that lists what does not fit, and the likely reason"
     wrapped = isinstance(model, KDModel)
     heads = [f'model.{h}' for h in model.anatomy.heads] if wrapped else ()
     shapes = [f"{k} {tuple(o.state[k].shape)} for {tuple(o.wanted[k].shape)}" for k in o.reshaped]
@@ -306,7 +306,7 @@ def load_into(
     state:dict,      # From `load_weights`
     path='',         # For the error
 )->nn.Module:
-    "Copy weights into `model`; all of them, or stop"
+    "Copy weights into `model`; an error unless all of them fit"
     found = compare_weights(model, state)
     if found: raise mismatch_error(found, model, path)
     model.load_state_dict(found.state, strict=False)
@@ -320,13 +320,13 @@ def build_registered(
     pretrained=False,
     **kw,        # img_size, in_chans, and whatever the function takes
 )->nn.Module:
-    "A bare network of the register"
+    "A bare network of the registry"
     fn, takes = models[name], inspect.signature(models[name]).parameters
     if pretrained and 'pretrained' not in takes:
         raise CheckpointError(f"No weights are published for '{name}': {INSTEAD}.")
     kw['pretrained'] = pretrained
     if n_class is not None: kw['n_class'] = n_class
-    # what a function does not take may be left out where that changes nothing
+    # arguments that a function does not accept may be dropped if that changes nothing
     harmless = {'img_size', 'pretrained'} | ({'in_chans'} if kw.get('in_chans', 3) == 3 else set())
     m = fn(**{k: v for k, v in kw.items() if k in takes or k not in harmless})
     return cifar_stem(m) if small_input and name not in zoo else m   # the zoo is small already
@@ -336,7 +336,7 @@ def build_network(
     name:str, # 'resnet20', 'timm:vgg16', 'torchvision:resnet18', 'hf-hub:…'
     **kw,     # n_class, img_size, in_chans, pretrained, small_input; more go to the constructor
 )->nn.Module:
-    "A bare network by name: ours, else timm's, else torchvision's"
+    "A bare network by name: from this package, else timm, else torchvision"
     if name in models: return build_registered(name, **kw)
     import timm, torchvision
     tv = torchvision.models.list_models(torchvision.models)
@@ -352,12 +352,12 @@ def build_network(
 # %% ../../nbs/02_models/03_teachers.ipynb #72225ad1
 def create_teacher(
     spec,                # A name, your own module, or a `KDModel`
-    n_class=None,        # Classes; None = the network's own
+    n_class=None,        # Classes; None = the network's default
     pretrained=False,    # Start from published weights
     img_size=32,         # Pixels
     in_chans=3,          # Channels of an image
-    small_input=False,   # CIFAR stem or small patches (a module of your own is never changed)
-    dropout=None,        # In front of the classifier; None = the network's own
+    small_input=False,   # CIFAR stem or small patches (a module passed as `spec` is never changed)
+    dropout=None,        # Before the classifier; None = the network's default
     use_adapter=False,   # Add a distillation adapter
     adapter_hidden=0,    # Its hidden width; 0 = `adapter_out`
     adapter_out=512,     # Width of `distill_feat`

@@ -17,7 +17,7 @@ from ..core.config import ConfigError, Registry
 def conv3x3(
     i:int,    # Channels in
     o:int,    # Channels out
-    stride=1, # 2 halves the map
+    stride=1, # 2 halves the feature map
 )->nn.Conv2d:
     "A 3×3 convolution without bias: a BatchNorm follows"
     return nn.Conv2d(i, o, 3, stride, 1, bias=False)
@@ -45,7 +45,7 @@ class ResBlock(nn.Module):
 def init_convs(
     m:nn.Module, # Changed in place
 ):
-    "He's initialisation of every convolution (fan out), biases 0"
+    "He initialisation (fan-out) of every convolution; biases 0"
     for o in m.modules():
         if isinstance(o, nn.Conv2d):
             nn.init.kaiming_normal_(o.weight, mode='fan_out')
@@ -78,7 +78,7 @@ class CifarResNet(nn.Module):
 
 # %% ../../nbs/02_models/00_zoo.ipynb #42e6faf3
 class WideBlock(nn.Module):
-    "Pre-activation block; where the width changes, the shortcut starts after the first activation"
+    "Pre-activation block; where the width changes, the shortcut branches off after the first activation"
     def __init__(self,
         i:int,     # Channels in
         o:int,     # Channels out

@@ -19,14 +19,14 @@ from ..core.runfolder import atomic_write, start_log
 
 # %% ../../nbs/11_run/06_cli.ipynb #5405f63c
 ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
-             finetune='fine-tune one teacher', baseline='train the student alone, by labels',
+             finetune='fine-tune one teacher', baseline='train the student with labels alone',
              evaluate='train and test accuracy from checkpoints',
              loop='run several methods with several seeds, then compare',
              compare='table, figure and LaTeX of finished runs',
              export="write a run's student as a program and check it", show='print the result table of a run',
-             report='write the report of a run, or of several, again: one HTML file',
-             explore='look into a run in the browser: attention, bottleneck, targets',
-             bench='measure speed on this machine, side by side with what people write today')
+             report='write the report of one or several runs again: one HTML file',
+             explore='explore a run in the browser: attention, bottleneck, targets',
+             bench='measure speed on this machine, compared with common implementations')
 
 def usage()->str:
     "What `asibkd` alone prints"
@@ -35,9 +35,9 @@ def usage()->str:
 
 # %% ../../nbs/11_run/06_cli.ipynb #d051eb89
 def option_words(
-    argv:list, # As they were typed
+    argv:list, # As typed
 )->list: # 'key=value' and '+key=value' become '--key=value'
-    "One way of writing instead of three; the word after a bare `--key` is its value and stays as it is"
+    "Reduce the three notations to one; the word after a bare `--key` is its value and is left as it is"
     after_bare = [False, *(o.startswith('-') and '=' not in o for o in argv)]
     return [f"--{o.lstrip('+')}" if re.match(r'\+*[\w.]+=', o) and not is_value else o
             for o, is_value in zip(argv, after_bare)]
@@ -45,9 +45,9 @@ def option_words(
 # %% ../../nbs/11_run/06_cli.ipynb #938391f3
 def read_options(
     command:str, # For the message
-    argv:list,   # As they were typed
+    argv:list,   # As typed
 )->dict: # {key: text}; '--key' alone is '1'
-    "The options as they were typed; a word that belongs to none is refused"
+    "The options as typed; a word that belongs to no option is refused"
     rest, given = option_words(argv), {}
     while rest:
         word = {'-f': '--file', '-h': '--help'}.get(rest[0], rest[0])
@@ -73,7 +73,7 @@ def parse(
     command:str,
     argv:list, # The words after the command
 )->tuple: # (YAML file, {key: value})
-    "Options into parameters; `--help` prints every one of them and stops"
+    "Options as parameters; `--help` prints all of them and exits"
     given = read_options(command, argv)
     if 'help' in given:
         load_plugins(given.get('plugin', ''))   # its parameters are listed, too
@@ -119,13 +119,13 @@ def add_parameters(
 def add_method_parameters(
     p:argparse.ArgumentParser,
 ):
-    "What registered methods bring, a plugin's among them"
+    "The parameters of registered methods, plugins included"
     for m, params in method_params.items():
         kind = 'cl_method' if m.startswith('cl:') else 'method'
         group = p.add_argument_group(f"Of {kind}={m.removeprefix('cl:')}")
         for k, f in params.model_fields.items():
             default = 'must be given' if f.is_required() else f.default
-            add_option(group, k, f"{f.description or 'its own parameter'} [{default}]")
+            add_option(group, k, f"{f.description or 'a parameter of this method'} [{default}]")
 
 # %% ../../nbs/11_run/06_cli.ipynb #d6587121
 def help_text(
@@ -150,9 +150,9 @@ def help_text(
 # %% ../../nbs/11_run/06_cli.ipynb #77aefc94
 def announce(
     file:str,   # YAML file of parameters, or ''
-    given:dict, # What was typed
+    given:dict, # The typed parameters
 ):
-    "Log what will be run; nothing heavy has been imported yet"
+    "Log the plan of a run; nothing heavy has been imported yet"
     layers = config_layers(file, _plugins=False, **given)
     level = effective_value(layers, 'log_level')
     if level not in ('DEBUG', 'INFO'):
@@ -166,7 +166,7 @@ def announce(
 def print_run(
     s:dict, # summary.json, with `run`, the folder
 ):
-    "The table, the verdict and where everything is"
+    "Print the table, the verdict and the run folder"
     from asibkd.analysis.notes import run_text
     print(run_text(s))
 
@@ -213,7 +213,7 @@ def cmd_evaluate(argv):
 # %% ../../nbs/11_run/06_cli.ipynb #5a72f9b9
 def print_comparison(
     runs,         # A table from `collect`
-    baseline:str, # '' = the usual one
+    baseline:str, # '' = the default, see `default_baseline`
     out,          # Folder for the files
 ):
     "Print the table, write the files"
@@ -245,8 +245,8 @@ def cmd_loop(argv):
 def runs_options(
     command:str,
     argv:list,
-    runs:str, # The default of the run folders, in words
-    out:str,  # What `--out` is
+    runs:str, # The default of `runs`, for the help page
+    out:str,  # Help text of `--out`
 )->argparse.Namespace: # runs, baseline, cl, out
     "The options of a command that reads finished runs"
     p = argparse.ArgumentParser(f'asibkd {command}', description=ABOUT[command])
@@ -270,7 +270,7 @@ def cmd_compare(argv):
 def newest(
     results='results', # A folder of run folders
 )->str:
-    "The run folder that was finished last"
+    "The run folder finished last"
     from asibkd.analysis.tables import load_summary
     done = [f for f in Path(results).glob('*/summary.json') if 'rows' in load_summary(f.parent)]
     if not done:
@@ -359,7 +359,7 @@ COMMANDS = dict(run=cmd_run, finetune=cmd_finetune, baseline=cmd_baseline, evalu
 
 @contextlib.contextmanager
 def like_ctrl_c():
-    "Inside: SIGTERM stops the command as Ctrl-C does"
+    "A context in which SIGTERM stops the command as Ctrl-C does"
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -371,8 +371,8 @@ def like_ctrl_c():
 
 # %% ../../nbs/11_run/06_cli.ipynb #6f8a71ee
 def main(
-    argv=None, # The words after `asibkd`; None: those of the process
-)->int: # Exit code: 0 well, 2 refused or stopped with a message, 130 Ctrl-C or SIGTERM
+    argv=None, # The arguments after `asibkd`; None: `sys.argv[1:]`
+)->int: # Exit code: 0 success, 2 refused or stopped with a message, 130 Ctrl-C or SIGTERM
     "The `asibkd` command"
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'):
@@ -387,7 +387,7 @@ def main(
     except AsibError as e:
         print(f'asibkd: {e}', file=sys.stderr)
         return 2
-    except BrokenPipeError:                                     # `| head` has read enough
+    except BrokenPipeError:                                     # the reader, e.g. `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

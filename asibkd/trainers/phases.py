@@ -28,7 +28,7 @@ from .loop import FitResult, Phase, restore, snapshot
 # %% ../../nbs/06_trainers/03_phases.ipynb #a36808a3
 def loss_fault(
     o, # What a method returned
-)->str: # '' where there is nothing
+)->str: # '' where nothing is wrong
     "What is wrong with a method's result"
     if not isinstance(o, dict): return 'None' if o is None else f'a {type(o).__name__}'
     if missing := [k for k in ('loss', 'parts') if k not in o]: return f"a dict without '{missing[0]}'"
@@ -45,7 +45,7 @@ def checked_loss(
     method:Method, name:str,  # 'loss' or 'adapt_loss'
     batch, s_out:dict, t_outs:list, *rest,
 )->dict: # dict(loss, parts)
-    "A method's loss; one that cannot be learnt from is refused"
+    "A method's loss; one without a gradient, or of the wrong form, is refused"
     where = f'{type(method).__name__}.{name}'
     try:
         o = getattr(method, name)(batch, s_out, t_outs, *rest)
@@ -62,7 +62,7 @@ def checked_loss(
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #dd9afa1b
 class DistilStep(nn.Module):
-    "Phase B, and every baseline: the student (and what its method brings) is trained, teachers are not"
+    "Phase B, and every baseline: student and method are trained, teachers are frozen"
     def __init__(self,
         student, teachers,       # Wrapped models
         method:Method,
@@ -74,7 +74,7 @@ class DistilStep(nn.Module):
         used = dict(all=teachers, one=teachers[:1], none=[])[method.teachers_used]
         self.teachers = nn.ModuleList(used)
         self.teacher_fns = [teacher_fn(t) for t in self.teachers]
-        self.run = [maybe_compile(student, method.cfg)]     # in a list: the student's weights are here once already
+        self.run = [maybe_compile(student, method.cfg)]     # in a list, so that the student is not registered twice
 
     def train(self, mode=True)->nn.Module:
         "Teachers stay in evaluation mode"
@@ -87,7 +87,7 @@ class DistilStep(nn.Module):
 # %% ../../nbs/06_trainers/03_phases.ipynb #92d8620b
 @patch
 def forward(self:DistilStep, batch, when)->dict: # dict(loss, parts)
-    "Outputs of teachers and student, and the method's loss of them"
+    "Outputs of teachers and student, and the method's loss"
     with torch.no_grad():
         t_outs = [fn(batch) for fn in self.teacher_fns]
     s_out = self.run[0](batch.x)
@@ -103,7 +103,7 @@ def log_shapes(s_out, t_outs):
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #29b3f5a9
 class AdaptStep(nn.Module):
-    "Phase A: the bridge is trained, and what is unfrozen in the teachers; the student is fixed"
+    "Phase A: the bridge and the teachers' unfrozen parameters are trained; the student is frozen"
     def __init__(self,
         student, teachers,       # Wrapped models
         method:Method,
@@ -124,13 +124,13 @@ class AdaptStep(nn.Module):
         return self
 
     def unfrozen(self)->list:
-        "What is trained in the teachers"
+        "The teachers' trainable parameters"
         return [p for t in self.teachers for p in t.parameters() if p.requires_grad]
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #839be692
 @patch
 def forward(self:AdaptStep, batch, when)->dict: # dict(loss, parts)
-    "Outputs of the fixed student and the teachers, and the method's adaptation loss of them"
+    "Outputs of the frozen student and the teachers, and the method's adaptation loss"
     with torch.no_grad():
         s_out = self.run[0](batch.x)
     t_outs = [fn(batch) for fn in self.teacher_fns]
@@ -153,7 +153,7 @@ class FinetuneStep(nn.Module):
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #eb81b196
 def validator(
-    model, loader, acc,  # What, on which images, with which precision
+    model, loader, acc,  # The model, the images, the precision
     test=None,           # Test loader, only with report_oracle
 )->Callable: # () → dict(val_acc, val_nll[, oracle])
     "Validation of one model"
@@ -189,7 +189,7 @@ def train_loader(
 def teacher_fns(
     loader,         # The phase's
     ctx:RunContext,
-    method:Method,  # Does it compare maps?
+    method:Method,  # Outputs of a method with `needs_maps` are not cached
 )->Callable: # Teacher → function of this loader's batches
     "Where a phase's teacher outputs come from: the network, or its cache"
     return lambda t: get_teacher_fn(t, loader, ctx.cfg, ctx.acc.mixed_precision, method.needs_maps)
@@ -199,7 +199,7 @@ def finetune(
     model,             # A wrapped teacher, nothing of it frozen
     ctx:RunContext,
     name='teacher1',   # Its phase is `finetune-<name>`
-    loader=None,       # Another one than the shuffled training images
+    loader=None,       # Default: the shuffled training images
 )->FitResult: # The model holds its validation-selected weights
     "Cross-entropy (or CutMix) for `finetune_epochs`; the selected epoch's weights are put back"
     cfg, data, acc = ctx.cfg, ctx.data, ctx.acc
@@ -216,7 +216,7 @@ def finetune(
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #273b460c
 def synergy_validator(
-    step:AdaptStep, loader, acc, # What, on which images, with which precision
+    step:AdaptStep, loader, acc, # The objective, the images, the precision
     tau,                         # Temperature at which the rebuilt average is compared
     teacher_fn=LiveTeacher,      # As in `DistilStep`
 )->Callable: # () → dict(val_acc, val_nll, val_avg_acc, val_avg_nll, val_recon)
@@ -235,7 +235,7 @@ def synergy_validator(
     return validate
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #f121c2c8
-def unfreeze_for_adaptation(teachers, method:Method)->bool: # Is something in the networks themselves trained?
+def unfreeze_for_adaptation(teachers, method:Method)->bool: # Are the teachers' networks themselves trained?
     "With the objective `distil`, only the teachers' adapters are trained"
     if method.cfg.bridge_objective != 'distil':
         return any(p.requires_grad for t in teachers for p in t.model.parameters())
@@ -300,7 +300,7 @@ def adapt(
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #e4b7986a
 def distil_callbacks(student, method:Method, cfg:Config)->list:
-    "What phase B needs beside the usual: the method's own step, and the averaged student"
+    "Callbacks of phase B besides the usual ones: the method's `after_step`, and the averaged student"
     out = [MethodCB(method)] if type(method).after_step is not Method.after_step else []
     return out + ([StudentEmaCB(student, cfg.student_ema)] if cfg.student_ema else [])
 
@@ -312,7 +312,7 @@ def distil(
     stages=1,            # How many phases like this one the run has
     epochs=None,         # Of this phase; default student_epochs_per_stage
     name=None,           # Default B<stage>
-    loader=None,         # Another one than the shuffled training images
+    loader=None,         # Default: the shuffled training images
     callbacks=(),        # Of this phase alone
     keep=None,           # {name: module} that also changes
 )->FitResult: # The student holds its last weights; `.state` the selected ones
