@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['side_param', 'bridge_param', 'finetune_param', 'cl_param', 'eval_param', 'GROUPS', 'param', 'Params', 'field_bounds',
            'group_rows', 'Experiment', 'Output', 'DataParams', 'Models', 'Freezing', 'Bridge', 'Adaptation',
-           'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual', 'Memory',
+           'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual', 'Replaying',
            'Penalties', 'Evaluation']
 
 # %% ../../nbs/00_core/00_params.ipynb #1258e250
@@ -345,7 +345,7 @@ class Continual(Params):
         "marked.")
 
 # %% ../../nbs/00_core/00_params.ipynb #86ffdfba
-class Memory(Params):
+class Replaying(Params):
     "Continual learning: memory"
     replay_ratio:float = cl_param(0.5, "Replayed images per new image; above 0, at least one per step.", ge=0)
     replay_capacity:int = cl_param(2000, "Images in the memory.", ge=0)
@@ -385,4 +385,4 @@ class Evaluation(Params):
 
 # %% ../../nbs/00_core/00_params.ipynb #2cc48b68
 GROUPS = (Experiment, Output, DataParams, Models, Freezing, Bridge, Adaptation, Distillation, Terms, Optimisation,
-          Precision, Finetuning, MethodKeys, Continual, Memory, Penalties, Evaluation)
+          Precision, Finetuning, MethodKeys, Continual, Replaying, Penalties, Evaluation)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'stream_of', 'task_classes', 'check_given_teachers',
-           'create_learners', 'memory_columns', 'cl_row', 'cl_verdict', 'save_results', 'cl_summary_of', 'run_cl']
+           'create_learners', 'memory_columns', 'cl_row', 'cl_verdict', 'save_cl_results', 'cl_summary_of', 'run_cl']
 
 # %% ../../nbs/11_run/02_cl.ipynb #962e0e0e
 import torch
@@ -114,7 +114,7 @@ def cl_verdict(
     return verdict(key, acc, predictions, y, max(acc, key=acc.get, default=''))
 
 # %% ../../nbs/11_run/02_cl.ipynb #7239da38
-def save_results(
+def save_cl_results(
     run,             # The run folder
     done:dict,       # name → CLResult
     l:Learner,       # Of the run's method
@@ -167,7 +167,7 @@ def run_cl(
     log.info(f"{len(stream)} tasks: " + ' | '.join(', '.join(names) for names in task_classes(stream)))
     done = {k: l.learn() for k, l in learners.items()}
     summary = cl_summary_of(ctx, done, learners, params)
-    save_results(ctx.run, done, learners[key], '' if student is not None else cfg.student_type)
+    save_cl_results(ctx.run, done, learners[key], '' if student is not None else cfg.student_type)
     row = next(r for r in summary['rows'] if r['key'] == key)
     columns = ('val_acc', 'ACC', 'AIA', 'BWT', 'task_ACC', 'params', 'macs')
     return summary, dict(method=key, dataset=data.name, seed=cfg.seed, student=learners[key].student.name,
