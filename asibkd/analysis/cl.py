@@ -17,7 +17,7 @@ def cl_summary(
     "The summary of a continual run; any other is refused"
     s = summary if isinstance(summary, dict) else load_summary(summary)
     if not is_cl(s):
-        raise RunError("This is no continual run: it has no matrix R. Run with cl_mode=1.")
+        raise RunError("This is not a continual run: it has no matrix R. Run with cl_mode=1.")
     return s
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #9b099b2c
@@ -30,7 +30,7 @@ def task_names(
 # %% ../../nbs/09_analysis/01_cl.ipynb #93048bb0
 def r_rows(
     summary,           # A summary, or the folder of a finished run
-    method='',         # Row of the result table; '' = the run's own
+    method='',         # Row of the result table; '' = the run's main method
     which='class_il',  # class_il or task_il
 )->list: # of dicts: '' → 'after i', name of task j → accuracy in per cent
     "The matrix R, without pandas"
@@ -88,7 +88,7 @@ def newest_wins(
 # %% ../../nbs/09_analysis/01_cl.ipynb #20f64667
 LEAKS = dict(
     yes="A teacher SAW FUTURE CLASSES (allow_leak=1): these numbers are no class-incremental result.",
-    unknown="What classes a teacher's weights were trained on is not known: it may have seen future ones.")
+    unknown="It is unknown which classes a teacher was trained on: future ones may be among them.")
 
 def leak_note(
     summary,  # A summary, or the folder of a finished run

@@ -95,7 +95,7 @@ def runs_of_kind(
     "The runs of one kind; a mixture is an error"
     kinds = {is_cl(s) for _, s, _ in runs}
     if cl is None and len(kinds) > 1:
-        raise RunError("Continual and one-shot runs have no common measure. Say which: --cl 1 or --cl 0 "
+        raise RunError("Continual and one-shot runs have no common measure. Choose one kind: --cl 1 or --cl 0 "
                        "(in Python cl=True or False).")
     cl = kinds.pop() if cl is None else cl
     out = [r for r in runs if is_cl(r[1]) == cl]

@@ -19,7 +19,7 @@ from ..core.config import near_chance
 def main_row(
     s:dict, # summary.json
 )->dict:
-    "The row of the run's own method"
+    "The row of the run's main method"
     return next(r for r in s['rows'] if r['key'] == s['method'])
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #7be6e7f1

@@ -138,7 +138,7 @@ def best_sentence(
     base:str,         # The baseline
     cl:bool,          # Continual runs?
 )->str:
-    "Which method is best, and how the package's own methods did"
+    "The best method, and where this package's methods stand"
     measure = 'ACC %' if cl else MEASURES['distil']['test_acc_val_selected']
     against = f'ACC vs {base}' if cl else f'vs {base}'
     def standing(o):
@@ -178,7 +178,7 @@ def compare_sections(
     steps = 'task by task, on the classes seen' if 'ACC' in runs else 'epoch by epoch, on the validation images'
     caption = 'Mean ± half-width of the 95 % t-interval over seeds; paired differences over common seeds'
     commands = dict.fromkeys(command_of(load_config(r)) for r in runs.run.unique())
-    dots = picture(plot_compare(runs), 'A dot a seed; squares are means with their intervals, best on top.',
+    dots = picture(plot_compare(runs), 'One dot per seed; squares are means with their intervals, best on top.',
                    f'From best to worst: {names}. {best}')
     curves = picture(plot_seeds(runs), f'Mean over seeds and the band of its 95 % t-interval, {steps}.',
                      f'Curves of {names}, {steps}.')

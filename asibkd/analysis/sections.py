@@ -135,7 +135,7 @@ def env_part(
 def time_parts(
     s:dict, # summary.json
 )->tuple:
-    "Where the time went, and how many teacher outputs came from the cache"
+    "Training time, and how many teacher outputs were read from the cache"
     seconds = {k: v for k, v in s['time']['seconds'].items() if v is not None}
     requested, computed = (s['time'].get('teacher_images', {}).get(k, 0) for k in ('requested', 'computed'))
     words = 'No teacher was used.'
@@ -156,7 +156,7 @@ def curve_picture(
     if o.empty:
         return None
     ends = joined(f'{k} ends at {v:.1f} %' for k, v in o.groupby('key', sort=False).acc.last().items())
-    caption = 'Validation accuracy, epoch by epoch. Left the students, right the teachers and the synergy.'
+    caption = 'Validation accuracy, epoch by epoch. Left: students; right: teachers and synergy.'
     return picture(plot_curves(run), caption, f'Learning curves. In validation accuracy {ends}.')
 
 # %% ../../nbs/09_analysis/06_sections.ipynb #3a298f38
@@ -185,8 +185,8 @@ def information_picture(
     if o.empty:
         return None
     start, end = (f'{r.nats:.1f} nats and {r.acc:.1f} %' for r in (o.iloc[0], o.iloc[-1]))
-    caption = ('The information plane of phase A, a point an epoch: to the right what the code spends, '
-               'up what the synergy gets for it.')
+    caption = ('The information plane of phase A, one point per epoch: nats of the code (horizontal) '
+               'and validation accuracy of the synergy (vertical).')
     return picture(plot_information(run), caption, f'{len(o)} epochs of phase A: from {start} to {end}.')
 
 # %% ../../nbs/09_analysis/06_sections.ipynb #8bcb01d7
@@ -319,7 +319,7 @@ def cl_sections(
 )->list:
     "R, forgetting, and the memory where there is one"
     first = joined(f"{k} {100*o['class_il'][-1][0]:.1f} %" for k, o in s['R'].items())
-    forgetting = picture(plot_forgetting(s), 'Left the average over the tasks seen, right the first task alone.',
+    forgetting = picture(plot_forgetting(s), 'Left: average over the tasks seen; right: the first task.',
                          f'After the last task, accuracy on the first is {first}.')
     out = [accuracy_section(s), section('Forgetting', forgetting)]
     if kept := sum(s['composition'][-1]):

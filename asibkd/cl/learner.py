@@ -327,7 +327,7 @@ def all_logits(
     method,
     teachers=(),    # Empty: the student alone
 )->tuple: # name → (N, K) logits, labels (N,)
-    "Logits of student, teachers, average and synergy on the same images"
+    "Logits of student, teachers (role and position, e.g. `snapshot2`), average and synergy on the same images"
     named = {f'{r}{i}': m for i, (r, m) in enumerate(zip(method.task.roles, teachers), 1)}
     synergy = getattr(method, 'synergy', None) if named else None
     def student(b):

@@ -263,7 +263,7 @@ class Replay(Loader):
         self.n_old = max(1, round(ratio*self.batch_size)) if ratio > 0 and len(mem) else 0
         self.n_current = round(current*self.n_old)
         order = torch.randperm(len(ds), generator=generator(*self.key, 'own'))
-        # the images that stand for the task's place in the memory
+        # the task's images that are replayed as if already in the memory
         self.current = order[:max(1, round(current*mem.capacity))]
 
     def __len__(self):

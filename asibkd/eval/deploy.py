@@ -31,7 +31,7 @@ def save_state(
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #8475328d
 def student_card(
-    kind:str,       # Architecture name, or '' for a module of the user's own
+    kind:str,       # Architecture name, or '' for a user's module
     data:Data,
     small_input:bool,
 )->dict:

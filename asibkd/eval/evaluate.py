@@ -71,7 +71,7 @@ def verdict_text(
     worse, better = ('LOSES to', 'beats') if seeds > 1 else ('is BEHIND', 'is ahead of')
     word = worse if d['high'] < 0 else better if d['low'] > 0 else 'cannot be told apart from'
     note = ' (it is behind)' if d['diff'] < 0 <= d['high'] else ''
-    basis = f'{seeds} seeds' if seeds > 1 else 'one seed, so what another would give is not known'
+    basis = f'{seeds} seeds' if seeds > 1 else 'one seed, so the variation over seeds is unknown'
     return (f"{method} {word} {baseline}{note} on these test images: {100*d['diff']:+.2f} points "
             f"compared with {baseline}, the best of the baselines, "
             f"95 % interval [{100*d['low']:+.2f}, {100*d['high']:+.2f}]; {basis}.")
@@ -86,7 +86,7 @@ def verdict(
 )->dict: # verdict, and where there are baselines: baseline, difference, differences
     "The comparison in a summary: the sentence, and the paired differences behind it"
     if not best:
-        return dict(verdict=f"No baseline was run beside {method}: there is nothing to judge it by.")
+        return dict(verdict=f"No baseline was run beside {method}, so there is no comparison.")
     every = {k: paired_difference(z[method], z[k], y) for k in others}
     return dict(baseline=best, difference=every[best], differences=[dict(baseline=k) | d for k, d in every.items()],
                 verdict=verdict_text(method, best, every[best]))

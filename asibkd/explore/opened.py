@@ -135,8 +135,8 @@ def _open_teacher(run:Path, spec:TeacherSpec, summary:dict, data:Data, cfg:Confi
     "A teacher in its last state in the run"
     row = next(r for r in summary['rows'] if r['key'] == spec.name)
     if isinstance(spec.arch, str) and row.get('given'):
-        raise RunError(f"{spec.name} ({row['model']}) was a module of your own, which no folder can rebuild. "
-                       "Give fresh ones: open_run(run, teachers=[…]).")
+        raise RunError(f"{spec.name} ({row['model']}) was a user-defined module, which the folder cannot rebuild. "
+                       "Pass fresh instances: open_run(run, teachers=[…]).")
     file = _weights_file(run, spec, summary)
     plain = replace(spec, ckpt='', save_to='', search_default=False, pretrained=spec.pretrained and not file)
     # finetune_epochs=1: no warning that this teacher has no weights; they are loaded here
@@ -147,7 +147,8 @@ def _open_teacher(run:Path, spec:TeacherSpec, summary:dict, data:Data, cfg:Confi
 def _open_student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
     "The student with its selected weights"
     if given is None and not json.loads((run/'student.json').read_text(encoding='utf-8'))['type']:
-        raise RunError("The student was a module of your own. Give a fresh one: open_run(run, student=MyModule()).")
+        raise RunError("The student was a user-defined module. Pass a fresh instance: "
+                       "open_run(run, student=MyModule()).")
     s = build_student(cfg.model_copy(update=dict(student_ckpt='', student_pretrained=False)), data, given)
     return load_into(s, load_weights(run/'student.safetensors'), run/'student.safetensors')
 
@@ -155,8 +156,8 @@ def _open_student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
 def _open_data(s:dict, cfg:Config, train=None, val=None, test=None)->Data:
     "The images of a run, checked against its summary"
     if train is None and (s['dataset'] != cfg.dataset or cfg.dataset not in list_datasets()):
-        raise RunError(f"The images were a dataset of your own ({s['dataset']}). "
-                       "Give it again: open_run(run, train=…, test=…).")
+        raise RunError(f"The images were a user-defined dataset ({s['dataset']}). "
+                       "Pass it again: open_run(run, train=…, test=…).")
     data = create_data(cfg, train, val, test)
     sizes = {k: len(getattr(data, k)) for k in s['images']}
     if sizes != s['images']:

@@ -146,9 +146,9 @@ def arrange(self:SynergyExplorer):
         getattr(self, name).add_class(f'asibkd-{name}')
     images = flow_row(w.VBox([self.split, self.filter, self.label]),
                           w.VBox([self.position, self.number, self.view]))
-    questions = flow_row(w.VBox([self.toward_mean, self.query_scale]), w.VBox([self.tau, self.beta, self.gate]))
-    answers = flow_row(w.VBox([self.attention, self.shares]), self.code, self.target)
-    self.children = [self.message, images, self.count, flow_row(self.image, self.top), questions, answers]
+    controls = flow_row(w.VBox([self.toward_mean, self.query_scale]), w.VBox([self.tau, self.beta, self.gate]))
+    figures = flow_row(w.VBox([self.attention, self.shares]), self.code, self.target)
+    self.children = [self.message, images, self.count, flow_row(self.image, self.top), controls, figures]
 
 # %% ../../nbs/10_explore/03_widgets.ipynb #f30632ed
 @patch

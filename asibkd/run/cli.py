@@ -19,14 +19,14 @@ from ..core.runfolder import atomic_write, start_log
 
 # %% ../../nbs/11_run/06_cli.ipynb #5405f63c
 ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
-             finetune='fine-tune one teacher', baseline='train the student alone, by labels',
+             finetune='fine-tune one teacher', baseline='train the student with labels alone',
              evaluate='train and test accuracy from checkpoints',
              loop='run several methods with several seeds, then compare',
              compare='table, figure and LaTeX of finished runs',
              export="write a run's student as a program and check it", show='print the result table of a run',
-             report='write the report of a run, or of several, again: one HTML file',
-             explore='look into a run in the browser: attention, bottleneck, targets',
-             bench='measure speed on this machine, side by side with what people write today')
+             report='write the report of one or several runs again: one HTML file',
+             explore='explore a run in the browser: attention, bottleneck, targets',
+             bench='measure speed on this machine, compared with common implementations')
 
 def usage()->str:
     "What `asibkd` alone prints"
@@ -125,7 +125,7 @@ def add_method_parameters(
         group = p.add_argument_group(f"Of {kind}={m.removeprefix('cl:')}")
         for k, f in params.model_fields.items():
             default = 'must be given' if f.is_required() else f.default
-            add_option(group, k, f"{f.description or 'its own parameter'} [{default}]")
+            add_option(group, k, f"{f.description or 'a parameter of this method'} [{default}]")
 
 # %% ../../nbs/11_run/06_cli.ipynb #d6587121
 def help_text(
