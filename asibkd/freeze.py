@@ -17,7 +17,7 @@ from .models.kdmodel import KDModel
 # %% ../nbs/03_freeze.ipynb #96707e46
 def open_by_level(
     m:KDModel,
-    level:int, # -1 all, 0 the head, 1 + last block, 2 + last two blocks
+    level:int, # -1 all, 0 head, 1 head + last block, 2 head + last two blocks
 )->set: # Names inside `m.model`
     "Head and last `level` blocks"
     a = m.anatomy
@@ -105,7 +105,7 @@ def check_freeze(level, scope, bn_head_only, freeze_bn, use_partial_freeze):
 # %% ../nbs/03_freeze.ipynb #d15f63c5
 def apply_freeze(
     m:KDModel,
-    level=-1,               # -1 nothing frozen, 0 head open, 1 + last block, 2 + last two blocks
+    level=-1,               # What is open: -1 all, 0 head, 1 head + last block, 2 head + last two blocks
     scope=None,             # Open these parts instead of a level
     bn_head_only=False,     # Open only normalisation layers and the head
     freeze_bn=False,        # Freeze every BatchNorm (affine parameters and statistics), in open blocks, too
@@ -157,7 +157,7 @@ def freeze_report(
 
 # %% ../nbs/03_freeze.ipynb #0e8825eb
 def freeze_all(
-    *modules:nn.Module, # Wrapped models, bridge, head, …
+    *modules:nn.Module, # Wrapped models, bridge, synergy head, …
 ): # The module, or all of them
     "No gradient, and evaluation mode from now on"
     for m in modules:

@@ -255,8 +255,8 @@ def refuse_key(
                           f"give it with {'cl_method' if cl else 'method'}={first}.")
     near = [PEER_NAMES[plain]] if plain in PEER_NAMES else difflib.get_close_matches(plain, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ''
-    raise ConfigError(f"Unknown parameter '{key}'.{hint} `asibkd run --help` lists every parameter; those of a method "
-                      "of your own are known once plugin=FILE.py names the file it is in.")
+    raise ConfigError(f"Unknown parameter '{key}'.{hint} `asibkd run --help` lists every parameter; those of your own "
+                      "method exist once plugin=FILE.py names the file that registers it.")
 
 # %% ../../nbs/00_core/01_config.ipynb #28bfec79
 def check_keys(

@@ -86,7 +86,7 @@ def pick_device(
         want = next(k for k, there in have.items() if there)
     if have[want]:
         return torch.device(want)
-    log.warning(f"device='{want}' was asked for, but torch sees none here: the run goes on on the CPU.")
+    log.warning(f"device='{want}' is not available to torch: the run goes on on the CPU.")
     return torch.device('cpu')
 
 # %% ../../nbs/00_core/04_runtime.ipynb #e6b62e44

@@ -103,7 +103,7 @@ class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module, name):
         names = _array_names()
         if (module, name) in names: return names[module, name]
-        raise pickle.UnpicklingError(f"it asks for '{module}.{name}', which no file of arrays needs; "
+        raise pickle.UnpicklingError(f"it refers to '{module}.{name}', which no file of arrays needs; "
                                      "it may be malicious and was not run")
 
 # %% ../../nbs/01_data/02_datasets.ipynb #862df0f7

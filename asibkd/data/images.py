@@ -30,7 +30,7 @@ def as_labels(
     if isinstance(y, (list, tuple)): y = [o.item() if hasattr(o, 'item') else o for o in y]
     y = np.asarray(y)
     if y.ndim != 1 or (len(y) and y.dtype.kind not in 'biu'):
-        raise DataError(f"Labels of {where} must be whole numbers, one an image; "
+        raise DataError(f"Labels of {where} must be whole numbers, one per image; "
                         f"got {y.dtype} of shape {y.shape}.")
     bad = np.flatnonzero((y < 0) | (y >= (n_class or np.inf)))
     if len(bad):
@@ -46,7 +46,7 @@ class ImageSet:
     def __init__(self,
         source,        # `TensorSource`, `DatasetSource`, `FileSource`, or a uint8 tensor (N, C, H, W)
         y,             # N labels
-        classes=None,  # Their names; None = not known (counted from the labels later)
+        classes=None,  # Their names; None = numbered by the labels later
         ids=None,      # Which images of the source, in this order; None = all
         shape=None,    # (C, H, W) delivered; None = not decided yet
     ):
@@ -55,7 +55,7 @@ class ImageSet:
         self.y, self.shape = as_labels(y), shape
         self.classes = None if classes is None else list(map(str, classes))
         if len(self.y) != len(self.ids):
-            raise DataError(f"{len(self.ids)} images have {len(self.y)} labels: give one label an image.")
+            raise DataError(f"{len(self.ids)} images have {len(self.y)} labels: give one label per image.")
 
     def __len__(self): return len(self.ids)
 
@@ -106,7 +106,7 @@ def resize_and_crop(
 # %% ../../nbs/01_data/01_images.ipynb #6ae0e2a5
 @contextlib.contextmanager
 def one_thread():
-    "torch computes on one thread inside, and on as many as before after it"
+    "Inside, torch computes on one thread; afterwards, on as many as before"
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield
@@ -132,7 +132,7 @@ def _evenly_spaced(n, k):
 # %% ../../nbs/01_data/01_images.ipynb #a5c8e279
 def common_shape(
     sets,          # The `ImageSet`s that will be used together
-    image_size=0,  # Side in pixels; 0 = own size if uniform and small, else 224
+    image_size=0,  # Side in pixels; 0 = the images' size if uniform and small, else 224
     skip=False,    # Ignore images that cannot be read
 )->tuple: # (C, H, W)
     "One shape for all images"
@@ -241,8 +241,8 @@ def limit_per_class(
 # %% ../../nbs/01_data/01_images.ipynb #9daac226
 def channel_stats(
     ds,      # An `ImageSet`
-    n=512,   # Images looked at when the set is streamed
-)->tuple: # (mean, std), a float for each channel, in units where 255 is 1
+    n=512,   # Images used if the set is streamed
+)->tuple: # (mean, std), one float per channel, in units where 255 is 1
     "Mean and standard deviation of each channel"
     pos = _evenly_spaced(len(ds), n) if ds.streamed else torch.arange(len(ds))
     s, s2, k = 0, 0, len(pos)*ds.shape[1]*ds.shape[2]
@@ -266,7 +266,7 @@ class Data:
     std: tuple               # … standard deviation
     shape: tuple             # (C, H, W)
     flip: bool = True        # May images be mirrored?
-    notes: dict = field(default_factory=dict)   # Skipped files, where `val` comes from
+    notes: dict = field(default_factory=dict)   # Skipped files, origin of `val`
 
     @property
     def n_class(self)->int:

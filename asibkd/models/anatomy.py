@@ -159,7 +159,7 @@ class MapReader:
 # %% ../../nbs/02_models/01_anatomy.ipynb #c291b4ab
 def map_reader(
     call:ModuleCall, # Of a single image
-    prefix=None,     # Tokens that are no patch, where the model has `num_prefix_tokens`
+    prefix=None,     # Number of class and register tokens, if the model has `num_prefix_tokens`
 )->MapReader|None: # None where the output is no map
     "How to read the output of `call` as a feature map"
     outs = list(call.out) if isinstance(call.out, (tuple, list)) else [call.out]
@@ -219,7 +219,7 @@ def head_input(
     head:nn.Module,
     t,             # Input of the head
 ):  # (B, D)
-    "The pooled feature in front of a head"
+    "The pooled feature before a head"
     if t.ndim == 2: return t
     return t.flatten(2).mean(-1) if isinstance(head, nn.Conv2d) else t.flatten(1, -2).mean(1)
 
@@ -239,8 +239,8 @@ def called_children(
 def find_units(
     model:nn.Module,
     ran:dict,     # Module name → its first call
-    heads,        # Names of the modules that make the logits
-    prefix=None,  # Tokens that are no patch
+    heads,        # Names of the modules that output the logits
+    prefix=None,  # Number of class and register tokens
 )->list: # `ModuleCall`s, in order
     "The largest modules that work at one resolution"
     children = called_children(ran)
@@ -259,7 +259,7 @@ def find_units(
 def ends_by_size(
     model:nn.Module,
     units,        # From `find_units`
-    prefix=None,  # Tokens that are no patch
+    prefix=None,  # Number of class and register tokens
 )->list: # Module names
     "The last modules of runs of units whose maps have one size"
     runs, size = [], None
@@ -291,7 +291,7 @@ def repeated_modules(
 def ends_by_layer(
     model:nn.Module,
     units,        # From `find_units`
-    prefix=None,  # Tokens that are no patch
+    prefix=None,  # Number of class and register tokens
 )->list: # Module names
     "The last modules of layers: a module with a weight matrix, and those that follow it at the same size"
     def side(c): return r.side if (r := map_reader(c, prefix)) else None
@@ -307,7 +307,7 @@ def ends_by_layer(
 def find_block_ends(
     model:nn.Module,
     units,        # From `find_units`
-    prefix=None,  # Tokens that are no patch
+    prefix=None,  # Number of class and register tokens
 )->list: # Names of the modules that end a block
     "Blocks by resolution, else by repeated modules, else by layer"
     ends = ends_by_size(model, units, prefix)
@@ -320,7 +320,7 @@ class Anatomy:
     heads: list           # Names of the modules that output the logits
     blocks: list          # Names of the modules that end a block, in order
     stages: list          # `MapReader`s of the blocks that return maps
-    last: MapReader|None  # The map in front of the head
+    last: MapReader|None  # The last map before the head
     block_of: dict        # Module name → number of its block; len(blocks) for the head
     feat_dims: list       # Widths of the heads' inputs; feat_2d has their sum
     n_class: int
@@ -330,7 +330,7 @@ def number_blocks(
     model:nn.Module,
     ran:dict, # Module name → its first call
     ends,     # Names of the modules that end a block
-    heads,    # Names of the modules that make the logits
+    heads,    # Names of the modules that output the logits
 )->dict: # Module name → block
     "The block of every module; a module that was never called belongs to its parent's block"
     block_of = {}
@@ -348,9 +348,9 @@ def listed_blocks(
     ran:dict,     # Module name → its first call
     times,        # Module name → number of calls
     before:int,   # When the head was entered
-    prefix=None,  # Tokens that are no patch
+    prefix=None,  # Number of class and register tokens
 )->list: # Names
-    "The blocks in a model's `feature_info` that return maps in front of the head"
+    "The blocks in a model's `feature_info` that return maps before the head"
     info = getattr(model, 'feature_info', None) or []
     names = dict.fromkeys(f.get('module') for f in getattr(info, 'info', info))
     return [n for n in names
@@ -364,7 +364,7 @@ def last_map(
     stages,        # `MapReader`s
     since:int,     # When the last stage returned
     before:int,    # When the head was entered
-    prefix=None,   # Tokens that are no patch
+    prefix=None,   # Number of class and register tokens
 )->MapReader|None:
     "The last map that is not a pooling output; a network may have a convolution after its last stage"
     late = stages[-1:]

@@ -86,8 +86,8 @@ class LiveTeacher:
 class TeacherOutput(dict):
     "A teacher's output without its feature maps"
     def __missing__(self, k):
-        raise ConfigError(f"The teacher's '{k}' is not there: its output comes from the cache, which keeps "
-                          "logits and pooled features only. A method that compares feature maps says so, "
+        raise ConfigError(f"The teacher's '{k}' is missing: its output comes from the cache, which stores only "
+                          "logits and pooled features. A method that compares feature maps must set "
                           "`needs_maps = True` in its class; or run with teacher_cache=off.")
 
 # %% ../../nbs/02_models/06_cache.ipynb #868b3879
@@ -180,7 +180,7 @@ def find_table(
     teacher:KDModel,
     key:dict,    # From `cache_key`
     cfg:Config,  # teacher_cache, cache_gb, results_dir, cl_mode
-)->tuple: # (Table or None, why there is none)
+)->tuple: # (Table or None, the reason why there is none)
     "The table of a teacher, in the place that `teacher_cache` sets"
     where = cfg.teacher_cache
     if where == 'auto': where = 'memory' if cfg.cl_mode else 'disk'

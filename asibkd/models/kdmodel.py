@@ -140,7 +140,7 @@ def stage_shapes(self:KDModel)->list: # [(C, h, w)]
 # %% ../../nbs/02_models/02_kdmodel.ipynb #5588ca57
 @patch
 def last_shape(self:KDModel)->tuple: # (C, h, w)
-    "Shape of the map in front of the head"
+    "Shape of the last map before the head"
     return tuple(self.dry_run()['feat_4d'].shape[1:])
 
 # %% ../../nbs/02_models/02_kdmodel.ipynb #942bcad9

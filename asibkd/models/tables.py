@@ -93,7 +93,7 @@ def put(self:Table,
     except OSError as e:
         self.disk_full = True
         log.warning(f"teacher_cache: '{self.path}' cannot be written ({e.strerror or e}); "
-                    "what is missing there is computed.")
+                    "rows missing there are computed.")
 
 # %% ../../nbs/02_models/05_tables.ipynb #49f24e60
 @patch
@@ -106,7 +106,7 @@ def write(self:Table,
     if not values.isfinite().all():
         raise RunError(f"A teacher's output does not fit into {str(self.dtype).removeprefix('torch.')} "
                        f"(at most {torch.finfo(self.dtype).max:.0f}). "
-                       "Use teacher_cache=off, and look at the teacher.")
+                       "Use teacher_cache=off, and check the teacher's weights.")
     body = torch.zeros(len(rows), (self.words - 1)*4//self.dtype.itemsize, dtype=self.dtype)
     body[:, :self.width] = values
     body = body.view(torch.int32)
@@ -149,7 +149,7 @@ def make_room(
     for _, size, f in list_tables(folder):
         if taken() + need <= gb*1e9: break
         if str(f.with_suffix('.rows')) not in _open_tables:
-            log.info(f"teacher_cache: {f.name} ({size/1e6:.0f} MB) makes room")
+            log.info(f"teacher_cache: {f.name} ({size/1e6:.0f} MB) is removed to make room")
             drop_table(f)
     if taken() + need > gb*1e9: return f"cache_gb={gb:g} is taken by the tables in use"
     free = shutil.disk_usage(folder).free
@@ -193,7 +193,7 @@ def open_on_disk(
     folder:Path,  # Of all tables
     gb:float,     # Limit on all of them
     name='',      # The teacher's, for the log
-)->tuple: # (Table or None, why there is none)
+)->tuple: # (Table or None, the reason why there is none)
     "The table for a key in a folder, found or created; a damaged one is created again"
     tag = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
     f = folder/f'{tag}.json'
@@ -206,7 +206,7 @@ def open_on_disk(
             announce_table(key, name, f'in {rows}, which is there already', need)
         else:
             if f.exists() or rows.exists():
-                log.warning(f"teacher_cache: {rows} is damaged and is made again")
+                log.warning(f"teacher_cache: {rows} is damaged and is created again")
                 drop_table(f)
             if why := make_room(folder, need, gb): return None, why
             announce_table(key, name, f'in {rows}', need)
@@ -222,7 +222,7 @@ def open_table(
     folder,        # Path of all tables; None = in memory
     gb:float,      # Limit on all of them
     name='',       # The teacher's, for the log
-)->tuple: # (Table or None, why there is none)
+)->tuple: # (Table or None, the reason why there is none)
     "The table for a key, on disk or in memory"
     if folder is not None:
         folder = Path(folder).resolve()

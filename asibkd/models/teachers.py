@@ -137,7 +137,7 @@ def build_timm(
 # %% ../../nbs/02_models/03_teachers.ipynb #f2fde0e5
 def new_head(
     model:nn.Module, # Changed in place
-    head:str,        # Name of the module that makes the logits
+    head:str,        # Name of the module that outputs the logits
     n_class:int,
 )->nn.Module:
     "Replace the classifier by a newly initialised one"
@@ -412,7 +412,7 @@ def model_costs(
     shape,           # (C, H, W) of one image
     repeats=20,      # Timed runs, at most 2 s
 )->dict: # params, macs, latency_ms
-    "Parameters, multiply-accumulates an image, and the median time of one image in milliseconds"
+    "Parameters, multiply-accumulates per image, and the median time of one image in milliseconds"
     net = model.model if isinstance(model, KDModel) else model
     p = next(net.parameters())
     x = torch.zeros(1, *shape, device=p.device, dtype=p.dtype)

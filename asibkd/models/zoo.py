@@ -138,7 +138,7 @@ def vgg_block(
     n:int, # Convolutions
     i:int, # Channels in
     o:int, # Channels out
-)->nn.Sequential: # Ends with BatchNorm: the last ReLU is a module of its own
+)->nn.Sequential: # Ends with BatchNorm: the last ReLU is a separate module
     "`n` convolutions with BatchNorm, ReLU between them"
     layers = []
     for k in range(n): layers += [nn.Conv2d(o if k else i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
