@@ -24,6 +24,10 @@ def chapters():
     every = (f for f in here.rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts)
     return sorted(f for f in every if re.match(r'\d\d_', f.relative_to(here).parts[0]))
 
+def pages():
+    "The notebooks beside the chapters: README, doors, how-tos"
+    return sorted(here.glob('[a-z]*.ipynb'))
+
 def name(f):
     return f.relative_to(here).as_posix()
 
@@ -184,7 +188,7 @@ def measure():
         with_picture=sum(bool(pictures(f)) for f in files), without_picture=[name(f) for f in files if not pictures(f)],
         large_pictures=[f'{name(f)}: {s/1000:.0f} kB' for f in files for s in pictures(f) if s > 40_000],
         undocumented=[f'{name(f)}: {n}' for f, s in defining for n in undocumented(s)],
-        bad_outputs=[o for f in files for o in bad_outputs(f)], upward=upward(), not_shown=[o for f in files for o in shown_soon(f)],
+        bad_outputs=[o for f in [*files, *pages()] for o in bad_outputs(f)], upward=upward(), not_shown=[o for f in files for o in shown_soon(f)],
         long_notebooks=[f'{name(f)}: {len(cells(f))} cells' for f in files if len(cells(f)) > 90],
         large_notebooks=[f'{name(f)}: {f.stat().st_size/1000:.0f} kB' for f in files if f.stat().st_size > 400_000],
         long_prose=[f'{name(f)}: {len(source(c).split())} words: {source(c)[:50]!r}' for f in files for c in cells(f)
