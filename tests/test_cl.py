@@ -137,6 +137,6 @@ def test_ablations(kw, tmp_path):
 
 @pytest.mark.parametrize('kw,say', [(dict(cl_method='er', kd_alpha=2), 'er has no such term'), (dict(cl_method='joint', lambda_ewc=1), 'joint has no such term'), (dict(cl_method='icarl', cl_mask='ace'), 'no softmax'),
                                     (dict(cl_method='er_ace', cl_mask='separated'), 'Use ace'), (dict(cl_method='si', grad_clip_norm=1), 'path integral'), (dict(cl_teachers='generic', finetune_epochs=0), 'finetune_epochs=0'),
-                                    (dict(cl_mask='ace', label_smoothing=.1), 'label_smoothing=0'), (dict(cl_teachers='expert+expert'), 'twice'), (dict(finetune_ckpt1='a.pth'), 'teacher1_ckpt'), (dict(overlap_pct=50), 'dealt by task')], ids=lambda o: o if isinstance(o, str) else '')
+                                    (dict(cl_mask='ace', label_smoothing=.1), 'label_smoothing=0'), (dict(cl_teachers='expert+expert'), 'twice'), (dict(finetune_ckpt1='a.pth'), 'teacher1_ckpt'), (dict(overlap_pct=50), 'assigned to tasks')], ids=lambda o: o if isinstance(o, str) else '')
 def test_refused_at_once(kw, say, tmp_path):
     with pytest.raises(ConfigError, match=say): run_experiment(**SMALL | kw, results_dir=str(tmp_path))

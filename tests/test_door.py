@@ -58,7 +58,8 @@ def test_wheel_contents(tmp_path):
     if r.returncode and 'No module named pip' in r.stderr: pytest.skip('this environment has no pip')
     assert r.returncode == 0, r.stderr[-2000:]
     wheel = zipfile.ZipFile(next(tmp_path.glob('*.whl'))); names = wheel.namelist()
-    assert 'asibkd/cli.py' in names and 'asibkd/presets/quickstart.yaml' in names and 'asibkd/presets/method/asmb.yaml' in names
+    assert {'asibkd/run/cli.py', 'asibkd/__main__.py', 'asibkd/templates/page.html', 'asibkd/templates/page.css', 'asibkd/ib_mbm.py'} <= set(names)
+    assert 'asibkd/presets/quickstart.yaml' in names and 'asibkd/presets/method/asmb.yaml' in names
     assert wheel.read('asibkd/notebooks/explore.ipynb') == (root/'nbs'/'explore.ipynb').read_bytes()
     assert 'asibkd/notebooks/voila/templates/asibkd/index.html.j2' in names
     assert not any(n.startswith(('nbs/', 'tests/')) for n in names)
