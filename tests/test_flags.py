@@ -110,7 +110,8 @@ def test_track(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
     run(tmp_path, track='tensorboard', method='ce'); assert 'B1/val_acc' in sent
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    with pytest.raises(RunError, match='pip install wandb'): run(tmp_path, track='wandb', method='ce')
+    # in another folder: a tracker is no other experiment, and the run above is finished
+    with pytest.raises(RunError, match='pip install wandb'): run(tmp_path/'wandb', track='wandb', method='ce')
 
 def weights(s):
     "Where each teacher's weights came from: the file, or the word"
