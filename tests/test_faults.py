@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asibkd.core.config import CheckpointError, Config, ConfigError, DataError, RunError, resolve
-from asibkd.core.runtime import Run
+from asibkd.core.runfolder import Run
 from asibkd.data.datasets import create_data
 from asibkd.run.experiment import run_experiment
 from asibkd.models.students import create_student

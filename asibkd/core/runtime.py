@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .config import Config, ConfigError, log
-from .runfolder import Run, atomic_path, atomic_save, atomic_write, environment, exp_name, setup_log
+from .runfolder import Run
 
 # %% ../../nbs/00_core/04_runtime.ipynb #1d29c9c9
 def seed_of(

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import Config, DataError, RunError, resolve, unknown_name
-from ..core.runtime import atomic_write, forked_rng, pick_device
+from ..core.runfolder import atomic_write
+from ..core.runtime import forked_rng, pick_device
 from ..data.images import Data
 from ..data.datasets import create_data, list_datasets
 from ..data.batches import Loader, apply_views, normalise, padding
