@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'Norm', 'as_norm', 'read_norm', 'network_norm', 'published_size', 'fit_channels', 'affine_between',
            'set_norm']
 
-# %% ../../nbs/02_models/09_norm.ipynb #407b22d6
+# %% ../../nbs/02_models/09_norm.ipynb #52b2e0c6
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import nn
 from ..core.config import ConfigError
 from .kdmodel import KDModel
 
-# %% ../../nbs/02_models/09_norm.ipynb #5f74fa7f
+# %% ../../nbs/02_models/09_norm.ipynb #2f9bf9d7
 class Norm(NamedTuple):
     "Mean and standard deviation that images are normalised with, in units where white is 1"
     mean:tuple   # One number per channel
@@ -27,7 +27,7 @@ class Norm(NamedTuple):
         mean, std = (' '.join(f'{v:.4g}' for v in o) for o in self)
         return f'mean {mean}, std {std}'
 
-# %% ../../nbs/02_models/09_norm.ipynb #f365ad03
+# %% ../../nbs/02_models/09_norm.ipynb #695d315a
 def as_norm(
     mean, std,       # A number or one per channel: list, tuple or tensor
     where='norm',    # For the error
@@ -45,7 +45,7 @@ def as_norm(
                           "being 1, were expected, e.g. '0.485 0.456 0.406 / 0.229 0.224 0.225'.")
     return Norm(mean, std)
 
-# %% ../../nbs/02_models/09_norm.ipynb #a47a3a6f
+# %% ../../nbs/02_models/09_norm.ipynb #33151b28
 IMAGENET = Norm((.485, .456, .406), (.229, .224, .225))
 
 def read_norm(
@@ -65,7 +65,7 @@ def read_norm(
                           "'0.485 0.456 0.406 / 0.229 0.224 0.225'.") from None
     return as_norm(mean, std, f"{flag}='{text}'")
 
-# %% ../../nbs/02_models/09_norm.ipynb #3cd1a6bc
+# %% ../../nbs/02_models/09_norm.ipynb #ec48237c
 def network_norm(
     net:nn.Module,     # A bare network or a `KDModel`
     published=True,    # Are its weights those that `pretrained_cfg` is about?
@@ -81,7 +81,7 @@ def network_norm(
         return None
     return as_norm(cfg['mean'], cfg['std'], f'{type(net).__name__}.pretrained_cfg')
 
-# %% ../../nbs/02_models/09_norm.ipynb #2b55fdd0
+# %% ../../nbs/02_models/09_norm.ipynb #4ae88538
 def published_size(
     net:nn.Module,     # A bare network or a `KDModel`
 )->int|None: # Pixels; None where it does not say
@@ -90,7 +90,7 @@ def published_size(
     size = cfg.get('input_size') if isinstance(cfg, Mapping) else None
     return size[-1] if size else None
 
-# %% ../../nbs/02_models/09_norm.ipynb #93c126bc
+# %% ../../nbs/02_models/09_norm.ipynb #a6de57ee
 def fit_channels(
     norm:Norm,
     n:int,       # Channels of the images
@@ -103,7 +103,7 @@ def fit_channels(
         return Norm((shift/scale,), (1/scale,))
     return Norm(*(tuple(o[i % len(o)] for i in range(n)) for o in norm))
 
-# %% ../../nbs/02_models/09_norm.ipynb #6c9594cd
+# %% ../../nbs/02_models/09_norm.ipynb #df8aa5ac
 def affine_between(
     data:Norm,   # What batches are normalised with
     own:Norm,    # What the network expects
@@ -112,7 +112,7 @@ def affine_between(
     (m, s), (m_t, s_t) = (torch.tensor(o, dtype=torch.float64) for o in (data, own))
     return s/s_t, (m - m_t)/s_t
 
-# %% ../../nbs/02_models/09_norm.ipynb #4139fddb
+# %% ../../nbs/02_models/09_norm.ipynb #c239d6dc
 def set_norm(
     m:KDModel,        # Changed in place
     norm:Norm|None,   # What it expects; None = the data's
