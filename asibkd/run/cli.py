@@ -15,7 +15,8 @@ from pathlib import Path
 from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layers, effective_value, is_on,
                                 list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve,
                                 unknown_name)
-from ..core.runfolder import atomic_write, start_log
+from ..core.files import atomic_write
+from ..core.runfolder import start_log
 
 # %% ../../nbs/11_run/06_cli.ipynb #5405f63c
 ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
