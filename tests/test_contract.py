@@ -29,7 +29,7 @@ def mine(tiny):
     (lambda m, b, s, t: dict(loss=m.hard_ce(b, s)), "a dict without 'parts'"),
     (lambda m, b, s, t: dict(loss=s['logit'].logsumexp(1), parts=dict(z=s['logit'].mean())), r'a loss of shape \('),
     (lambda m, b, s, t: weighted(ce=(1., m.hard_ce(b, s).detach())), 'a loss without gradient'),
-    (lambda m, b, s, t: weighted(ce=(1., s['feat'].mean())), "asked for 'feat'.*dict of logit, feat_2d, feat_4d, stages, distill_feat.*02_models/02_kdmodel"),
+    (lambda m, b, s, t: weighted(ce=(1., s['feat'].mean())), "asked for 'feat'.*dict of logit, feat_2d, feat_4d, stages, distill_feat.*02_models/03_kdmodel"),
     (lambda m, b, s, t: weighted(ce=(1., m.hard_ce(b, s)), bad=(1., s['logit'].mean()*float('nan'))), "step 1, in term 'bad'\\. Lower")],
     ids=['tensor', 'none', 'no-parts', 'unreduced', 'detached', 'key', 'nan'])
 def test_a_loss_that_is_none(mine, f, says):

@@ -11,7 +11,8 @@ from asibkd.core.runfolder import Run
 from asibkd.data.datasets import create_data
 from asibkd.run.experiment import run_experiment
 from asibkd.models.students import create_student
-from asibkd.models.teachers import create_teacher, load_into, load_weights
+from asibkd.models.checkpoints import load_into, load_weights
+from asibkd.models.teachers import create_teacher
 
 root = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 from ..core.config import Config, RunError, unknown_name
 from ..core.runtime import eval_mode
-from ..models.anatomy import logits_of
+from ..models.trace import logits_of
 
 # %% ../../nbs/07_cl/02_fisher.ipynb #8302db1e
 def log_prob_fn(

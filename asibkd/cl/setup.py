@@ -18,7 +18,8 @@ from ..core.config import CheckpointError, Config, ConfigError
 from ..core.runtime import forked_rng
 from ..distil.methods import with_method_defaults
 from ..models.kdmodel import KDModel, spread_classes
-from ..models.teachers import create_teacher, load_into, load_weights
+from ..models.checkpoints import load_into, load_weights
+from ..models.teachers import create_teacher
 from ..trainers.build import TeacherSpec, build_teacher, dropout_of, read_card
 
 # %% ../../nbs/07_cl/05_setup.ipynb #fdc0ce0c

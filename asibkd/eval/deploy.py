@@ -17,7 +17,7 @@ from ..core.config import AsibError, CheckpointError, RunError
 from ..core.runfolder import atomic_path, atomic_write
 from ..data.images import Data
 from ..models.students import create_student
-from ..models.teachers import load_into
+from ..models.checkpoints import load_into
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #d4b1ab3a
 def save_state(

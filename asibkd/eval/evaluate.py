@@ -18,7 +18,7 @@ from ..data.batches import make_loader
 from ..ib_mbm import build_from_teachers
 from ..distil.losses import disagreement
 from ..distil.metrics import accuracy, agreement, collect_logits, disagreement_rates, per_class, scores
-from ..models.teachers import load_into, load_weights
+from ..models.checkpoints import load_into, load_weights
 
 # %% ../../nbs/08_eval/00_evaluate.ipynb #0e744425
 def compute_disagreement_rate(

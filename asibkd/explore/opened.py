@@ -23,7 +23,7 @@ from ..data.images import Data
 from ..data.datasets import create_data, list_datasets
 from ..data.batches import Loader, apply_views, normalise, padding
 from ..models.kdmodel import KDModel
-from ..models.teachers import load_into, load_weights
+from ..models.checkpoints import load_into, load_weights
 from ..ib_mbm import Synergy, build_from_teachers
 from ..distil.losses import standardize_logits
 from ..distil.metrics import accuracy, collect_logits, predict

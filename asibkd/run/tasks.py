@@ -27,7 +27,8 @@ from ..distil.methods import check_method
 from ..distil.metrics import accuracy, collect_logits
 from ..eval.evaluate import load_synergy, report_splits
 from ..models.students import create_student
-from ..models.teachers import create_teacher, load_into, load_weights
+from ..models.checkpoints import load_into, load_weights
+from ..models.teachers import create_teacher
 from .experiment import method_class, run_experiment, save_effective_config, split_given
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, settle_config, teacher_specs,
                                    train_teacher)

@@ -27,7 +27,8 @@ from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import spread_classes
 from ..distil.methods import check_method, create_method, list_methods
 from ..models.students import create_student
-from ..models.teachers import create_teacher, load_into, load_weights
+from ..models.checkpoints import load_into, load_weights
+from ..models.teachers import create_teacher
 from .callbacks import PhaseCheckpoint
 from .phases import finetune
 

@@ -54,7 +54,7 @@ def checked_loss(
         if key in s_out:
             raise
         raise RunError(f"{where} asked for {key!r}, which no output has. A model's output is a dict of "
-                       f"{', '.join(s_out)} (chapter 02_models/02_kdmodel).") from e
+                       f"{', '.join(s_out)} (chapter 02_models/03_kdmodel).") from e
     if fault := loss_fault(o):
         raise RunError(f"{where} returned {fault}; return weighted(name=(weight, term), …): "
                        "a scalar loss with gradient and its parts.")
