@@ -16,7 +16,7 @@ def loaded(code, *argv, **kw):
     assert r.returncode == 0, r.stderr
     return json.loads(re.search('LOADED (.*)', r.stdout)[1]), r.stdout
 
-@pytest.mark.parametrize('code', ['import asibkd; dir(asibkd)', 'import asibkd.run.cli', 'import asibkd.core.config, asibkd.core.runfolder', 'from asibkd import Config, resolve; resolve()',
+@pytest.mark.parametrize('code', ['import asibkd; dir(asibkd)', 'import asibkd.run.cli', 'import asibkd.core.config, asibkd.core.files, asibkd.core.runfolder', 'from asibkd import Config, resolve; resolve()',
                                   'import asibkd.analysis.tables, asibkd.analysis.cl, asibkd.analysis.notes'])
 def test_light(code):
     assert loaded(code)[0] == []

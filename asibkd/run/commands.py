@@ -15,7 +15,8 @@ from pathlib import Path
 from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layers, effective_value, is_on,
                                 list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve,
                                 unknown_name)
-from ..core.runfolder import atomic_write, start_log
+from ..core.files import atomic_write
+from ..core.runfolder import start_log
 from .usage import ABOUT
 
 # %% ../../nbs/11_run/08_commands.ipynb #d051eb89
