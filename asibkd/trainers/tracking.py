@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from fastcore.basics import patch
 
 from ..core.config import Config, RunError, log
-from ..core.runfolder import atomic_write
+from ..core.files import atomic_write, damaged, read_json
 from .loop import Callback
 
 # %% ../../nbs/06_trainers/05_tracking.ipynb #9f898b78
@@ -31,8 +31,7 @@ def final_numbers(summary:dict)->dict: # 'summary/model/number' → value
 # %% ../../nbs/06_trainers/05_tracking.ipynb #1f76295e
 def shown_config(run)->dict: # Key → value
     "The run's parameters: config.json, with every value that the run settled on"
-    c = json.loads((run/'config.json').read_text(encoding='utf-8'))
-    return {k: v for k, v in c.items() if not k.startswith('_')}
+    return {k: v for k, v in read_json(run/'config.json', strict=False).items() if not k.startswith('_')}
 
 # %% ../../nbs/06_trainers/05_tracking.ipynb #ecb35ed9
 def tensorboard_tracker(
@@ -49,10 +48,10 @@ def wandb_id(run)->str: # 16 hexadecimal digits
     f = run/'tracking.json'
     if not f.exists():
         return uuid.uuid4().hex[:16]
-    found = json.loads(f.read_text(encoding='utf-8')).get('wandb_id')
+    remedy = 'Remove it: wandb then shows the rest of this run as a new one.'
+    found = read_json(f, remedy=remedy).get('wandb_id')
     if not re.fullmatch('[0-9a-f]{16}', str(found)):
-        raise RunError(f"'{f}' holds no wandb_id of 16 hexadecimal digits. Remove it: wandb then shows the rest "
-                       "of this run as a new one.")
+        raise damaged(f, 'it holds no wandb_id of 16 hexadecimal digits', remedy)
     return found
 
 # %% ../../nbs/06_trainers/05_tracking.ipynb #581afc5f
@@ -118,7 +117,7 @@ def start(self:TrackCB):
                        "numbers.") from e
     self.tracker = tracker
     if self.to == 'wandb':                             # it has its parameters, and keeps its id
-        atomic_write(self.run/'tracking.json', json.dumps(dict(wandb_id=tracker.tracker.id)))
+        atomic_write(self.run/'tracking.json', json.dumps(dict(wandb_id=tracker.tracker.id)), checksum=True)
     elif is_new:
         rows = [f'| {k} | {v} |' for k, v in shown_config(self.run).items()]
         self.log(dict(config='\n'.join(['| parameter | value |', '|---|---|', *rows])))
