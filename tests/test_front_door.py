@@ -16,7 +16,7 @@ def loaded(code, *argv, **kw):
     assert r.returncode == 0, r.stderr
     return json.loads(re.search('LOADED (.*)', r.stdout)[1]), r.stdout
 
-@pytest.mark.parametrize('code', ['import asibkd; dir(asibkd)', 'import asibkd.run.cli', 'import asibkd.core.config, asibkd.core.runfolder', 'from asibkd import Config, resolve; resolve()',
+@pytest.mark.parametrize('code', ['import asibkd; dir(asibkd)', 'import asibkd.run.cli', 'import asibkd.core.config, asibkd.core.files, asibkd.core.runfolder', 'from asibkd import Config, resolve; resolve()',
                                   'import asibkd.analysis.tables, asibkd.analysis.cl, asibkd.analysis.notes'])
 def test_light(code):
     assert loaded(code)[0] == []
@@ -36,9 +36,9 @@ def test_help_and_show_are_light(tiny, tmp_path):
 
 def test_run_speaks_before_torch(tmp_path):
     "The first line of a run is written when nothing heavy is in memory; a plugin is not run for it"
-    code = 'import sys\nfrom asibkd.run import cli\ncli.announce("", dict(method="dkd", seed="7", plugin="nowhere.py"))'
+    code = 'import sys\nfrom asibkd.run import commands\ncommands.announce("", dict(method="dkd", seed="7", plugin="nowhere.py"))'
     heavy, out = loaded(code); assert heavy == [] and 'dkd on digits, seed 7, preset quickstart' in out
-    code = 'import sys\nfrom asibkd.run import cli\ncli.announce("", dict(log_level="WARNING"))'
+    code = 'import sys\nfrom asibkd.run import commands\ncommands.announce("", dict(log_level="WARNING"))'
     assert 'digits' not in loaded(code)[1]
 
 def test_python_m_asibkd(tmp_path):

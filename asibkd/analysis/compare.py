@@ -15,7 +15,7 @@ from .tables import (
     COSTS, MEASURES, cell, finished_runs, is_cl, is_student, load_runs, measures, show_table)
 from ..core.config import Config, RunError, fields_read_by, fields_that_affect_results, unknown_name
 from ..core.params import Freezing
-from ..core.runfolder import atomic_path, atomic_write
+from ..core.files import atomic_path, atomic_write
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #f0d0f5d2
 def t_interval(

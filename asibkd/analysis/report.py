@@ -22,7 +22,7 @@ from .sections import (
     command_of, config_parts, env_part, figure_sections, prediction_sections, result_section, time_parts)
 from .tables import MEASURES, effective_config, joined, load_config, load_summary, sees_all_data
 from ..core.config import RunError
-from ..core.runfolder import atomic_write
+from ..core.files import atomic_write
 
 # %% ../../nbs/09_analysis/07_report.ipynb #28e915ce
 def repeat_section(

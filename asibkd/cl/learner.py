@@ -21,7 +21,7 @@ from .setup import (check_cl, first_teacher, leak_of, limit_to_seen, roles_of, s
                              used_specs)
 from .streams import Stream, grow_head
 from ..core.config import ConfigError, log
-from ..core.runfolder import atomic_save
+from ..core.files import atomic_save
 from ..core.runtime import RunContext, forked_rng, generator
 from ..data.batches import Loader, normalise
 from ..data.images import Data, ImageSet

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.config import AsibError, CheckpointError, RunError
-from ..core.runfolder import atomic_path, atomic_write
+from ..core.files import atomic_path, atomic_write
 from ..data.images import Data
 from ..models.students import create_student
 from ..models.checkpoints import load_into

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import Config, DataError, RunError, resolve, unknown_name
-from ..core.runfolder import atomic_write
+from ..core.files import atomic_write
 from ..core.runtime import forked_rng, pick_device
 from ..data.images import Data
 from ..data.datasets import create_data, list_datasets

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 
 from ..core.config import RunError, log
-from ..core.runfolder import atomic_write
+from ..core.files import atomic_write
 from ..core.runtime import generator
 
 # %% ../../nbs/02_models/07_tables.ipynb #362d8941

@@ -18,7 +18,8 @@ from ..analysis.report import save_report
 from ..cl.setup import check_cl
 from ..cl.methods import check_cl_method, cl_methods
 from ..core.config import Config, ConfigError, RunError, config_layers, log, resolve
-from ..core.runfolder import Run, atomic_write, environment, setup_log
+from ..core.files import atomic_write
+from ..core.runfolder import Run, environment, setup_log
 from ..core.runtime import RunContext, create_accelerator, set_deterministic
 from ..data.datasets import create_data
 from ..distil.methods import check_method, methods, with_method_defaults

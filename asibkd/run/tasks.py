@@ -19,7 +19,8 @@ from ..analysis.compare import collect, compare_runs, plot_compare, default_base
 from ..cl.setup import check_cl
 from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params,
                                 read_yaml, resolve)
-from ..core.runfolder import Run, atomic_write, exp_name, setup_log
+from ..core.files import atomic_write
+from ..core.runfolder import Run, exp_name, setup_log
 from ..core.runtime import RunContext, create_accelerator, set_deterministic
 from ..data.batches import make_loader
 from ..data.datasets import create_data

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..distil import asmb, crd, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
-from ..core.runfolder import atomic_save
+from ..core.files import atomic_save
 from ..core.runtime import RunContext, forked_rng, pick_device, precision_of
 from ..models.cache import weights_hash
 from ..data.images import Data, ImageSet, overlap_classes, restrict

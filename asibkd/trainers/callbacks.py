@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.config import CheckpointError, RunError, log
-from ..core.runfolder import atomic_save
+from ..core.files import atomic_save
 from ..core.runtime import progress_bar
 from .loop import Callback, FitResult, Loop, Phase, snapshot
 
