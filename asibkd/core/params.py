@@ -6,9 +6,10 @@
 __all__ = ['side_param', 'bridge_param', 'finetune_param', 'cl_param', 'eval_param', 'GROUPS', 'param', 'Params', 'field_bounds',
            'group_rows', 'Experiment', 'Output', 'DataParams', 'Models', 'Freezing', 'Bridge', 'Adaptation',
            'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual', 'Replaying',
-           'Penalties', 'Evaluation']
+           'Penalties', 'Evaluation', 'suite_values']
 
 # %% ../../nbs/00_core/00_params.ipynb #1258e250
+import os
 from functools import partial
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -388,3 +389,10 @@ class Evaluation(Params):
 # %% ../../nbs/00_core/00_params.ipynb #2cc48b68
 GROUPS = (Experiment, Output, DataParams, Models, Freezing, Bridge, Adaptation, Distillation, Terms, Optimisation,
           Precision, Finetuning, MethodKeys, Continual, Replaying, Penalties, Evaluation)
+
+# %% ../../nbs/00_core/00_params.ipynb #b4dff8d1
+def suite_values()->dict:
+    "What `ASIBKD_TEST_AMP` (0: float32, 1: bfloat16 even where it is emulated) and `ASIBKD_TEST_SEED` (a number) set"
+    amp, seed = os.environ.get('ASIBKD_TEST_AMP'), os.environ.get('ASIBKD_TEST_SEED')
+    precision = {None: {}, '': {}, '0': dict(use_amp=0), '1': dict(use_amp=1, amp_dtype='bfloat16')}[amp]
+    return precision | (dict(seed=int(seed)) if seed else {})
