@@ -42,7 +42,7 @@ CHANGES = dict(
     disagree_lambda_low=(5., dict(use_disagree_weight=1)), use_certainty_weight=(1, {}), grad_clip_norm=(.01, {}), accumulate=(2, {}), student_ema=(.9, {}), patience=(1, dict(student_epochs_per_stage=4, student_lr=1.)), lr_schedule=('step', dict(step_size=1)), lr_restart=(1, {}), lr_warmup_epochs=(1, {}),
     min_lr=(.005, {}), step_size=(1., STEP), milestones=([1], STEP), gamma=(.5, dict(STEP, step_size=1)), use_amp=(1, dict(amp_dtype='bfloat16')),
     finetune_epochs=(2, {}), finetune_lr=(.02, {}), finetune_weight_decay=(1., {}), finetune_use_cutmix=(1, {}), finetune_cutmix_alpha=(1., {}),
-    logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
+    logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), stage_pairs=('end', dict(method='at', teacher_type='vgg8', at_beta=10., image_size=16)), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
     crd_momentum=(.9, CRD), teacher_cache=('off', FIXED), cache_gb=(1e-6, FIXED), cache_views=(1, {}), dkd_alpha=(3., DKD), dkd_beta=(1., DKD), dkd_warmup=(9, DKD))
 ELSEWHERE = dict(
     allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
