@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ValidationError, field_validator
 
-from .params import GROUPS, group_rows
+from .params import GROUPS, group_rows, suite_values
 
 # %% ../../nbs/00_core/01_config.ipynb #6a230e18
 log = logging.getLogger('asibkd')
@@ -352,7 +352,9 @@ def config_layers(
     given, filed = flatten_log(given), read_yaml(_file) if _file else {}
     preset = given.get('preset', filed.get('preset', Config.model_fields['preset'].default))
     env = {'lr_schedule': os.environ['LR_SCHEDULE']} if os.environ.get('LR_SCHEDULE') else {}
-    layers = apply_blocks([env, *(preset_values(n) for n in preset_names(preset)), filed, given])
+    presets = [preset_values(n) for n in preset_names(preset)]
+    suite = [suite_values()] if suite_values() else []
+    layers = apply_blocks([env, *presets, *suite, filed, given])
     if _plugins:
         load_plugins(effective_value(layers, 'plugin'))
     return layers
