@@ -6,10 +6,10 @@
 __all__ = ['log', 'KEPT_ENDINGS', 'KEPT_NAMES', 'PRESETS', 'BLOCKS', 'ALIASES', 'HYDRA_KEYS', 'PEER_NAMES', 'method_params',
            'plugins', 'AsibError', 'ConfigError', 'DataError', 'CheckpointError', 'RunError', 'unknown_name',
            'Registry', 'is_on', 'Config', 'fields_that_affect_results', 'fields_read_by', 'parameter_rows',
-           'parameter_table', 'list_presets', 'flatten_log', 'decoded', 'read_yaml', 'effective_value', 'merge_presets',
-           'preset_names', 'preset_values', 'apply_blocks', 'hydra_hint', 'refuse_key', 'check_keys', 'remedy',
-           'explain_validation', 'run_plugin_file', 'load_plugins', 'config_layers', 'refuse_idle_cl', 'params_model',
-           'resolve', 'near_chance']
+           'parameter_table', 'list_presets', 'flatten_log', 'decoded', 'read_yaml', 'effective_value', 'trains_mobile',
+           'merge_presets', 'preset_names', 'preset_values', 'apply_blocks', 'hydra_hint', 'refuse_key', 'check_keys',
+           'remedy', 'explain_validation', 'run_plugin_file', 'load_plugins', 'config_layers', 'refuse_idle_cl',
+           'params_model', 'resolve', 'near_chance']
 
 # %% ../../nbs/00_core/01_config.ipynb #f5cf8676
 import difflib, hashlib, importlib, importlib.util, logging, os, sys
@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ValidationError, field_validator
 
-from .params import GROUPS, TextLoader, group_rows, split_words
+from .params import GROUPS, TextLoader, group_rows, split_words, suite_values
 
 # %% ../../nbs/00_core/01_config.ipynb #6a230e18
 log = logging.getLogger('asibkd')
@@ -200,7 +200,14 @@ def effective_value(
     return next((d[key] for d in reversed(layers) if key in d), Config.model_fields[key].default)
 
 # %% ../../nbs/00_core/01_config.ipynb #fa1860dd
+def trains_mobile(
+    layers:list, # Dicts, the later ones win
+)->bool:
+    "Is the student a MobileNet or a ShuffleNet? They are trained with smaller learning rates"
+    return str(effective_value(layers, 'student_type')).lower().startswith(('mobile', 'shuffle'))
+
 BLOCKS = dict(with_digits=lambda layers: effective_value(layers, 'dataset') == 'digits',
+              with_mobile_student=trains_mobile,
               with_cl_mode=lambda layers: is_on(effective_value(layers, 'cl_mode')))
 
 # %% ../../nbs/00_core/01_config.ipynb #5875ae8c
@@ -293,6 +300,8 @@ def refuse_key(
     plain = key.lstrip('+')
     if plain in HYDRA_KEYS or '.' in plain:
         raise ConfigError(f"Unknown parameter '{key}': {hydra_hint(plain, names)}")
+    if plain in ('num_processes', 'nproc_per_node', 'world_size', 'num_gpus'):
+        raise ConfigError(f"Unknown parameter '{key}': a run is trained by one process. Start several runs instead.")
     owners = [m for m, p in method_params.items() if plain in p.model_fields]
     if owners:
         cl, first = owners[0].startswith('cl:'), owners[0].removeprefix('cl:')
@@ -401,7 +410,9 @@ def config_layers(
     given, filed = flatten_log(given), read_yaml(_file) if _file else {}
     preset = given.get('preset', filed.get('preset', Config.model_fields['preset'].default))
     env = {'lr_schedule': os.environ['LR_SCHEDULE']} if os.environ.get('LR_SCHEDULE') else {}
-    layers = apply_blocks([env, *(preset_values(n) for n in preset_names(preset)), filed, given])
+    presets = [preset_values(n) for n in preset_names(preset)]
+    suite = [suite_values()] if suite_values() else []
+    layers = apply_blocks([env, *presets, *suite, filed, given])
     if _plugins:
         load_plugins(effective_value(layers, 'plugin'))
     return layers
