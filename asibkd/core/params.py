@@ -115,7 +115,10 @@ class DataParams(Params):
         "over all classes.", ge=0, lt=1)
     overlap_pct:float | None = param(None, "Train two teachers on subsets of the classes that have this percentage of "
         "the classes in common; the student learns all; empty = off.", ge=0, le=100)
-    val_frac:float = param(0.1, "Share of the training images held out to choose checkpoints.", gt=0, lt=1)
+    drop_last:bool = param(True, "Leave out an epoch's last images where they do not fill a batch; 0 = train on them "
+        "as a smaller batch.")
+    val_frac:float = param(0.1, "Share of the training images held out to choose checkpoints; 0 = none, and the last "
+        "epoch is the result.", ge=0, lt=1)
     train_per_class:int = param(0, "Use at most this many training images per class; 0 = all.", ge=0)
     skip_corrupt:bool = param(False, "Drop and count images that cannot be read instead of stopping.")
 
@@ -134,6 +137,8 @@ class Models(Params):
     teacher_ckpt:str = param('', "Weights of teacher_type.")
     teacher1_pretrained:bool = param(False, "Start teacher 1 from timm's published weights (downloaded once).")
     teacher2_pretrained:bool = param(False, "Start teacher 2 from timm's published weights (downloaded once).")
+    allow_untrained:bool = side_param(False, "Allow a teacher whose logits are noise: without weights for these "
+        "classes and without fine-tuning.")
     student_type:str = param('resnet101_student', "Architecture of the student; `resnet` is resnet101_student.")
     student_pretrained:bool = param(False, "Start the student from timm's published weights.")
     student_ckpt:str = param('', "Start the student from (or evaluate) these weights.")
