@@ -178,10 +178,8 @@ def cmd_finetune(argv):
     "asibkd finetune"
     file, given = parse('finetune', argv)
     announce(file, given)
-    from asibkd.run.tasks import run_finetune
-    s = run_finetune(file, **given)
-    print(f"{s['checkpoint']} exists: skipped" if s['skipped'] else
-          f"{s['type']}: validation {100*s['val_acc']:.2f} %, test {100*s['test_acc']:.2f} % → {s['checkpoint']}")
+    from asibkd.run.tasks import reached_text, run_finetune
+    print(reached_text(run_finetune(file, **given)))
 
 # %% ../../nbs/11_run/08_commands.ipynb #1ff70d5b
 def cmd_evaluate(argv):
