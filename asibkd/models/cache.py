@@ -98,7 +98,7 @@ class CachedTeacher:
     def __init__(self,
         teacher:KDModel,
         table:Table,
-        chunk=32,         # Images that go through the network at once
+        chunk=None,       # Images that go through the network at once; None: 32 on a CPU, 128 on a GPU
         cfg:Config=None,  # `compile` is read from it
     ):
         self.teacher, self.table, self.chunk = teacher, table, chunk
@@ -114,11 +114,12 @@ def compute(self:CachedTeacher,
     "Run the network on some images of a batch and store its outputs"
     t, out, n = self.teacher, [], len(missing)
     x = batch.x[missing.to(batch.x.device)]
-    if n % self.chunk: x = torch.cat([x, x[-1:].expand(self.chunk - n % self.chunk, *x.shape[1:])])
+    chunk = self.chunk or (32 if x.device.type == 'cpu' else 128)   # a GPU waits for launches, not for images
+    if n % chunk: x = torch.cat([x, x[-1:].expand(chunk - n % chunk, *x.shape[1:])])
     adapter, t.adapter = t.adapter, None
     try:
         with torch.no_grad():
-            for o in map(self.run, x.split(self.chunk)):
+            for o in map(self.run, x.split(chunk)):
                 z = o['logit'] if t.columns is None else o['logit'][:, t.columns]
                 out.append(torch.cat([z.float(), o['feat_2d'].float()], 1).cpu())
     finally: t.adapter = adapter
