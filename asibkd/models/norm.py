@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'Norm', 'as_norm', 'read_norm', 'network_norm', 'published_size', 'fit_channels', 'affine_between',
-           'set_norm']
+           'set_norm', 'seen_by']
 
 # %% ../../nbs/02_models/09_norm.ipynb #52b2e0c6
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -132,3 +133,12 @@ def set_norm(
     m.norm = norm
     m.norm_scale, m.norm_shift = (o.float().view(1, n, 1, 1).to(device) for o in affine_between(data, norm))
     return m
+
+# %% ../../nbs/02_models/09_norm.ipynb #b2aa93cc
+def seen_by(
+    m:nn.Module,   # A wrapped network
+    data,          # A `Data`
+): # `Data`
+    "The data as a network is given them: with the mean and standard deviation that it expects"
+    norm = getattr(m, 'norm', None)
+    return data if norm is None else replace(data, mean=norm.mean, std=norm.std)
