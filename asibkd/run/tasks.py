@@ -21,7 +21,7 @@ from ..core.config import (Config, ConfigError, config_layers, effective_value, 
                                 read_yaml, resolve)
 from ..core.files import atomic_write
 from ..core.runfolder import Run, exp_name, setup_log
-from ..core.runtime import RunContext, create_accelerator, set_deterministic
+from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.batches import make_loader
 from ..data.datasets import create_data
 from ..distil.methods import check_method
@@ -33,7 +33,7 @@ from ..models.teachers import create_teacher
 from .experiment import method_class, run_experiment, save_effective_config, split_given
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_config,
                                    spec_of_student, teacher_specs, train_teacher)
-from ..trainers.callbacks import tracker
+from ..trainers.tracking import final_numbers, tracking
 from ..trainers.phases import to_device
 
 # %% ../../nbs/11_run/04_tasks.ipynb #91015423
@@ -49,13 +49,14 @@ def finetune_in_folder(
     run:Run, cfg:Config,
     arch:str,   # Architecture
     path:Path,  # File for the weights
+    callbacks=(),
 )->dict: # type, checkpoint, skipped, val_acc, test_acc, seed
     "The body of `run_finetune`, inside the open run folder"
     set_deterministic(cfg.deterministic)
     acc, data = create_accelerator(cfg), create_data(cfg)
     cfg = settle_config(cfg, data)
     save_effective_config(run, cfg, acc)
-    ctx = RunContext(cfg, data, acc, run, tuple(tracker(cfg, run)))
+    ctx = RunContext(cfg, data, acc, run, callbacks)
     spec = TeacherSpec('teacher1', arch, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False,
                        norm=cfg.teacher1_norm)
     teacher, _ = build_teacher(spec, data, cfg)
@@ -75,6 +76,7 @@ def run_finetune(
     **params,   # Any parameter of `Config`
 )->dict: # Summary: type, checkpoint, val_acc, test_acc, skipped
     "Fine-tune one teacher (`teacher_type`, else teacher 1) to `checkpoints/{type}_ft.pth`; skipped if the file exists"
+    refuse_processes()
     cfg, extra = resolve(_file, **{'method': 'ce', 'compare': 0} | params)
     arch, path = finetune_target(cfg)
     setup_log(cfg)
@@ -83,13 +85,15 @@ def run_finetune(
         return dict(type=arch, checkpoint=str(path), skipped=True)
     if not cfg.finetune_epochs:
         raise ConfigError("finetune_epochs=0: nothing to fine-tune. Set the epochs, e.g. --finetune_epochs 20.")
-    with Run(cfg, extra, arch, 'finetune') as run:
+    with Run(cfg, extra, arch, 'finetune') as run, tracking(cfg, run) as trackers:
         setup_log(cfg, run.path)
-        out = finetune_in_folder(run, cfg, arch, path)
+        out = finetune_in_folder(run, cfg, arch, path, trackers)
         run.finish(out, dict(method='finetune', dataset=out['dataset'], seed=cfg.seed, val_acc=out['val_acc'],
                              test_acc_val_selected=out['test_acc'], teachers=arch))
         for f in (run/'checkpoint').glob('*.pt'):
             f.unlink()
+        for t in trackers:
+            t.log(final_numbers(out))
         log.info(f"{arch}: validation {out['val_acc']:.4f}, test {out['test_acc']:.4f} → {path}")
     return out
 
@@ -101,6 +105,9 @@ def check_evaluation(cfg:Config):
     if cfg.eval_mode == 'synergy' and not cfg.mbm_ckpt:
         raise ConfigError("eval_mode=synergy needs mbm_ckpt=…, e.g. results/<exp_id>/bridge.safetensors, "
                           "and student_ckpt=….")
+    if cfg.eval_mode == 'synergy' and not (cfg.student_ckpt or cfg.allow_untrained):
+        raise ConfigError("eval_mode=synergy needs student_ckpt=…, e.g. results/<exp_id>/student.safetensors: the "
+                          "student's features are the bridge's query. allow_untrained=1 takes an untrained student.")
 
 # %% ../../nbs/11_run/04_tasks.ipynb #30f89eb3
 def evaluate_single(
@@ -124,7 +131,7 @@ def evaluate_synergy(
     "Teachers, bridge, head and student from their checkpoints"
     cfg, data = ctx.cfg, ctx.data
     specs = teacher_specs(cfg.model_copy(update=dict(method='asmb')), n_class=data.n_class)
-    ready = cfg.model_copy(update=dict(finetune_epochs=0))
+    ready = cfg.model_copy(update=dict(finetune_epochs=0, teacher_adapt_epochs=0))
     teachers = {s.name: build_teacher(s, data, ready)[0] for s in specs}
     student = build_student(cfg, data)
     give_norm(student, spec_of_student(cfg), data, cfg.student_ckpt)         # as it was trained
@@ -163,6 +170,7 @@ def run_evaluate(
     **params,   # Any parameter of `Config`
 )->dict: # {split: dict(models, per_class, disagreement)}, see `report_splits`
     "Train and test accuracy from checkpoints: `single` with ckpt_path; `synergy` with mbm_ckpt, teachers, student_ckpt"
+    refuse_processes()
     cfg, _ = resolve(_file, **{'compare': 0} | params)
     setup_log(cfg)
     check_evaluation(cfg)
@@ -283,6 +291,7 @@ def run_loop(
     **params,          # Any parameter except method, seed and exp_id; also teachers, student, train, val, test
 )->list: # Summaries, seed by seed
     "`run_experiment` for every method and seed, with the same teachers within a seed"
+    refuse_processes()
     objects = {k: params.pop(k) for k in OBJECTS if k in params}
     given = split_given(objects, (read_yaml(_file) if _file else {}) | params)
     plan = plan_loop(methods, seeds, given)
