@@ -20,9 +20,9 @@ from ..data.images import Data
 from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import verdict
 from ..models.cache import teacher_counts
-from ..models.norm import seen_by
+from ..models.norm import norm_row, seen_by
 from ..models.teachers import model_costs
-from ..trainers.build import norm_row, teacher_specs
+from ..trainers.build import teacher_specs
 
 # %% ../../nbs/11_run/02_cl.ipynb #dc010879
 CL_BASELINES = ('naive', 'er', 'joint')

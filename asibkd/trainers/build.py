@@ -6,9 +6,8 @@
 __all__ = ['student_epochs', 'has_compiler', 'refuse_contradictions', 'settled_values', 'settle_config', 'TeacherSpec',
            'archs_of', 'norm_flag', 'teacher_specs', 'dropout_of', 'hash_of_items', 'split_of', 'save_teacher',
            'read_card', 'card_norm', 'check_card', 'warn_split', 'find_weights', 'load_start_weights', 'WeightsInfo',
-           'new_teacher', 'weights_key', 'refuse_noise', 'chosen_norm', 'norm_row', 'give_norm', 'note_size',
-           'build_teacher', 'train_teacher', 'freeze_teachers', 'check_plan', 'spec_of_student', 'build_student',
-           'object_fingerprint']
+           'new_teacher', 'weights_key', 'refuse_noise', 'chosen_norm', 'give_norm', 'build_teacher', 'train_teacher',
+           'freeze_teachers', 'check_plan', 'spec_of_student', 'build_student', 'object_fingerprint']
 
 # %% ../../nbs/06_trainers/04_build.ipynb #731a8183
 import hashlib, os, shutil
@@ -30,7 +29,8 @@ from ..models.kdmodel import KDModel, spread_classes
 from ..distil.methods import check_method, create_method, list_methods
 from ..models.students import create_student
 from ..models.checkpoints import load_into, load_weights
-from ..models.norm import Norm, as_norm, network_norm, published_size, read_norm, seen_by, set_norm
+from ..models.norm import (Norm, as_norm, has_published_head, network_norm, norm_row, note_size, read_norm,
+                                 seen_by, set_norm)
 from ..models.teachers import create_teacher, models as registered
 from .callbacks import PhaseCheckpoint
 from .phases import finetune
@@ -339,11 +339,6 @@ def chosen_norm(
     is_own = not isinstance(spec.arch, str) or spec.arch in registered
     return network_norm(m, not file and (spec.pretrained or is_own)), 'the network says so'
 
-# %% ../../nbs/06_trainers/04_build.ipynb #9c190652
-def norm_row(m:KDModel)->dict|None: # mean, std; None = the data's
-    "The normalisation of a network's input, for the summary"
-    return None if m.norm is None else dict(mean=list(m.norm.mean), std=list(m.norm.std))
-
 # %% ../../nbs/06_trainers/04_build.ipynb #de825cbf
 def give_norm(
     m:KDModel, spec:TeacherSpec, data:Data,
@@ -355,14 +350,6 @@ def give_norm(
     if m.norm is not None:
         log.info(f"{spec.name}: {m.name} is given images in its own normalisation ({m.norm}; {who}), not in the data's "
                  f"({Norm(data.mean, data.std)}); {norm_flag(spec.name)}=data keeps the data's")
-
-# %% ../../nbs/06_trainers/04_build.ipynb #d0100884
-def note_size(m:KDModel, spec:TeacherSpec, data:Data):
-    "Log it where published weights are for images of another size"
-    size, here = published_size(m), data.shape[-1]
-    if size and size != here:
-        log.info(f"{spec.name}: {m.name}'s weights were published for {size}×{size} pixels; these images have "
-                 f"{here}×{here} (image_size={size} would enlarge or shrink them)")
 
 # %% ../../nbs/06_trainers/04_build.ipynb #e2e4309f
 def build_teacher(
@@ -384,10 +371,13 @@ def build_teacher(
     if epochs:
         return t, None
     if own or spec.pretrained:
-        note_size(t, spec, data)
+        note_size(t, spec.name, data.shape[-1])
     if own:
         return t, WeightsInfo('given', norm=norm_row(t))
-    refuse_noise(t.name, spec, cfg)
+    if spec.pretrained and has_published_head(t):
+        log.info(f"{spec.name}: {t.name} keeps its published head: the data's class k must be its class k")
+    else:
+        refuse_noise(t.name, spec, cfg)
     return t, WeightsInfo('pretrained' if spec.pretrained else 'untrained', norm=norm_row(t))
 
 # %% ../../nbs/06_trainers/04_build.ipynb #e7d2dedd
