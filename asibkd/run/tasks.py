@@ -32,8 +32,8 @@ from ..models.students import create_student
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from .experiment import method_class, run_experiment, save_effective_config, split_given
-from ..trainers.build import (TeacherSpec, build_student, build_teacher, settle_config, teacher_specs,
-                                   train_teacher)
+from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_config,
+                                   spec_of_student, teacher_specs, train_teacher)
 from ..trainers.tracking import final_numbers, tracking
 from ..trainers.phases import to_device
 
@@ -58,7 +58,8 @@ def finetune_in_folder(
     cfg = settle_config(cfg, data)
     save_effective_config(run, cfg, acc)
     ctx = RunContext(cfg, data, acc, run, callbacks)
-    spec = TeacherSpec('teacher1', arch, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False)
+    spec = TeacherSpec('teacher1', arch, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False,
+                       norm=cfg.teacher1_norm)
     teacher, _ = build_teacher(spec, data, cfg)
     if start := cfg.teacher_ckpt or cfg.teacher1_ckpt:
         load_into(teacher, load_weights(start), start)
@@ -119,6 +120,8 @@ def evaluate_single(
     kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0], small_input=cfg.small_input == '1')
     net = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
     load_into(net, load_weights(file), file)
+    as_teacher = TeacherSpec('teacher1', cfg.teacher_type, norm=cfg.teacher1_norm)
+    give_norm(net, as_teacher if cfg.teacher_type else spec_of_student(cfg), data, file)
     to_device(ctx, net)
     return report_splits({net.name: net}, ctx)
 
@@ -132,6 +135,7 @@ def evaluate_synergy(
     ready = cfg.model_copy(update=dict(finetune_epochs=0, teacher_adapt_epochs=0))
     teachers = {s.name: build_teacher(s, data, ready)[0] for s in specs}
     student = build_student(cfg, data)
+    give_norm(student, spec_of_student(cfg), data, cfg.student_ckpt)         # as it was trained
     synergy = load_synergy(list(teachers.values()), student, cfg, cfg.mbm_ckpt, cfg.head_ckpt)
     to_device(ctx, synergy, student, *teachers.values())
     return report_splits(teachers | {'student': student}, ctx, synergy, list(teachers), 'student')
