@@ -6,10 +6,10 @@
 __all__ = ['OBJECTS', 'finetune_target', 'finetune_in_folder', 'reached_text', 'run_finetune', 'check_evaluation',
            'evaluate_single', 'evaluate_synergy', 'add_rows', 'evaluation_rows', 'run_evaluate', 'demo_run',
            'with_defaults', 'split_list', 'shared_teachers', 'LoopPlan', 'plan_loop', 'params_of_method', 'loop_runs',
-           'run_loop', 'compare_methods', 'cl_compare']
+           'LoopError', 'try_run', 'run_loop', 'compare_methods', 'cl_compare']
 
 # %% ../../nbs/11_run/04_tasks.ipynb #5fbaeb6d
-import json, os, re
+import json, os, re, traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from filelock import FileLock
 
 from ..analysis.compare import collect, compare_runs, plot_compare, default_baseline, win_table
 from ..cl.setup import check_cl
-from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params,
-                                read_yaml, resolve)
+from ..core.config import (AsibError, Config, ConfigError, RunError, config_layers, effective_value, is_on, log,
+                                method_params, read_yaml, resolve)
 from ..core.files import atomic_write
+from ..core.params import split_words
 from ..core.runfolder import Run, exp_name, setup_log
 from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.batches import make_loader
@@ -31,8 +32,8 @@ from ..models.students import create_student
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from .experiment import method_class, run_experiment, save_effective_config, split_given
-from ..trainers.build import (TeacherSpec, build_student, build_teacher, settle_config, teacher_specs,
-                                   train_teacher)
+from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_config,
+                                   spec_of_student, teacher_specs, train_teacher)
 from ..trainers.tracking import final_numbers, tracking
 from ..trainers.phases import to_device
 
@@ -57,7 +58,8 @@ def finetune_in_folder(
     cfg = settle_config(cfg, data)
     save_effective_config(run, cfg, acc)
     ctx = RunContext(cfg, data, acc, run, callbacks)
-    spec = TeacherSpec('teacher1', arch, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False)
+    spec = TeacherSpec('teacher1', arch, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False,
+                       norm=cfg.teacher1_norm)
     teacher, _ = build_teacher(spec, data, cfg)
     if start := cfg.teacher_ckpt or cfg.teacher1_ckpt:
         load_into(teacher, load_weights(start), start)
@@ -128,6 +130,8 @@ def evaluate_single(
     kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0], small_input=cfg.small_input == '1')
     net = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
     load_into(net, load_weights(file), file)
+    as_teacher = TeacherSpec('teacher1', cfg.teacher_type, norm=cfg.teacher1_norm)
+    give_norm(net, as_teacher if cfg.teacher_type else spec_of_student(cfg), data, file)
     to_device(ctx, net)
     return report_splits({net.name: net}, ctx)
 
@@ -141,6 +145,7 @@ def evaluate_synergy(
     ready = cfg.model_copy(update=dict(finetune_epochs=0, teacher_adapt_epochs=0))
     teachers = {s.name: build_teacher(s, data, ready)[0] for s in specs}
     student = build_student(cfg, data)
+    give_norm(student, spec_of_student(cfg), data, cfg.student_ckpt)         # as it was trained
     synergy = load_synergy(list(teachers.values()), student, cfg, cfg.mbm_ckpt, cfg.head_ckpt)
     to_device(ctx, synergy, student, *teachers.values())
     return report_splits(teachers | {'student': student}, ctx, synergy, list(teachers), 'student')
@@ -207,10 +212,12 @@ def with_defaults(
 
 # %% ../../nbs/11_run/04_tasks.ipynb #48959e91
 def split_list(
-    o,  # 'a,b c', a number, or a list
+    o,  # 'a,b c', '["a", "b"]', a number, or a list
 )->list: # of strings
     "A list of strings from any of the accepted notations"
-    return [str(v) for v in (str(o).replace(',', ' ').split() if isinstance(o, (str, int)) else o)]
+    if isinstance(o, str):
+        return [w for part in split_words(o) for w in part.split()]
+    return [str(o)] if isinstance(o, (int, float)) else [str(v) for v in o or ()]
 
 # %% ../../nbs/11_run/04_tasks.ipynb #808fa889
 def shared_teachers(
@@ -289,6 +296,35 @@ def loop_runs(
 # %% ../../nbs/11_run/04_tasks.ipynb #79f3d82d
 OBJECTS = ('teachers', 'student', 'train', 'val', 'test', 'callbacks')   # Of `run_experiment`, not of `Config`
 
+# %% ../../nbs/11_run/04_tasks.ipynb #ecd8d184
+class LoopError(RunError):
+    "Some runs of a loop failed; the summaries of the others are in `summaries`"
+    def __init__(self,
+        failed:dict,    # Run → error
+        summaries:list, # Of the finished runs
+    ):
+        self.failed, self.summaries = failed, summaries
+        n, done = len(failed), len(summaries)
+        rest = f"The {done} other{'s are' if done > 1 else ' is'} finished. " if done else ''
+        lines = ''.join(f'\n  {run}: {error}' for run, error in failed.items())
+        super().__init__(f"{n} of {n + done} runs failed. {rest}The same command tries the failed ones again.{lines}")
+
+# %% ../../nbs/11_run/04_tasks.ipynb #8d3bb824
+def try_run(
+    params:dict,  # Of `run_experiment`
+    objects:dict, # The user's modules and datasets
+    name:str,     # For the log
+)->tuple: # (summary, ''), or (None, error)
+    "One run of a loop; an error is logged and returned, so that the loop can go on"
+    try:
+        return run_experiment(**params, **objects), ''
+    except Exception as e:                          # only its text is kept: the traceback holds tensors
+        error = f'{type(e).__name__}: {e}'
+        if not isinstance(e, AsibError):
+            log.error(traceback.format_exc().rstrip())
+    log.error(f"{name} failed: {error}\nThe loop goes on.")
+    return None, error
+
 # %% ../../nbs/11_run/04_tasks.ipynb #f48295ec
 def run_loop(
     methods='',        # Names, as a list or 'asmb, ce fitnet'; empty = the environment's METHOD_LIST, else asmb
@@ -296,12 +332,22 @@ def run_loop(
     _file='',          # A YAML file of parameters
     **params,          # Any parameter except method, seed and exp_id; also teachers, student, train, val, test
 )->list: # Summaries, seed by seed
-    "`run_experiment` for every method and seed, with the same teachers within a seed"
+    "`run_experiment` for every method and seed, with the same teachers within a seed; `LoopError` if a run failed"
     refuse_processes()
     objects = {k: params.pop(k) for k in OBJECTS if k in params}
     given = split_given(objects, (read_yaml(_file) if _file else {}) | params)
     plan = plan_loop(methods, seeds, given)
-    return [run_experiment(**p, **objects) for p in loop_runs(plan, objects.get('teachers') is not None)]
+    done, failed = [], {}
+    for p in loop_runs(plan, objects.get('teachers') is not None):
+        name = f"{plan.key}={p[plan.key]} seed={p['seed']}"
+        summary, error = try_run(p, objects, name)
+        if error:
+            failed[name] = error
+        else:
+            done.append(summary)
+    if failed:
+        raise LoopError(failed, done)
+    return done
 
 # %% ../../nbs/11_run/04_tasks.ipynb #83ee4411
 def compare_methods(
