@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.config import Config, ConfigError, log
+from ..core.runtime import pick_device
 from ..data.batches import Loader
 from ..data.sources import fingerprint_of
 from .kdmodel import KDModel
@@ -69,7 +70,8 @@ def maybe_compile(
     "A network as training steps run it: compiled where `compile=1`; it shares weights and hooks with `m`"
     if cfg is None or not cfg.compile: return m
     torch._dynamo.config.recompile_limit = 256   # a run has many networks of one class, each in two modes
-    return torch.compile(m, dynamic=False)
+    graphs = pick_device(cfg.device).type == 'cuda'   # CUDA graphs: small networks wait for kernel launches
+    return torch.compile(m, dynamic=False, mode='reduce-overhead' if graphs else None)
 
 # %% ../../nbs/02_models/08_cache.ipynb #e876aa48
 class LiveTeacher:
