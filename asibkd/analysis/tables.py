@@ -97,15 +97,16 @@ _SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pret
                 untrained='untrained', adapted='phase A')
 
 def weights_text(
-    weights:dict, # `source` and, for a teacher of some classes only, `classes`
+    weights:dict, # `source`; `classes` of a teacher of some only; `norm` where its input has its own normalisation
     given=False,  # Did the user pass the network as a module?
 )->str:
     "Where a teacher's weights come from"
     source = weights.get('source', '')
+    norm = ', own normalisation' if weights.get('norm') else ''
     if given and source != 'adapted':
-        return 'given, labels' if source == 'finetuned' else 'given'
+        return ('given, labels' if source == 'finetuned' else 'given') + norm
     of = f" of {len(weights['classes'])} classes" if weights.get('classes') else ''
-    return _SOURCES.get(source, source) + of
+    return _SOURCES.get(source, source) + of + norm
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #ae639119
 _OBJECTIVES = dict(distil='averaged logits', ce='labels', both='labels + averaged logits')

@@ -20,7 +20,7 @@ from ..distil.methods import with_method_defaults
 from ..models.kdmodel import KDModel, spread_classes
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
-from ..trainers.build import TeacherSpec, build_teacher, dropout_of, read_card
+from ..trainers.build import TeacherSpec, build_teacher, dropout_of, give_norm, read_card, spec_of_student
 
 # %% ../../nbs/07_cl/05_setup.ipynb #fdc0ce0c
 ROLES = ('expert', 'generic', 'snapshot', 'ema')
@@ -47,6 +47,7 @@ def one_shot_rules(c:Config)->list: # (condition, message)
             ('mixup_alpha', c.mixup_alpha > 0, 'new and replayed images are not mixed'),
             ('cutmix_alpha_distill', c.cutmix_alpha_distill > 0, 'new and replayed images are not mixed'),
             ('report_oracle', c.report_oracle, 'the test set is evaluated once per task'),
+            ('drop_last', not c.drop_last, 'replayed images follow whole batches of new ones'),
             ('cache_views', c.cache_views > 0, 'replayed images are drawn anew in every step')]
     return [(given, f"{k}={getattr(c, k)} with cl_mode=1: {why}.") for k, given, why in rows]
 
@@ -167,8 +168,7 @@ def student_spec(
     "The student as a possible leak: it may start from pretrained weights, too"
     if student is None and not (cfg.student_ckpt or cfg.student_pretrained):
         return []
-    arch = cfg.student_type if student is None else student
-    return [TeacherSpec('student', arch, cfg.student_ckpt, cfg.student_pretrained)]
+    return [spec_of_student(cfg, student)]
 
 # %% ../../nbs/07_cl/05_setup.ipynb #1b7e0abd
 def build_first(
@@ -195,6 +195,7 @@ def first_teacher(
     spec:TeacherSpec,
     stream:Stream,
     cfg:Config,
+    keeps_trunk=False,  # Are only its heads trained? Its trunk then keeps the normalisation of its weights
 )->tuple: # (wrapped teacher with a head for task 1, does it come with weights?)
     "A teacher as it is before task 1"
     n, classes = stream.n_seen(0), stream.data.classes
@@ -209,7 +210,9 @@ def first_teacher(
             grow_head(t, len(rows), keep=False)
         load_into(t, state, spec.ckpt)
     grow_head(t, n, cfg.seed, spec.name, 0, keep=bool(spec.ckpt) and names[:n] == classes[:n])
-    return t, bool(spec.ckpt or spec.pretrained or isinstance(spec.arch, nn.Module))
+    has_weights = bool(spec.ckpt or spec.pretrained or isinstance(spec.arch, nn.Module))
+    give_norm(t, spec, stream.data, spec.ckpt, ready=keeps_trunk and has_weights)
+    return t, has_weights
 
 # %% ../../nbs/07_cl/05_setup.ipynb #2afd6ab4
 def limit_to_seen(

@@ -24,6 +24,7 @@ from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import teacher_report, verdict
 from ..ib_mbm import average_logits
 from ..models.cache import get_teacher_fn, teacher_counts
+from ..models.norm import norm_row, seen_by
 from ..models.teachers import model_costs
 from .students import TrainResult
 from ..trainers.build import WeightsInfo, save_teacher
@@ -139,7 +140,7 @@ def teacher_rows(
                          given=isinstance(s.arch, nn.Module), **costs[s.name]))
     for s, t in zip(specs, teachers):
         if (key := f'{s.name}~adapted') in adapted:
-            weights = weights_row(WeightsInfo('adapted'))
+            weights = weights_row(WeightsInfo('adapted', norm=norm_row(t)))
             rows.append(dict(key=key, model=t.name, role='teacher', weights=weights, **costs[s.name]))
     return rows
 
@@ -269,7 +270,8 @@ def save_results(
     cfg, data, run, result = ctx.cfg, ctx.data, ctx.run, results[ctx.cfg.method]
     def bare(state):
         return {k.removeprefix('model.'): v for k, v in state.items() if k.startswith('model.')}
-    card = student_card('' if given_student is not None else cfg.student_type, data, cfg.small_input == '1')
+    kind = '' if given_student is not None else cfg.student_type
+    card = student_card(kind, seen_by(student, data), cfg.small_input == '1')
     save_student(run.path, bare(result.best), card)
     save_student(run.path, bare(result.last), card, 'student_last')
     if hasattr(method, 'synergy'):

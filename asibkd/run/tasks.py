@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OBJECTS', 'finetune_target', 'finetune_in_folder', 'run_finetune', 'check_evaluation', 'evaluate_single',
            'evaluate_synergy', 'add_rows', 'evaluation_rows', 'run_evaluate', 'demo_run', 'with_defaults', 'split_list',
-           'shared_teachers', 'LoopPlan', 'plan_loop', 'params_of_method', 'loop_runs', 'run_loop', 'compare_methods',
-           'cl_compare']
+           'shared_teachers', 'LoopPlan', 'plan_loop', 'params_of_method', 'loop_runs', 'LoopError', 'try_run',
+           'run_loop', 'compare_methods', 'cl_compare']
 
 # %% ../../nbs/11_run/04_tasks.ipynb #5fbaeb6d
-import json, os, re
+import json, os, re, traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from filelock import FileLock
 
 from ..analysis.compare import collect, compare_runs, plot_compare, default_baseline, win_table
 from ..cl.setup import check_cl
-from ..core.config import (Config, ConfigError, config_layers, effective_value, is_on, log, method_params,
-                                read_yaml, resolve)
+from ..core.config import (AsibError, Config, ConfigError, RunError, config_layers, effective_value, is_on, log,
+                                method_params, read_yaml, resolve)
 from ..core.files import atomic_write
+from ..core.params import split_words
 from ..core.runfolder import Run, exp_name, setup_log
-from ..core.runtime import RunContext, create_accelerator, set_deterministic
+from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.batches import make_loader
 from ..data.datasets import create_data
 from ..distil.methods import check_method
@@ -31,9 +32,9 @@ from ..models.students import create_student
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from .experiment import method_class, run_experiment, save_effective_config, split_given
-from ..trainers.build import (TeacherSpec, build_student, build_teacher, settle_config, teacher_specs,
-                                   train_teacher)
-from ..trainers.callbacks import tracker
+from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_config,
+                                   spec_of_student, teacher_specs, train_teacher)
+from ..trainers.tracking import final_numbers, tracking
 from ..trainers.phases import to_device
 
 # %% ../../nbs/11_run/04_tasks.ipynb #91015423
@@ -49,14 +50,16 @@ def finetune_in_folder(
     run:Run, cfg:Config,
     arch:str,   # Architecture
     path:Path,  # File for the weights
+    callbacks=(),
 )->dict: # type, checkpoint, skipped, val_acc, test_acc, seed
     "The body of `run_finetune`, inside the open run folder"
     set_deterministic(cfg.deterministic)
     acc, data = create_accelerator(cfg), create_data(cfg)
     cfg = settle_config(cfg, data)
     save_effective_config(run, cfg, acc)
-    ctx = RunContext(cfg, data, acc, run, tuple(tracker(cfg, run)))
-    spec = TeacherSpec('teacher1', arch, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False)
+    ctx = RunContext(cfg, data, acc, run, callbacks)
+    spec = TeacherSpec('teacher1', arch, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False,
+                       norm=cfg.teacher1_norm)
     teacher, _ = build_teacher(spec, data, cfg)
     if start := cfg.teacher_ckpt or cfg.teacher1_ckpt:
         load_into(teacher, load_weights(start), start)
@@ -74,6 +77,7 @@ def run_finetune(
     **params,   # Any parameter of `Config`
 )->dict: # Summary: type, checkpoint, val_acc, test_acc, skipped
     "Fine-tune one teacher (`teacher_type`, else teacher 1) to `checkpoints/{type}_ft.pth`; skipped if the file exists"
+    refuse_processes()
     cfg, extra = resolve(_file, **{'method': 'ce', 'compare': 0} | params)
     arch, path = finetune_target(cfg)
     setup_log(cfg)
@@ -82,13 +86,15 @@ def run_finetune(
         return dict(type=arch, checkpoint=str(path), skipped=True)
     if not cfg.finetune_epochs:
         raise ConfigError("finetune_epochs=0: nothing to fine-tune. Set the epochs, e.g. --finetune_epochs 20.")
-    with Run(cfg, extra, arch, 'finetune') as run:
+    with Run(cfg, extra, arch, 'finetune') as run, tracking(cfg, run) as trackers:
         setup_log(cfg, run.path)
-        out = finetune_in_folder(run, cfg, arch, path)
+        out = finetune_in_folder(run, cfg, arch, path, trackers)
         run.finish(out, dict(method='finetune', dataset=out['dataset'], seed=cfg.seed, val_acc=out['val_acc'],
                              test_acc_val_selected=out['test_acc'], teachers=arch))
         for f in (run/'checkpoint').glob('*.pt'):
             f.unlink()
+        for t in trackers:
+            t.log(final_numbers(out))
         log.info(f"{arch}: validation {out['val_acc']:.4f}, test {out['test_acc']:.4f} → {path}")
     return out
 
@@ -100,6 +106,9 @@ def check_evaluation(cfg:Config):
     if cfg.eval_mode == 'synergy' and not cfg.mbm_ckpt:
         raise ConfigError("eval_mode=synergy needs mbm_ckpt=…, e.g. results/<exp_id>/bridge.safetensors, "
                           "and student_ckpt=….")
+    if cfg.eval_mode == 'synergy' and not (cfg.student_ckpt or cfg.allow_untrained):
+        raise ConfigError("eval_mode=synergy needs student_ckpt=…, e.g. results/<exp_id>/student.safetensors: the "
+                          "student's features are the bridge's query. allow_untrained=1 takes an untrained student.")
 
 # %% ../../nbs/11_run/04_tasks.ipynb #30f89eb3
 def evaluate_single(
@@ -111,6 +120,8 @@ def evaluate_single(
     kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0], small_input=cfg.small_input == '1')
     net = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
     load_into(net, load_weights(file), file)
+    as_teacher = TeacherSpec('teacher1', cfg.teacher_type, norm=cfg.teacher1_norm)
+    give_norm(net, as_teacher if cfg.teacher_type else spec_of_student(cfg), data, file)
     to_device(ctx, net)
     return report_splits({net.name: net}, ctx)
 
@@ -121,9 +132,10 @@ def evaluate_synergy(
     "Teachers, bridge, head and student from their checkpoints"
     cfg, data = ctx.cfg, ctx.data
     specs = teacher_specs(cfg.model_copy(update=dict(method='asmb')), n_class=data.n_class)
-    ready = cfg.model_copy(update=dict(finetune_epochs=0))
+    ready = cfg.model_copy(update=dict(finetune_epochs=0, teacher_adapt_epochs=0))
     teachers = {s.name: build_teacher(s, data, ready)[0] for s in specs}
     student = build_student(cfg, data)
+    give_norm(student, spec_of_student(cfg), data, cfg.student_ckpt)         # as it was trained
     synergy = load_synergy(list(teachers.values()), student, cfg, cfg.mbm_ckpt, cfg.head_ckpt)
     to_device(ctx, synergy, student, *teachers.values())
     return report_splits(teachers | {'student': student}, ctx, synergy, list(teachers), 'student')
@@ -159,6 +171,7 @@ def run_evaluate(
     **params,   # Any parameter of `Config`
 )->dict: # {split: dict(models, per_class, disagreement)}, see `report_splits`
     "Train and test accuracy from checkpoints: `single` with ckpt_path; `synergy` with mbm_ckpt, teachers, student_ckpt"
+    refuse_processes()
     cfg, _ = resolve(_file, **{'compare': 0} | params)
     setup_log(cfg)
     check_evaluation(cfg)
@@ -189,10 +202,12 @@ def with_defaults(
 
 # %% ../../nbs/11_run/04_tasks.ipynb #48959e91
 def split_list(
-    o,  # 'a,b c', a number, or a list
+    o,  # 'a,b c', '["a", "b"]', a number, or a list
 )->list: # of strings
     "A list of strings from any of the accepted notations"
-    return [str(v) for v in (str(o).replace(',', ' ').split() if isinstance(o, (str, int)) else o)]
+    if isinstance(o, str):
+        return [w for part in split_words(o) for w in part.split()]
+    return [str(o)] if isinstance(o, (int, float)) else [str(v) for v in o or ()]
 
 # %% ../../nbs/11_run/04_tasks.ipynb #808fa889
 def shared_teachers(
@@ -271,6 +286,35 @@ def loop_runs(
 # %% ../../nbs/11_run/04_tasks.ipynb #79f3d82d
 OBJECTS = ('teachers', 'student', 'train', 'val', 'test', 'callbacks')   # Of `run_experiment`, not of `Config`
 
+# %% ../../nbs/11_run/04_tasks.ipynb #ecd8d184
+class LoopError(RunError):
+    "Some runs of a loop failed; the summaries of the others are in `summaries`"
+    def __init__(self,
+        failed:dict,    # Run → error
+        summaries:list, # Of the finished runs
+    ):
+        self.failed, self.summaries = failed, summaries
+        n, done = len(failed), len(summaries)
+        rest = f"The {done} other{'s are' if done > 1 else ' is'} finished. " if done else ''
+        lines = ''.join(f'\n  {run}: {error}' for run, error in failed.items())
+        super().__init__(f"{n} of {n + done} runs failed. {rest}The same command tries the failed ones again.{lines}")
+
+# %% ../../nbs/11_run/04_tasks.ipynb #8d3bb824
+def try_run(
+    params:dict,  # Of `run_experiment`
+    objects:dict, # The user's modules and datasets
+    name:str,     # For the log
+)->tuple: # (summary, ''), or (None, error)
+    "One run of a loop; an error is logged and returned, so that the loop can go on"
+    try:
+        return run_experiment(**params, **objects), ''
+    except Exception as e:                          # only its text is kept: the traceback holds tensors
+        error = f'{type(e).__name__}: {e}'
+        if not isinstance(e, AsibError):
+            log.error(traceback.format_exc().rstrip())
+    log.error(f"{name} failed: {error}\nThe loop goes on.")
+    return None, error
+
 # %% ../../nbs/11_run/04_tasks.ipynb #f48295ec
 def run_loop(
     methods='',        # Names, as a list or 'asmb, ce fitnet'; empty = the environment's METHOD_LIST, else asmb
@@ -278,11 +322,22 @@ def run_loop(
     _file='',          # A YAML file of parameters
     **params,          # Any parameter except method, seed and exp_id; also teachers, student, train, val, test
 )->list: # Summaries, seed by seed
-    "`run_experiment` for every method and seed, with the same teachers within a seed"
+    "`run_experiment` for every method and seed, with the same teachers within a seed; `LoopError` if a run failed"
+    refuse_processes()
     objects = {k: params.pop(k) for k in OBJECTS if k in params}
     given = split_given(objects, (read_yaml(_file) if _file else {}) | params)
     plan = plan_loop(methods, seeds, given)
-    return [run_experiment(**p, **objects) for p in loop_runs(plan, objects.get('teachers') is not None)]
+    done, failed = [], {}
+    for p in loop_runs(plan, objects.get('teachers') is not None):
+        name = f"{plan.key}={p[plan.key]} seed={p['seed']}"
+        summary, error = try_run(p, objects, name)
+        if error:
+            failed[name] = error
+        else:
+            done.append(summary)
+    if failed:
+        raise LoopError(failed, done)
+    return done
 
 # %% ../../nbs/11_run/04_tasks.ipynb #83ee4411
 def compare_methods(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['student_epochs', 'has_compiler', 'refuse_contradictions', 'settled_values', 'settle_config', 'TeacherSpec',
-           'archs_of', 'teacher_specs', 'dropout_of', 'hash_of_items', 'split_of', 'save_teacher', 'read_card',
-           'check_card', 'warn_split', 'find_weights', 'load_start_weights', 'WeightsInfo', 'new_teacher',
-           'build_teacher', 'train_teacher', 'freeze_teachers', 'check_plan', 'build_student', 'object_fingerprint']
+           'archs_of', 'norm_flag', 'teacher_specs', 'dropout_of', 'hash_of_items', 'split_of', 'save_teacher',
+           'read_card', 'card_norm', 'check_card', 'warn_split', 'find_weights', 'load_start_weights', 'WeightsInfo',
+           'new_teacher', 'weights_key', 'refuse_noise', 'chosen_norm', 'give_norm', 'build_teacher', 'train_teacher',
+           'freeze_teachers', 'check_plan', 'spec_of_student', 'build_student', 'object_fingerprint']
 
 # %% ../../nbs/06_trainers/04_build.ipynb #731a8183
 import hashlib, os, shutil
@@ -18,17 +19,19 @@ from torch import nn
 
 from ..distil import asmb, crd, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
-from ..core.files import atomic_save
+from ..core.files import atomic_save, read_json
 from ..core.runtime import RunContext, forked_rng, pick_device, precision_of
 from ..models.cache import weights_hash
 from ..data.images import Data, ImageSet, overlap_classes, restrict
 from ..data.sources import as_image
 from ..freeze import apply_freeze, freeze_all
-from ..models.kdmodel import spread_classes
+from ..models.kdmodel import KDModel, spread_classes
 from ..distil.methods import check_method, create_method, list_methods
 from ..models.students import create_student
 from ..models.checkpoints import load_into, load_weights
-from ..models.teachers import create_teacher
+from ..models.norm import (Norm, as_norm, has_published_head, network_norm, norm_row, note_size, read_norm,
+                                 seen_by, set_norm)
+from ..models.teachers import create_teacher, models as registered
 from .callbacks import PhaseCheckpoint
 from .phases import finetune
 
@@ -118,6 +121,7 @@ class TeacherSpec:
     save_to:str = ''               # Where its fine-tuned weights are kept, and found again
     classes:list|None = None       # Labels it is trained on; None = all
     search_default:bool = True     # Look for `checkpoints/{arch}_ft.pth` as well
+    norm:str = 'auto'              # Normalisation of its input, see `read_norm`
 
 # %% ../../nbs/06_trainers/04_build.ipynb #12de201d
 def archs_of(
@@ -137,6 +141,11 @@ def archs_of(
         raise ConfigError("teachers=[]: give at least one teacher.")
     return given[:1] if one and not cfg.compare else list(given)       # the others would be unused
 
+# %% ../../nbs/06_trainers/04_build.ipynb #e5928716
+def norm_flag(name:str)->str: # 'teacher1_norm', 'teacher2_norm' (further teachers, too) or 'student_norm'
+    "The parameter for the normalisation of a network's input"
+    return f'{name}_norm' if name in ('student', 'teacher1') else 'teacher2_norm'
+
 # %% ../../nbs/06_trainers/04_build.ipynb #13672e75
 def teacher_specs(
     cfg:Config,
@@ -155,7 +164,8 @@ def teacher_specs(
         out.append(TeacherSpec(
             f'teacher{i + 1}', arch, ckpts[i] if i < len(ckpts) else '', setting('pretrained'), setting('freeze_level'),
             setting('freeze_scope'), setting('bn_head_only'), setting('freeze_bn'),
-            getattr(cfg, f'finetune_ckpt{i + 1}', ''), parts[min(i, 1)]))
+            getattr(cfg, f'finetune_ckpt{i + 1}', ''), parts[min(i, 1)], norm=setting('norm')))
+        read_norm(out[-1].norm, norm_flag(out[-1].name))       # refused before anything is built
     return out
 
 # %% ../../nbs/06_trainers/04_build.ipynb #a2786e53
@@ -190,12 +200,13 @@ def save_teacher(
     val_acc:float,      # Of the weights that are saved
 ):
     "A fine-tuned teacher with its card"
+    seen = seen_by(model, data)
     card = dict(type=kind, dataset=data.name, classes=list(map(str, data.classes)), val_acc=val_acc,
-                split=split_of(data.train))
+                split=split_of(data.train), mean=list(seen.mean), std=list(seen.std))
     atomic_save(dict(model=model.state_dict(), asibkd=card), path)
 
 # %% ../../nbs/06_trainers/04_build.ipynb #dfdd2e95
-def read_card(path)->dict|None: # type, dataset, classes, val_acc, split
+def read_card(path)->dict|None: # type, dataset, classes, val_acc, split, mean, std
     "The card of one of the package's checkpoints; None where there is none"
     if Path(path).suffix == '.safetensors':
         return None
@@ -203,6 +214,18 @@ def read_card(path)->dict|None: # type, dataset, classes, val_acc, split
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('asibkd')
     except Exception:
         return None   # `load_weights` explains what is wrong with it
+
+# %% ../../nbs/06_trainers/04_build.ipynb #0c0e963b
+def card_norm(
+    path,    # Of a checkpoint
+)->Norm|None: # None where it has no card, or one that does not say
+    "The normalisation that the weights of a checkpoint were trained with; a student's card is the student.json beside it"
+    path, beside = Path(path), Path(path).with_name('student.json')
+    is_student = path.name in ('student.safetensors', 'student_last.safetensors') and beside.exists()
+    card = read_json(beside) if is_student else read_card(path)
+    if not card or card.get('mean') is None or card.get('std') is None:
+        return None
+    return as_norm(card['mean'], card['std'], f"the card of '{path}'")
 
 # %% ../../nbs/06_trainers/04_build.ipynb #e77c56e2
 def check_card(path, data:Data):
@@ -258,6 +281,7 @@ class WeightsInfo:
     file:str = ''                  # Name of the checkpoint
     seconds:float|None = None      # Of fine-tuning
     classes:list|None = None       # Labels it was trained on; None = all
+    norm:dict|None = None          # mean and std that it expects; None = the data's
 
 # %% ../../nbs/06_trainers/04_build.ipynb #f6b8589e
 def new_teacher(
@@ -271,6 +295,62 @@ def new_teacher(
             use_adapter=cfg.use_distillation_adapter, adapter_hidden=cfg.distill_hidden_dim,
             adapter_out=cfg.distill_out_dim)
 
+# %% ../../nbs/06_trainers/04_build.ipynb #a8a3363d
+def weights_key(
+    spec:TeacherSpec, cfg:Config,
+)->str: # 'teacher1_ckpt', …
+    "The parameter that gives this teacher its weights"
+    if cfg.teachers:
+        return 'teacher_ckpts'
+    one = check_method(cfg.method).teachers_used == 'one' and cfg.teacher_type
+    return 'teacher_ckpt' if one else f'{spec.name}_ckpt'
+
+# %% ../../nbs/06_trainers/04_build.ipynb #1b30a395
+def refuse_noise(
+    name:str,  # Of the architecture
+    spec:TeacherSpec, cfg:Config,
+):
+    "`ConfigError` for a teacher without weights; where it is allowed, a warning"
+    has = "a pretrained trunk with a new head" if spec.pretrained else "no weights for these classes"
+    said = f"{spec.name}: {name} has {has}, so its logits are noise"
+    adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs and cfg.bridge_objective != 'distil'
+    if adapts or cfg.allow_untrained:
+        log.warning(f"{said}{' until phase A has trained it' if adapts else ''}.")
+        return
+    found = f" (or the file checkpoints/{spec.arch}_ft.pth)" if spec.search_default else ''
+    raise ConfigError(f"{said}. Give it weights with {weights_key(spec, cfg)}=FILE{found}, or fine-tune it first with "
+                      "finetune_epochs=20. allow_untrained=1 takes it as it is.")
+
+# %% ../../nbs/06_trainers/04_build.ipynb #1e367669
+def chosen_norm(
+    m:KDModel, spec:TeacherSpec,
+    file='',       # The checkpoint it was loaded from
+    ready=True,    # False: this run trains it
+)->tuple: # (`Norm`, or None for the data's; who says so)
+    "The normalisation of a network's input"
+    flag = norm_flag(spec.name)
+    asked = read_norm(spec.norm, flag)
+    if isinstance(asked, Norm):
+        return asked, flag
+    if asked == 'data' or not ready:
+        return None, ''
+    if file and (norm := card_norm(file)):
+        return norm, f'the card of {Path(file).name}'
+    is_own = not isinstance(spec.arch, str) or spec.arch in registered
+    return network_norm(m, not file and (spec.pretrained or is_own)), 'the network says so'
+
+# %% ../../nbs/06_trainers/04_build.ipynb #de825cbf
+def give_norm(
+    m:KDModel, spec:TeacherSpec, data:Data,
+    file='', ready=True,   # As `chosen_norm` takes them
+):
+    "Give a network its input in its own normalisation, and log it"
+    norm, who = chosen_norm(m, spec, file, ready)
+    set_norm(m, norm, data.mean, data.std)
+    if m.norm is not None:
+        log.info(f"{spec.name}: {m.name} is given images in its own normalisation ({m.norm}; {who}), not in the data's "
+                 f"({Norm(data.mean, data.std)}); {norm_flag(spec.name)}=data keeps the data's")
+
 # %% ../../nbs/06_trainers/04_build.ipynb #e2e4309f
 def build_teacher(
     spec:TeacherSpec, data:Data, cfg:Config,
@@ -281,19 +361,24 @@ def build_teacher(
         t, info = build_teacher(part, restrict(data, classes), cfg)
         return spread_classes(t, classes, data.n_class), info and replace(info, classes=classes)
     t, own, epochs = new_teacher(spec, data, cfg), isinstance(spec.arch, nn.Module), cfg.finetune_epochs
-    if f := load_start_weights(t, spec, data):
+    f = load_start_weights(t, spec, data)
+    give_norm(t, spec, data, f, ready=f or not epochs)
+    if f:
         anew = 'name no checkpoint' if spec.ckpt else 'move the file away'
         skips = f"; finetune_epochs={epochs} is skipped because of it ({anew} to fine-tune anew)" if epochs else ''
         log.info(f"{spec.name}: {t.name} from {f}{skips}")
-        return t, WeightsInfo('checkpoint', Path(f).name)
+        return t, WeightsInfo('checkpoint', Path(f).name, norm=norm_row(t))
     if epochs:
         return t, None
+    if own or spec.pretrained:
+        note_size(t, spec.name, data.shape[-1])
     if own:
-        return t, WeightsInfo('given')
-    trunk = ", despite the pretrained trunk." if spec.pretrained else '.'
-    log.warning(f"{spec.name}: {t.name} has no trained weights for these classes (no checkpoint, finetune_epochs=0). "
-                f"Its logits are noise{trunk}")
-    return t, WeightsInfo('pretrained' if spec.pretrained else 'untrained')
+        return t, WeightsInfo('given', norm=norm_row(t))
+    if spec.pretrained and has_published_head(t):
+        log.info(f"{spec.name}: {t.name} keeps its published head: the data's class k must be its class k")
+    else:
+        refuse_noise(t.name, spec, cfg)
+    return t, WeightsInfo('pretrained' if spec.pretrained else 'untrained', norm=norm_row(t))
 
 # %% ../../nbs/06_trainers/04_build.ipynb #e7d2dedd
 def train_teacher(
@@ -316,7 +401,7 @@ def train_teacher(
         save_teacher(t, to, data, t.name, val_acc)
     if classes is not None:
         spread_classes(t, classes, ctx.data.n_class)
-    return WeightsInfo('finetuned', seconds=fitted.seconds, classes=classes)
+    return WeightsInfo('finetuned', seconds=fitted.seconds, classes=classes, norm=norm_row(t))
 
 # %% ../../nbs/06_trainers/04_build.ipynb #404e18d4
 def freeze_teachers(
@@ -353,6 +438,15 @@ def check_plan(
         t.requires_grad_(True)
         t.frozen_modules = set()
 
+# %% ../../nbs/06_trainers/04_build.ipynb #b025718c
+def spec_of_student(
+    cfg:Config,
+    given=None, # Your own module
+)->TeacherSpec:
+    "The student's architecture, and where its first weights come from"
+    arch = cfg.student_type if given is None else given
+    return TeacherSpec('student', arch, cfg.student_ckpt, cfg.student_pretrained, norm=cfg.student_norm)
+
 # %% ../../nbs/06_trainers/04_build.ipynb #6946aa62
 def build_student(
     cfg:Config, data:Data,
@@ -366,12 +460,15 @@ def build_student(
                            adapter_hidden=cfg.distill_hidden_dim, adapter_out=cfg.distill_out_dim)
     if cfg.student_ckpt:
         load_into(s, load_weights(cfg.student_ckpt), cfg.student_ckpt)
+    give_norm(s, spec_of_student(cfg, given), data, cfg.student_ckpt, ready=cfg.student_freeze_level != -1)
     return apply_freeze(s, level=cfg.student_freeze_level, freeze_bn=cfg.student_freeze_bn)
 
 # %% ../../nbs/06_trainers/04_build.ipynb #4e501e35
 def object_fingerprint(o)->str:
-    "A short name for the user's own module (its weights) or dataset (its length and some of its images and labels)"
+    "A short name for the user's own module (its weights, its normalisation) or dataset (its length and some of its images and labels)"
     if isinstance(o, str):
         return o
-    content = weights_hash(o)[:8] if isinstance(o, nn.Module) else f'{len(o)}:{hash_of_items(o)}'
-    return f'{type(o).__name__}:{content}'
+    if not isinstance(o, nn.Module):
+        return f'{type(o).__name__}:{len(o)}:{hash_of_items(o)}'
+    norm = network_norm(o)
+    return ':'.join(filter(None, (type(o).__name__, weights_hash(o)[:8], norm and repr(tuple(norm)))))
