@@ -23,7 +23,7 @@ from ..core.runtime import eval_mode
 from .anatomy import anatomy
 from .checkpoints import load_into, load_weights
 from .kdmodel import KDModel, add_adapter
-from .trace import ResizeInput, failure_at
+from .trace import ResizeInput, failure_at, forgets, init_lazy, plain_module
 from .zoo import cifar_stem, create_zoo, stem_layers, zoo
 
 # %% ../../nbs/02_models/05_teachers.ipynb #153ec80f
@@ -364,11 +364,13 @@ def create_teacher(
 )->KDModel:
     "A network ready for distillation, by name or from your own module"
     if isinstance(spec, KDModel): m = spec
-    elif isinstance(spec, nn.Module): m = KDModel(spec, img_size, in_chans, dropout=dropout)
+    elif isinstance(spec, nn.Module):
+        net = init_lazy(plain_module(spec), img_size, in_chans)
+        m = KDModel(net, img_size, in_chans, dropout=dropout)
     elif isinstance(spec, str):
         net = build_network(spec, n_class=n_class, img_size=img_size, in_chans=in_chans,
                             pretrained=pretrained, small_input=small_input, **kw)
-        m = KDModel(net, img_size, in_chans, spec, dropout)
+        m = KDModel(forgets(net), img_size, in_chans, spec, dropout)
     else: raise ConfigError(f"A model is a name, an nn.Module or a KDModel; got a {type(spec).__name__}.")
     if n_class is not None and m.n_class != n_class:
         raise ConfigError(f"Model '{m.name}' has {m.n_class} logits, the data have {n_class} classes. "
