@@ -105,6 +105,8 @@ class Config(*GROUPS[::-1]):   # reversed: pydantic collects fields from the las
     @field_validator('teachers', 'teacher_ckpts', 'milestones', 'task_sizes', 'class_order', mode='before')
     @classmethod
     def _listed(cls, v):
+        if isinstance(v, (int, float)) and not isinstance(v, bool):
+            return [v]
         return split_words(v) if isinstance(v, str) else v
 
     @field_validator('exp_id', 'log_filename')
@@ -224,7 +226,7 @@ def preset_names(
     preset, # As it was typed: a name, 'a,b', '[a, b]', a list, or 'none'
 )->list:
     "The names of the chosen presets"
-    names = split_words(preset) if isinstance(preset, str) else preset or []
+    names = split_words(preset or '') if preset is None or isinstance(preset, str) else preset
     if not isinstance(names, (list, tuple)):
         raise ConfigError(f"preset = {preset!r}: expected a name or a list of names. Known: {', '.join(list_presets())}, "
                           "none.")
@@ -330,10 +332,15 @@ def check_keys(
 
 # %% ../../nbs/00_core/01_config.ipynb #01afe37e
 def remedy(
-    key:str, # The parameter
-    v,       # What was given, and refused
+    key:str,     # The parameter
+    v,           # What was given, and refused
+    problem='',  # pydantic's word for the error
 )->str: # '' where the message says it all
     "What to do about a value of the wrong kind"
+    if problem == 'string_pattern_mismatch':
+        return " Give one name: letters, digits and _ . + = -, without a folder, not beginning with a dot."
+    if problem == 'list_type':
+        return " Write a list: a, b, c."
     if v is None:
         return " It is empty: give a value, or leave it out."
     if isinstance(v, bool):
@@ -356,7 +363,7 @@ def explain_validation(
         message = o['msg'].removeprefix('Value error, ')
         about = f' ({field.description})' if field else ''
         shown = repr(v) if len(repr(v)) < 100 else f'{repr(v)[:97]}…'
-        lines.setdefault(key, f"Parameter '{place}' = {shown}: {message}.{remedy(key, v)}{about}")
+        lines.setdefault(key, f"Parameter '{place}' = {shown}: {message}.{remedy(key, v, o['type'])}{about}")
     return '\n'.join(lines.values())
 
 # %% ../../nbs/00_core/01_config.ipynb #64907a27
@@ -386,7 +393,7 @@ def load_plugins(
     names,  # '' or a file or module, or several, as a list or with commas
 ):
     "Run the files, or import the modules, that register the user's methods, models and datasets"
-    names = split_words(names) if isinstance(names, str) else names or ()
+    names = split_words(names or '') if names is None or isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"plugin = {names!r}: expected the path of a Python file, or the name of a module (or several).")
     for name in names:
