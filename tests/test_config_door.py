@@ -180,11 +180,13 @@ def test_A8_a_folder_that_is_not_there_is_an_error(loop, tmp_path, monkeypatch):
 
 def finished(folder, name, method, dataset, seed, acc, **summary):
     "A run folder as a finished run leaves it, as far as a comparison reads it"
+    from asibkd import resolve
     d = folder/name
     d.mkdir(parents=True)
     row = dict(key=method, role='student', val_acc=acc, test_acc_val_selected=acc, test_acc_last=acc, train_acc=acc, params=9, model='mlp', macs=1)
     (d/'summary.json').write_text(json.dumps(dict(kind='distil', method=method, dataset=dataset, seed=seed, rows=[row]) | summary))
-    (d/'config.json').write_text(json.dumps(dict(method=method, dataset=dataset, seed=seed) | ({'data_root': summary['root']} if 'root' in summary else {})))
+    config = dict(method=method, dataset=dataset, seed=seed, data_root=summary.get('root', ''))
+    (d/'config.json').write_text(json.dumps(resolve(preset='none')[0].model_dump() | config))
 
 def test_A8_no_difference_across_datasets(tmp_path):
     from asibkd import collect, compare_runs, win_table

@@ -130,7 +130,8 @@ def data_names(
         return s.get('dataset', ''), root, s.get('n_class'), (s.get('images') or {}).get('test')
     keys = [identity(s, c) for _, s, c in runs]
     shared = [len({o for o in keys if o[0] == k[0]}) > 1 for k in keys]
-    long = [f"{name} {root}".strip() + f" ({n_class} classes, {n_test} test images)" for name, root, n_class, n_test in keys]
+    long = [f'{name} {root}'.strip() + f' ({n_class} classes, {n_test} test images)'
+            for name, root, n_class, n_test in keys]
     return [full if more else k[0] for k, full, more in zip(keys, long, shared)]
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #53befbaf
