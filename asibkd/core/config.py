@@ -6,9 +6,9 @@
 __all__ = ['log', 'PRESETS', 'BLOCKS', 'ALIASES', 'HYDRA_KEYS', 'PEER_NAMES', 'method_params', 'plugins', 'AsibError',
            'ConfigError', 'DataError', 'CheckpointError', 'RunError', 'unknown_name', 'Registry', 'Config',
            'fields_that_affect_results', 'fields_read_by', 'parameter_rows', 'parameter_table', 'list_presets',
-           'flatten_log', 'read_yaml', 'effective_value', 'is_on', 'merge_presets', 'preset_values', 'apply_blocks',
-           'hydra_hint', 'refuse_key', 'check_keys', 'explain_validation', 'run_plugin_file', 'load_plugins',
-           'preset_names', 'config_layers', 'refuse_idle_cl', 'params_model', 'resolve', 'near_chance']
+           'flatten_log', 'read_yaml', 'effective_value', 'is_on', 'trains_mobile', 'merge_presets', 'preset_values',
+           'apply_blocks', 'hydra_hint', 'refuse_key', 'check_keys', 'explain_validation', 'run_plugin_file',
+           'load_plugins', 'preset_names', 'config_layers', 'refuse_idle_cl', 'params_model', 'resolve', 'near_chance']
 
 # %% ../../nbs/00_core/01_config.ipynb #f5cf8676
 import difflib, hashlib, importlib, importlib.util, logging, os, sys
@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ValidationError, field_validator
 
-from .params import GROUPS, group_rows
+from .params import GROUPS, group_rows, suite_values
 
 # %% ../../nbs/00_core/01_config.ipynb #6a230e18
 log = logging.getLogger('asibkd')
@@ -168,7 +168,14 @@ def is_on(
     "Is a switch on?"
     return str(v).lower() in ('1', 'true', 'yes', 'on')
 
+def trains_mobile(
+    layers:list, # Dicts, the later ones win
+)->bool:
+    "Is the student a MobileNet or a ShuffleNet? They are trained with smaller learning rates"
+    return str(effective_value(layers, 'student_type')).lower().startswith(('mobile', 'shuffle'))
+
 BLOCKS = dict(with_digits=lambda layers: effective_value(layers, 'dataset') == 'digits',
+              with_mobile_student=trains_mobile,
               with_cl_mode=lambda layers: is_on(effective_value(layers, 'cl_mode')))
 
 # %% ../../nbs/00_core/01_config.ipynb #5875ae8c
@@ -345,7 +352,9 @@ def config_layers(
     given, filed = flatten_log(given), read_yaml(_file) if _file else {}
     preset = given.get('preset', filed.get('preset', Config.model_fields['preset'].default))
     env = {'lr_schedule': os.environ['LR_SCHEDULE']} if os.environ.get('LR_SCHEDULE') else {}
-    layers = apply_blocks([env, *(preset_values(n) for n in preset_names(preset)), filed, given])
+    presets = [preset_values(n) for n in preset_names(preset)]
+    suite = [suite_values()] if suite_values() else []
+    layers = apply_blocks([env, *presets, *suite, filed, given])
     if _plugins:
         load_plugins(effective_value(layers, 'plugin'))
     return layers

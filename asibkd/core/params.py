@@ -6,9 +6,10 @@
 __all__ = ['side_param', 'bridge_param', 'finetune_param', 'cl_param', 'eval_param', 'GROUPS', 'param', 'Params', 'field_bounds',
            'group_rows', 'Experiment', 'Output', 'DataParams', 'Models', 'Freezing', 'Bridge', 'Adaptation',
            'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual', 'Replaying',
-           'Penalties', 'Evaluation']
+           'Penalties', 'Evaluation', 'suite_values']
 
 # %% ../../nbs/00_core/00_params.ipynb #1258e250
+import os
 from functools import partial
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -114,7 +115,10 @@ class DataParams(Params):
         "over all classes.", ge=0, lt=1)
     overlap_pct:float | None = param(None, "Train two teachers on subsets of the classes that have this percentage of "
         "the classes in common; the student learns all; empty = off.", ge=0, le=100)
-    val_frac:float = param(0.1, "Share of the training images held out to choose checkpoints.", gt=0, lt=1)
+    drop_last:bool = param(True, "Leave out an epoch's last images where they do not fill a batch; 0 = train on them "
+        "as a smaller batch.")
+    val_frac:float = param(0.1, "Share of the training images held out to choose checkpoints; 0 = none, and the last "
+        "epoch is the result.", ge=0, lt=1)
     train_per_class:int = param(0, "Use at most this many training images per class; 0 = all.", ge=0)
     skip_corrupt:bool = param(False, "Drop and count images that cannot be read instead of stopping.")
 
@@ -133,6 +137,8 @@ class Models(Params):
     teacher_ckpt:str = param('', "Weights of teacher_type.")
     teacher1_pretrained:bool = param(False, "Start teacher 1 from timm's published weights (downloaded once).")
     teacher2_pretrained:bool = param(False, "Start teacher 2 from timm's published weights (downloaded once).")
+    allow_untrained:bool = side_param(False, "Allow a teacher whose logits are noise: without weights for these "
+        "classes and without fine-tuning.")
     student_type:str = param('resnet101_student', "Architecture of the student; `resnet` is resnet101_student.")
     student_pretrained:bool = param(False, "Start the student from timm's published weights.")
     student_ckpt:str = param('', "Start the student from (or evaluate) these weights.")
@@ -214,10 +220,10 @@ class Distillation(Params):
         "0 = num_stages × student_epochs_per_stage.", ge=0)
     student_lr:float = param(0.0005, "Learning rate of the student.", gt=0)
     student_weight_decay:float = param(0.0005, "Weight decay of the student.", ge=0)
-    ce_alpha:float | None = param(None, "Weight of the student's cross-entropy; empty = the method's default (0.1; 1 "
-        "for feature methods and dkd).", ge=0)
+    ce_alpha:float | None = param(None, "Weight of the student's cross-entropy; empty = the method's default (0.1 for "
+        "asmb, avgz and vanilla_kd, else 1).", ge=0)
     kd_alpha:float | None = param(None, "Weight of logit distillation (synergy logits for asmb); empty = the method's "
-        "default (0.9; 0 where CE is 1).", ge=0)
+        "default (0.9; 1 for aver, ebkd, camkd, fitnet_mkd; 0 for other feature methods and dkd).", ge=0)
     tau_start:float = param(4.0, "Softmax temperature τ at the start.", gt=0)
     tau_end:float | None = param(None, "Temperature at the end; empty = tau_start.", gt=0)
     tau_decay_power:float = param(1.0, "Shape of τ's decay: 1 linear, above 1 fast first.", gt=0)
@@ -306,6 +312,8 @@ class MethodKeys(Params):
     logit_standardization:bool = param(False, "Standardise logits per sample before the softmax (Sun et al. 2024).")
     hint_layer:int = param(2, "FitNet's hint layer: 0 is the stem, counted over the stages that student and teacher "
         "have in common.", ge=0)
+    stage_pairs:Literal['front', 'end'] = param('front', "How stages are paired where two networks differ in their "
+        "number (fitnet, fitnet_mkd, at): front = first with first, as in RepDistiller; end = last with last.")
     hint_beta:float = param(100.0, "Weight of the hint (fitnet, fitnet_mkd).", ge=0)
     at_beta:float = param(1000.0, "Weight of the attention maps (at).", ge=0)
     crd_feat_dim:int = param(128, "CRD's embedding width.", ge=1)
@@ -388,3 +396,10 @@ class Evaluation(Params):
 # %% ../../nbs/00_core/00_params.ipynb #2cc48b68
 GROUPS = (Experiment, Output, DataParams, Models, Freezing, Bridge, Adaptation, Distillation, Terms, Optimisation,
           Precision, Finetuning, MethodKeys, Continual, Replaying, Penalties, Evaluation)
+
+# %% ../../nbs/00_core/00_params.ipynb #b4dff8d1
+def suite_values()->dict:
+    "What `ASIBKD_TEST_AMP` (0: float32, 1: bfloat16 even where it is emulated) and `ASIBKD_TEST_SEED` (a number) set"
+    amp, seed = os.environ.get('ASIBKD_TEST_AMP'), os.environ.get('ASIBKD_TEST_SEED')
+    precision = {None: {}, '': {}, '0': dict(use_amp=0), '1': dict(use_amp=1, amp_dtype='bfloat16')}[amp]
+    return precision | (dict(seed=int(seed)) if seed else {})
