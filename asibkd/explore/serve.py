@@ -69,6 +69,7 @@ def start_voila(
     port:int,   # From `free_port`
     token:str,  # That a request must know
     output,     # File for what Voilà writes
+    plugin='',  # As `open_run` takes it
 )->subprocess.Popen:
     "Voilà on the explorer's notebook, in a process group of its own"
     load_summary(run)                                # raises, with the reason, if this is no run
@@ -76,7 +77,8 @@ def start_voila(
         raise RunError(f"Voilà is not installed: pip install voila. Or open {explore_notebook()} in JupyterLab.")
     # Where Voilà finds the page template
     path = os.pathsep.join([str(Path(explore_notebook()).parent), *filter(None, [os.environ.get('JUPYTER_PATH')])])
-    env = os.environ | dict(ASIBKD_RUN=str(Path(run).absolute()), JUPYTER_PATH=path, JUPYTER_TOKEN=token)
+    env = os.environ | dict(ASIBKD_RUN=str(Path(run).absolute()), JUPYTER_PATH=path, JUPYTER_TOKEN=token,
+                            ASIBKD_PLUGIN=plugin)
     return subprocess.Popen(voila_command(port), env=env, stdin=subprocess.PIPE, stdout=output, stderr=output,
                             start_new_session=True)
 
@@ -125,11 +127,12 @@ def serve(
     run,           # Folder of a finished run
     port=0,        # 0 = a free one
     browser=True,  # Open it in the browser, too
+    plugin='',     # Your Python file(s), if the run used any
 ):
     "Show the explorer until Ctrl-C or SIGTERM"
     port, token = free_port(port), secrets.token_hex(16)
     with tempfile.TemporaryFile('w+') as output, ended_like_ctrl_c():
-        p = start_voila(run, port, token, output)
+        p = start_voila(run, port, token, output, plugin)
         try:
             wait_for_server(p, port, output)
             address = f'http://127.0.0.1:{port}/?token={token}'
