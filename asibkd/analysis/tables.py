@@ -41,7 +41,7 @@ def load_metrics(
     f = Path(run)/'metrics.jsonl'
     if not f.exists():
         return pd.DataFrame()
-    return pd.DataFrame([json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o])
+    return pd.DataFrame([clean(json.loads(o)) for o in f.read_text(encoding='utf-8').splitlines() if o])
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
 def joined(

@@ -18,7 +18,8 @@ HATCHES = ('', '//', '..', '\\\\', 'xx', '--')
 INK = cycler(color=[*COLOURS, '#000000'], marker=list('osD^vPX'))
 
 # %% ../../nbs/00_core/02_picture.ipynb #82f63790
-_TICK = re.compile(r'\$\\mathdefault\{[-−+.\d^{}\s]*(\\times)?[-−+.\d^{}\s]*\}\$')   # a number on a logarithmic axis
+# a number on a logarithmic axis, as matplotlib writes it
+_TICK = re.compile(r'\$\\mathdefault\{[-−+.\d^{}\s]*(\\times)?[-−+.\d^{}\s]*\}\$')
 
 class Picture(Figure):
     "A matplotlib `Figure` that needs no pyplot to be seen in a notebook"
