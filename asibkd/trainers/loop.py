@@ -193,7 +193,9 @@ def prepare(self:Loop)->Loop:
     phase, cfg, acc = self.phase, self.ctx.cfg, self.ctx.acc
     opt = create_optimizer(phase.groups, cfg, phase.optimizer)
     self.schedule = create_schedule(opt, cfg, phase.total if phase.span else phase.epochs, len(phase.loader))
-    self.model, self.opt = acc.prepare_model(phase.objective), acc.prepare_optimizer(opt)
+    self.model = acc.prepare_model(phase.objective)
+    # accelerate's wrapper serves float16's loss scaling; it looks for packages in every step, a tenth of a small one
+    self.opt = acc.prepare_optimizer(opt) if acc.scaler is not None else opt
     return self
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #de3e6289
