@@ -182,8 +182,8 @@ def check_plugin(
     names = [n.strip() for n in (named.split(',') if isinstance(named, str) else named) if n.strip()]
     missing = [n for n in names if n not in sys.modules and str(Path(n).expanduser().resolve()) not in plugins]
     if missing and not plugin:
-        raise RunError(f"'{run}' was made with plugin={','.join(missing)}: code, which opening a folder does not run. If you "
-                       "trust it, pass it: open_run(run, plugin=…), or `asibkd explore RUN --plugin FILE`.")
+        raise RunError(f"'{run}' was made with plugin={','.join(missing)}: code, which opening a folder does not run. "
+                       "If you trust it, pass it: open_run(run, plugin=…), or `asibkd explore RUN --plugin FILE`.")
 
 # %% ../../nbs/10_explore/00_opened.ipynb #1f25d9fa
 def open_run(

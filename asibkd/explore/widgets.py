@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from ..core.config import AsibError, DataError, RunError, log
 from ..core.text import printable
 from .opened import (FILTERS, FinishedRun, all_logits, attention_table, bridge_outputs, image_outputs,
-                                   image_table, list_views, open_run, pick_images, soft_target, split_outputs, splits_of,
-                                   top_classes)
+                                   image_table, list_views, open_run, pick_images, soft_target, split_outputs,
+                                   splits_of, top_classes)
 from .plots import plot_attention, plot_code, plot_image, plot_target
 
 # %% ../../nbs/10_explore/03_widgets.ipynb #60b08efa
