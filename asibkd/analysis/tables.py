@@ -41,7 +41,12 @@ def load_metrics(
     f = Path(run)/'metrics.jsonl'
     if not f.exists():
         return pd.DataFrame()
+<<<<<<< HEAD
     return pd.DataFrame([clean(json.loads(o)) for o in f.read_text(encoding='utf-8').splitlines() if o])
+=======
+    t = pd.DataFrame([json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o])
+    return t if 'val_acc' in t else t.assign(val_acc=float('nan'))          # a run without validation images
+>>>>>>> origin/main
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
 def joined(
@@ -99,15 +104,16 @@ _SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pret
                 untrained='untrained', adapted='phase A')
 
 def weights_text(
-    weights:dict, # `source` and, for a teacher of some classes only, `classes`
+    weights:dict, # `source`; `classes` of a teacher of some only; `norm` where its input has its own normalisation
     given=False,  # Did the user pass the network as a module?
 )->str:
     "Where a teacher's weights come from"
     source = weights.get('source', '')
+    norm = ', own normalisation' if weights.get('norm') else ''
     if given and source != 'adapted':
-        return 'given, labels' if source == 'finetuned' else 'given'
+        return ('given, labels' if source == 'finetuned' else 'given') + norm
     of = f" of {len(weights['classes'])} classes" if weights.get('classes') else ''
-    return _SOURCES.get(source, source) + of
+    return _SOURCES.get(source, source) + of + norm
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #ae639119
 _OBJECTIVES = dict(distil='averaged logits', ce='labels', both='labels + averaged logits')

@@ -219,6 +219,12 @@ class Models(Params):
     student_type:str = param('resnet101_student', "Architecture of the student; `resnet` is resnet101_student.")
     student_pretrained:bool = param(False, "Start the student from timm's published weights.")
     student_ckpt:str = param('', "Start the student from (or evaluate) these weights.")
+    teacher1_norm:str = param('auto', "Normalisation of teacher 1's input: auto = its weights' own where it is known "
+        "(timm, torchvision, this package's cards, a module's `input_norm`); data = the data's; imagenet; or "
+        "'mean / std'.")
+    teacher2_norm:str = param('auto', "The same for teacher 2 (and every further teacher).")
+    student_norm:str = param('auto', "The same for the student; auto = the data's, unless it keeps a ready trunk "
+        "(student_freeze_level ≥ 0).")
     efficientnet_dropout:float = param(0.3, "Dropout before the classifier of EfficientNet teachers.", ge=0, lt=1)
     dropout_p:float | None = param(None, "Dropout before the classifier of any teacher; empty = the architecture's "
         "default.", ge=0, lt=1)

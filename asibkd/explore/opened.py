@@ -24,6 +24,7 @@ from ..data.images import Data
 from ..data.datasets import create_data, list_datasets
 from ..data.batches import Loader, apply_views, normalise, padding
 from ..models.kdmodel import KDModel
+from ..models.norm import as_norm, seen_by, set_norm
 from ..models.checkpoints import load_into, load_weights
 from ..ib_mbm import Synergy, build_from_teachers
 from ..distil.losses import standardize_logits
@@ -76,7 +77,7 @@ def untrained_run(
     teachers, student, synergy = untrained_networks(cfg, data)
     for n, t in teachers.items():
         save_teacher(t, run/f'{n}.pth', data, t.name, 0.)
-    save_student(run, student.model.state_dict(), student_card(cfg.student_type, data, True))
+    save_student(run, student.model.state_dict(), student_card(cfg.student_type, seen_by(student, data), True))
     save_state(synergy.state_dict(), run/'bridge.safetensors')
     epochs = [dict(phase=f'A{s}', kind='A', stage=s, epoch=e, train_nats=30. - 4*e, val_acc=.1*e, val_avg_acc=.15)
               for s in (1, 2) for e in (1, 2)]
@@ -143,15 +144,19 @@ def _open_teacher(run:Path, spec:TeacherSpec, summary:dict, data:Data, cfg:Confi
     plain = replace(spec, ckpt='', save_to='', search_default=False, pretrained=spec.pretrained and not file)
     # finetune_epochs=1: no warning that this teacher has no weights; they are loaded here
     t, _ = build_teacher(plain, data, cfg.model_copy(update=dict(finetune_epochs=1)))
+    norm = summary['weights'][spec.name].get('norm')
+    set_norm(t, norm and as_norm(**norm), data.mean, data.std)     # as it was in the run
     return load_into(t, load_weights(file), file) if file else t
 
 # %% ../../nbs/10_explore/00_opened.ipynb #a9b4d37d
 def _open_student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
     "The student with its selected weights"
-    if given is None and not json.loads((run/'student.json').read_text(encoding='utf-8'))['type']:
+    card = json.loads((run/'student.json').read_text(encoding='utf-8'))
+    if given is None and not card['type']:
         raise RunError("The student was a user-defined module. Pass a fresh instance: "
                        "open_run(run, student=MyModule()).")
     s = build_student(cfg.model_copy(update=dict(student_ckpt='', student_pretrained=False)), data, given)
+    set_norm(s, as_norm(card['mean'], card['std']), data.mean, data.std)
     return load_into(s, load_weights(run/'student.safetensors'), run/'student.safetensors')
 
 # %% ../../nbs/10_explore/00_opened.ipynb #5af02318
