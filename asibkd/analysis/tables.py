@@ -41,12 +41,8 @@ def load_metrics(
     f = Path(run)/'metrics.jsonl'
     if not f.exists():
         return pd.DataFrame()
-<<<<<<< HEAD
-    return pd.DataFrame([clean(json.loads(o)) for o in f.read_text(encoding='utf-8').splitlines() if o])
-=======
-    t = pd.DataFrame([json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o])
+    t = pd.DataFrame([clean(json.loads(o)) for o in f.read_text(encoding='utf-8').splitlines() if o])
     return t if 'val_acc' in t else t.assign(val_acc=float('nan'))          # a run without validation images
->>>>>>> origin/main
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
 def joined(
