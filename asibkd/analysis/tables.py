@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from ..core.config import RunError
+from ..core.text import clean, escape_markdown, one_line
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #7086736a
 def load_summary(
@@ -22,14 +23,14 @@ def load_summary(
     f = Path(run)/'summary.json'
     if not f.exists():
         raise RunError(f"'{f}' does not exist: '{run}' is not the folder of a finished run.")
-    return json.loads(f.read_text(encoding='utf-8'))
+    return clean(json.loads(f.read_text(encoding='utf-8')))
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #127a05d7
 def load_config(
     run, # Run folder
 )->dict: # Key → value
     "Read `config.json`: every parameter, with `auto` replaced by what the run used"
-    return json.loads((Path(run)/'config.json').read_text(encoding='utf-8'))
+    return clean(json.loads((Path(run)/'config.json').read_text(encoding='utf-8')))
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #4c49c7e4
 def load_metrics(
@@ -40,7 +41,7 @@ def load_metrics(
     f = Path(run)/'metrics.jsonl'
     if not f.exists():
         return pd.DataFrame()
-    t = pd.DataFrame([json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o])
+    t = pd.DataFrame([clean(json.loads(o)) for o in f.read_text(encoding='utf-8').splitlines() if o])
     return t if 'val_acc' in t else t.assign(val_acc=float('nan'))          # a run without validation images
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
@@ -56,8 +57,9 @@ def shorten(
     name,    # Name of a model, a class, a method
     most=24, # Characters
 )->str:
-    "A long name, cut so that it fits into a figure"
-    name = str(name)
+    "A name that fits into a figure: one line, cut where it is long"
+    name = one_line(name)
+    name = f' {name}' if name.startswith('_') else name              # matplotlib's legends leave out '_name'
     return name if len(name) <= most else name[:most - 1] + '…'
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #e21f279b
@@ -230,7 +232,7 @@ def show_table(
         body = [[r.get(k) for k in head] for r in t]
     else:
         head, body = list(t.columns), t.itertuples(index=False)
-    rows = [list(map(str, head)), *[[cell(v) for v in r] for r in body]]
+    rows = [[escape_markdown(k) for k in head], *[[escape_markdown(cell(v)) for v in r] for r in body]]
     width = [max(len(r[i]) for r in rows) for i in range(len(head))]
     def line(r):
         words = [v.ljust(n) if i < 3 else v.rjust(n) for i, (v, n) in enumerate(zip(r, width))]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.config import AsibError, CheckpointError, RunError
+from ..core.offline import no_downloads
 from ..core.files import atomic_path, atomic_write
 from ..data.batches import normalise
 from ..data.images import Data, prepare_image
@@ -89,8 +90,9 @@ def load_student(
     if model is None and not card['type']:
         raise AsibError("This run's student is a module of your own: pass it, load_student(run, model=MyModule()).")
     if model is None:
-        model = create_student(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
-                               in_chans=card['shape'][0], small_input=card['small_input']).model
+        with no_downloads(run, 'Pass the network: load_student(run, model=…).'):
+            model = create_student(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
+                                   in_chans=card['shape'][0], small_input=card['small_input']).model
     load_into(model, load_file(weights), weights)
     return Student(model.eval(), preprocess_for(card), card['classes'])
 

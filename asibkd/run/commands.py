@@ -324,6 +324,7 @@ def cmd_explore(argv):
                    'run that is made first')
     p.add_argument('--port', type=int, default=0, help='port of 127.0.0.1 [a free one]')
     p.add_argument('--no-browser', action='store_true', help='only print the address')
+    p.add_argument('--plugin', default='', help='your Python file, if the run used one: what a folder names is not run')
     a = p.parse_args(argv)
     run = a.run
     try:
@@ -333,7 +334,7 @@ def cmd_explore(argv):
         from asibkd.run.tasks import demo_run
         run = demo_run()
     from asibkd.explore.serve import serve
-    serve(run, a.port, not a.no_browser)
+    serve(run, a.port, not a.no_browser, a.plugin)
 
 # %% ../../nbs/11_run/08_commands.ipynb #4ae06eea
 def cmd_bench(argv):
