@@ -289,7 +289,7 @@ def read_line(
         return None, 'holds no row'
     return row, f'does not match its checksum in {SUMS}' if known and row_sum(line) not in known else ''
 
-# %% ../../nbs/00_core/03_files.ipynb #5d15c11e
+# %% ../../nbs/00_core/03_files.ipynb #5abaed36
 def read_jsonl(
     path,
     strict=True, # False: damaged rows are left out, with a warning
@@ -300,7 +300,7 @@ def read_jsonl(
         return rows
     known = read_sums(path.parent).get(f'{path.name} row')
     *lines, rest = path.read_bytes().split(b'\n')
-    if known and row_sum(rest[:-1]) in known:                 # not cut off: its end is damaged
+    if read_line(rest)[0] or known and row_sum(rest[:-1]) in known:   # whole without its end, or a damaged end
         lines.append(rest)
     for n, line in enumerate(lines, 1):
         row, wrong = read_line(line, known)
@@ -369,14 +369,15 @@ def check_one(
     else:
         check_file(path)
 
-# %% ../../nbs/00_core/03_files.ipynb #c321630b
+# %% ../../nbs/00_core/03_files.ipynb #c6cb3677
 def check_folder(
     folder,     # A run folder
     most=None,  # Only files up to this many bytes; None = all
+    deep=True,  # Also the folders in it
 )->list: # Of sentences, each naming a file; empty: all is well
     "Everything in a folder that is damaged"
     found = []
-    for f in sorted(Path(folder).rglob('*')):
+    for f in sorted(Path(folder).glob('**/*' if deep else '*')):
         try:
             if f.is_file() and (most is None or f.stat().st_size <= most):
                 check_one(f)
