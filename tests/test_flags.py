@@ -47,7 +47,7 @@ CHANGES = dict(
 ELSEWHERE = dict(
     allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
     compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
-    checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/05_runtime.ipynb', track='test_track',
+    checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/05_runtime.ipynb', track='test_tracking.py::test_D_tensorboard_once_after_resume',
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01_data/03_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',
     teacher1_ckpt='test_checkpoints', teacher2_ckpt='test_checkpoints', teacher_ckpts='test_checkpoints', teacher_ckpt='test_checkpoints', student_ckpt='test_checkpoints', finetune_ckpt1='test_checkpoints',
     finetune_ckpt2='test_checkpoints', teacher1_pretrained='test_pretrained', teacher2_pretrained='test_pretrained', student_pretrained='test_pretrained', amp_dtype='test_precision',
@@ -98,20 +98,6 @@ def test_log(tmp_path, capsys):
     said = capsys.readouterr().out
     assert 'feat_2d (' in said and 'always ib_mbm' in said and 'feat_2d (' in (Path(s['run'])/'train.log').read_text()
     run(tmp_path, log_level='ERROR', seed=1); assert capsys.readouterr().out == ''
-
-def test_track(tmp_path, monkeypatch):
-    "With the package: a row an epoch; without: its name"
-    import sys, types
-    sent = []
-    class Writer:
-        def __init__(self, d): pass
-        def add_scalar(self, k, v, e): sent.append(k)
-        def flush(self): pass
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
-    run(tmp_path, track='tensorboard', method='ce'); assert 'B1/val_acc' in sent
-    monkeypatch.setitem(sys.modules, 'wandb', None)
-    # in another folder: a tracker is no other experiment, and the run above is finished
-    with pytest.raises(RunError, match='pip install wandb'): run(tmp_path/'wandb', track='wandb', method='ce')
 
 def weights(s):
     "Where each teacher's weights came from: the file, or the word"

@@ -51,7 +51,9 @@ def cache_key(
     "What a teacher's outputs on a loader's batches depend on"
     images = loader.view_key and fingerprint_of(loader.ds.source)
     if images is None: return None
-    return dict(format=1, teacher=weights_hash(teacher.model), images=images, n=len(loader.ds.source),
+    affine = [o.flatten().tolist() for o in (teacher.norm_scale, teacher.norm_shift) if o is not None]
+    own = dict(norm=affine) if affine else {}
+    return own | dict(format=1, teacher=weights_hash(teacher.model), images=images, n=len(loader.ds.source),
                 views=loader.n_views, view_key=list(loader.view_key), mean=list(loader.data.mean),
                 std=list(loader.data.std), shape=list(loader.ds.shape), precision=precision,
                 width=[teacher.anatomy.n_class, teacher.feat_dim], dtype=str(storage_dtype(loader)))

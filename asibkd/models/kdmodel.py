@@ -70,7 +70,9 @@ class KDModel(nn.Module):
         self.changes_each_step = False  # True for an average of weights, which changes without an optimiser
         self.anatomy = a = anatomy(model, img_size, in_chans, self.name)
         self.shape = (in_chans, img_size, img_size)
-        self.register_buffer('columns', None, persistent=False)   # see `spread_classes`
+        self.norm = None                # (mean, std) that the network expects; None = those of the batches
+        for k in ('columns', 'norm_scale', 'norm_shift'):         # see `spread_classes` and `renormalise`
+            self.register_buffer(k, None, persistent=False)
         self.n_class, self.feat_dim, self.feat4_dim = a.n_class, sum(a.feat_dims), a.last and a.last.dim
         self.stage_dims = [s.dim for s in a.stages]
         in_model = dropout is not None and set_dropout(model, a.heads[0], dropout)
@@ -95,13 +97,21 @@ def spread(self:KDModel,
     if self.columns is None: return z
     return z.new_full((len(z), self.n_class), FOREIGN).index_copy(1, self.columns, z)
 
+# %% ../../nbs/02_models/03_kdmodel.ipynb #96e94bb1
+@patch
+def renormalise(self:KDModel,
+    x, # (B, C, H, W) images, normalised with the data's mean and standard deviation
+):  # The same images, normalised as the network expects them
+    "One affine map per channel; the same tensor where the network expects the data's normalisation"
+    return x if self.norm_scale is None else torch.addcmul(self.norm_shift, x, self.norm_scale)
+
 # %% ../../nbs/02_models/03_kdmodel.ipynb #96daf58a
 @patch
 def forward(self:KDModel,
     x, # (B, C, H, W) images
 )->dict: # logit, feat_2d, feat_4d, stages, distill_feat (and columns)
     "Run the model and read what distillation needs"
-    a = self.anatomy
+    a, x = self.anatomy, self.renormalise(x)
     readers = [*a.stages, a.last] if a.last else a.stages
     with capture(self.model, [r.name for r in readers], a.heads, self.drop) as seen:
         logit = self.spread(logits_of(self.model(x), self.name))

@@ -171,9 +171,12 @@ def build_torchvision(
     import torchvision
     make = torchvision.models.get_model
     if pretrained:
-        try: m = make(name, weights='DEFAULT', **kw)
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        try: m = make(name, weights=weights, **kw)
         except (OSError, RuntimeError, ValueError) as e: raise download_error(name, e) from e
         if n_class is not None: new_head(m, anatomy(m, 224, name=name).heads[-1], n_class)
+        o = weights.transforms()
+        m.pretrained_cfg = dict(mean=o.mean, std=o.std, input_size=(3, *2*o.crop_size))   # as timm's networks tell it
     else:
         args = {} if n_class is None else dict(num_classes=n_class)
         if name.startswith('vit_'): args['image_size'] = img_size

@@ -30,7 +30,7 @@ from .students import train_all
 from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, object_fingerprint,
                                    settle_config, teacher_specs, train_teacher)
-from ..trainers.callbacks import tracker
+from ..trainers.tracking import final_numbers, tracking
 
 # %% ../../nbs/11_run/03_experiment.ipynb #f06571d6
 def split_given(
@@ -146,7 +146,7 @@ def open_context(
     log.info(f"{run.path}: {data.name}, "
              f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
              f"{data.n_class} classes, {data.shape}; {acc.device}, {precision}")
-    return RunContext(cfg, data, acc, run, (*callbacks, *tracker(cfg, run)))
+    return RunContext(cfg, data, acc, run, tuple(callbacks))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #e4ce7aa8
 def prepare_teachers(
@@ -215,9 +215,13 @@ def run_in_folder(
     train=None, val=None, test=None, callbacks=(),
 ):
     "The body of `run_experiment`, inside the open run folder"
-    ctx = open_context(run, cfg, train, val, test, callbacks)
     work = run_cl if cfg.cl_mode else run_distil
-    finish_run(run, *work(ctx, teachers, student, extra))
+    with tracking(cfg, run) as trackers:
+        ctx = open_context(run, cfg, train, val, test, (*callbacks, *trackers))
+        summary, row = work(ctx, teachers, student, extra)
+        finish_run(run, summary, row)
+        for t in trackers:
+            t.log(final_numbers(summary))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #93e0b8f4
 def objects_id(

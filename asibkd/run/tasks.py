@@ -33,7 +33,7 @@ from ..models.teachers import create_teacher
 from .experiment import method_class, run_experiment, save_effective_config, split_given
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, settle_config, teacher_specs,
                                    train_teacher)
-from ..trainers.callbacks import tracker
+from ..trainers.tracking import final_numbers, tracking
 from ..trainers.phases import to_device
 
 # %% ../../nbs/11_run/04_tasks.ipynb #91015423
@@ -49,13 +49,14 @@ def finetune_in_folder(
     run:Run, cfg:Config,
     arch:str,   # Architecture
     path:Path,  # File for the weights
+    callbacks=(),
 )->dict: # type, checkpoint, skipped, val_acc, test_acc, seed
     "The body of `run_finetune`, inside the open run folder"
     set_deterministic(cfg.deterministic)
     acc, data = create_accelerator(cfg), create_data(cfg)
     cfg = settle_config(cfg, data)
     save_effective_config(run, cfg, acc)
-    ctx = RunContext(cfg, data, acc, run, tuple(tracker(cfg, run)))
+    ctx = RunContext(cfg, data, acc, run, callbacks)
     spec = TeacherSpec('teacher1', arch, pretrained=cfg.teacher1_pretrained, save_to=str(path), search_default=False)
     teacher, _ = build_teacher(spec, data, cfg)
     if start := cfg.teacher_ckpt or cfg.teacher1_ckpt:
@@ -82,13 +83,15 @@ def run_finetune(
         return dict(type=arch, checkpoint=str(path), skipped=True)
     if not cfg.finetune_epochs:
         raise ConfigError("finetune_epochs=0: nothing to fine-tune. Set the epochs, e.g. --finetune_epochs 20.")
-    with Run(cfg, extra, arch, 'finetune') as run:
+    with Run(cfg, extra, arch, 'finetune') as run, tracking(cfg, run) as trackers:
         setup_log(cfg, run.path)
-        out = finetune_in_folder(run, cfg, arch, path)
+        out = finetune_in_folder(run, cfg, arch, path, trackers)
         run.finish(out, dict(method='finetune', dataset=out['dataset'], seed=cfg.seed, val_acc=out['val_acc'],
                              test_acc_val_selected=out['test_acc'], teachers=arch))
         for f in (run/'checkpoint').glob('*.pt'):
             f.unlink()
+        for t in trackers:
+            t.log(final_numbers(out))
         log.info(f"{arch}: validation {out['val_acc']:.4f}, test {out['test_acc']:.4f} → {path}")
     return out
 

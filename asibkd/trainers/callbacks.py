@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['checkpoint_hint', 'check_finite', 'save_is_due', 'FiniteCB', 'LateParamsCB', 'ClipCB', 'AccumulateCB', 'MethodCB',
-           'is_better', 'SelectCB', 'EarlyStopCB', 'follow', 'EmaCB', 'StudentEmaCB', 'LogCB', 'ProgressCB', 'tracked',
-           'TrackCB', 'tracker', 'read_checkpoint', 'PhaseCheckpoint', 'is_plain', 'named_callbacks', 'callback_states',
+           'is_better', 'SelectCB', 'EarlyStopCB', 'follow', 'EmaCB', 'StudentEmaCB', 'LogCB', 'ProgressCB',
+           'read_checkpoint', 'PhaseCheckpoint', 'is_plain', 'named_callbacks', 'callback_states',
            'load_callback_states', 'CheckpointCB']
 
 # %% ../../nbs/06_trainers/01_callbacks.ipynb #14329962
@@ -329,48 +329,6 @@ class ProgressCB(Callback):
     def before_validate(self, loop):
         "Done"
         self.bar.close()
-
-# %% ../../nbs/06_trainers/01_callbacks.ipynb #b91568f8
-def tracked(row:dict)->dict: # 'phase/number' → value
-    "The numbers of a row, by phase"
-    return {f"{row['phase']}/{k}": v for k, v in row.items()
-            if isinstance(v, (int, float)) and k not in ('epoch', 'stage')}
-
-# %% ../../nbs/06_trainers/01_callbacks.ipynb #17a9d113
-class TrackCB(Callback):
-    "Send every epoch's numbers to TensorBoard or Weights & Biases"
-
-    def __init__(self,
-        to:str,   # 'tensorboard' or 'wandb'
-        run,      # The run folder
-    ):
-        try:
-            if to == 'tensorboard':
-                from torch.utils.tensorboard import SummaryWriter
-                self.writer = SummaryWriter(str(run/'tensorboard'))
-            else:
-                import wandb
-                self.writer = wandb.init(project='asibkd', name=run.id, config=run.params, dir=str(run.path))
-        except ImportError as e:
-            raise RunError(f"track={to} needs its package: pip install {to} ({e}).") from None
-
-    def after_epoch(self, loop):
-        "The row's numbers"
-        numbers = tracked(loop.row)
-        if not hasattr(self.writer, 'add_scalar'):
-            self.writer.log(numbers)
-            return
-        for k, v in numbers.items():
-            self.writer.add_scalar(k, v, loop.row['epoch'])
-        self.writer.flush()
-
-# %% ../../nbs/06_trainers/01_callbacks.ipynb #4c0535cc
-def tracker(
-    cfg,   # A `Config`: `track`
-    run,   # The run folder
-)->list: # Of callbacks: none, or one
-    "The tracker chosen by `track`"
-    return [] if cfg.track == 'none' else [TrackCB(cfg.track, run)]
 
 # %% ../../nbs/06_trainers/01_callbacks.ipynb #47f657ae
 def read_checkpoint(

@@ -1,0 +1,159 @@
+"TensorBoard and Weights & Biases, the real packages, offline: what they read back is what the run logged, once."
+import json, struct, threading
+from pathlib import Path
+
+import pytest
+
+from asibkd.core.config import RunError
+from asibkd.run.experiment import run_experiment
+from asibkd.run.tasks import run_finetune, run_loop
+from asibkd.trainers.loop import Callback
+
+SMALL = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, train_per_class=4, val_frac=.25, student_type='mlp', teacher1_type='mlp', teacher2_type='mlp',
+             method='ce', epochs=3, data_aug=0, log_level='ERROR', report=0)
+
+@pytest.fixture
+def params(tmp_path): return SMALL | dict(results_dir=str(tmp_path/'results'))
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    "The package, without a network"
+    for k, v in dict(WANDB_MODE='offline', WANDB_SILENT='true', WANDB_CONFIG_DIR=tmp_path/'c', WANDB_CACHE_DIR=tmp_path/'c', WANDB_ERROR_REPORTING='false').items(): monkeypatch.setenv(k, str(v))
+    return pytest.importorskip('wandb')
+
+class Killed(Callback):
+    "Ends the run after a row was sent and before its checkpoint is written"
+    order = 85
+
+    def __init__(self, row, error): self.row, self.error = row, error
+
+    def after_epoch(self, loop):
+        if loop.ctx.run.n_rows == self.row: raise self.error
+
+def rows(run): return [json.loads(o) for o in (Path(run)/'metrics.jsonl').read_text().splitlines()]
+
+def scalars(run):
+    "What TensorBoard shows: {tag: [(step, value)]}"
+    ea = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    o = ea.EventAccumulator(str(Path(run)/'tensorboard')).Reload()
+    return {k: [(e.step, e.value) for e in o.Scalars(k)] for k in o.Tags()['scalars']}, o
+
+def records(file):
+    "The records of a .wandb file: a LevelDB log of protobuf messages"
+    from wandb.proto.wandb_internal_pb2 import Record
+    data, at, part, out = file.read_bytes(), 7, b'', []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7: at += 32768 - at % 32768; continue     # the rest of a block is padding
+        _, n, kind = struct.unpack('<IHB', data[at:at + 7])
+        part += data[at + 7:at + 7 + n]; at += 7 + n
+        if kind in (1, 4): out.append(Record.FromString(part)); part = b''
+    return out
+
+def sent(file):
+    "id, config, {tag: [(step, value)]}, exit code of a .wandb file"
+    found, tags, config, code, name = '', {}, {}, None, ''
+    for r in records(file):
+        if r.HasField('run'):
+            found, name = r.run.run_id, r.run.display_name
+            config |= {u.key: json.loads(u.value_json) for u in r.run.config.update}
+        if r.HasField('history'):
+            values = {i.key or '/'.join(i.nested_key): json.loads(i.value_json) for i in r.history.item}
+            for k, v in values.items(): tags.setdefault(k, []).append((r.history.step.num, v))
+        if r.HasField('exit'): code = r.exit.exit_code
+    return found, name, config, tags, code
+
+def wandb_files(run): return sorted(Path(run).glob('wandb/offline-run-*/*.wandb'))
+
+def nothing_open(): assert not [t for t in threading.enumerate() if 'Writer' in type(t).__name__]
+
+def check_scalars(run, tags):
+    "Every row once, at its own step"
+    every = rows(run)
+    for k in ('val_acc', 'train_loss'):
+        there = sorted(o for tag, v in tags.items() if tag.endswith(f'/{k}') and not tag.startswith('summary/') for o in v)
+        assert [s for s, _ in there] == list(range(1, len(every) + 1))
+        assert [v for _, v in there] == pytest.approx([r[k] for r in every], abs=1e-5)
+
+def test_D_tensorboard_once_after_resume(params):
+    "A row that was sent before the kill and again after it is there once"
+    pytest.importorskip('tensorboard')
+    with pytest.raises(KeyboardInterrupt): run_experiment(**params, track='tensorboard', callbacks=[Killed(2, KeyboardInterrupt())])
+    nothing_open()
+    s = run_experiment(**params, track='tensorboard'); nothing_open()
+    tags, o = scalars(s['run'])
+    check_scalars(s['run'], tags)
+    assert len(list((Path(s['run'])/'tensorboard').iterdir())) == 2                                   # two processes
+    assert tags['summary/ce/test_acc_last'] == [(3, pytest.approx(s['rows'][0]['test_acc_last']))]
+    assert [e.step for e in o.Tensors('config/text_summary')] == [0] and b'| student_type | mlp |' in o.Tensors('config/text_summary')[0].tensor_proto.string_val[0]
+
+def test_D_tensorboard_killed_before_the_first_checkpoint(params):
+    pytest.importorskip('tensorboard')
+    with pytest.raises(KeyboardInterrupt): run_experiment(**params, track='tensorboard', callbacks=[Killed(1, KeyboardInterrupt())])
+    s = run_experiment(**params, track='tensorboard')
+    tags, o = scalars(s['run'])
+    check_scalars(s['run'], tags); assert len(o.Tensors('config/text_summary')) == 1
+
+def test_D_wandb_resume_is_the_same_run(params, wandb):
+    "One id, a step that only grows, failed and then finished; the user's own run stays open"
+    mine = wandb.init(project='mine', dir=str(Path(params['results_dir']).parent), reinit='create_new')
+    with pytest.raises(RunError): run_experiment(**params, track='wandb', callbacks=[Killed(2, RunError('no'))])
+    s = run_experiment(**params, track='wandb')
+    (a, name, config, first, code), (b, _, _, second, code2) = map(sent, wandb_files(s['run']))
+    assert a == b == json.loads((Path(s['run'])/'tracking.json').read_text())['wandb_id'] and name == Path(s['run']).name
+    assert (code, code2) == (1, 0)
+    assert [n for n, _ in first['B1/val_acc']] == [1, 2] and [n for n, _ in second['B1/val_acc']] == [2, 3]
+    assert first['B1/val_acc'][1] == second['B1/val_acc'][0]                                          # what is sent again is the same
+    check_scalars(s['run'], {k: sorted({*first.get(k, []), *second[k]}) for k in second})
+    assert config['student_type'] == 'mlp' and config['use_amp'] is False and '_requested' not in config
+    assert second['summary/ce/test_acc_last'] == [(3, s['rows'][0]['test_acc_last'])]
+    mine.log(dict(a=1)); mine.finish()
+
+def test_D_wandb_starting_over_is_another_run(params, wandb):
+    s = run_experiment(**params, track='wandb')
+    old = sent(wandb_files(s['run'])[0])[0]
+    s = run_experiment(**params, track='wandb', resume='0')
+    assert [sent(f)[0] == old for f in wandb_files(s['run'])] == [False]
+
+@pytest.mark.parametrize('track', ['tensorboard', 'wandb'])
+def test_D_every_run_of_a_loop_is_its_own(params, wandb, track):
+    done = run_loop('ce', '0 1', **{k: v for k, v in params.items() if k != 'method'}, track=track)
+    for s in done:
+        tags = scalars(s['run'])[0] if track == 'tensorboard' else sent(*wandb_files(s['run']))[3]
+        check_scalars(s['run'], tags)
+    if track == 'wandb': assert len({sent(*wandb_files(s['run']))[0] for s in done}) == 2
+
+def test_D_continual_run_and_resume(params):
+    "Tasks, baselines and a resumed process: one growing step"
+    pytest.importorskip('tensorboard')
+    cl = params | dict(cl_mode=1, num_tasks=2, cl_method='er', num_stages=1, compare=1, replay_capacity=10, epochs=1, track='tensorboard')
+    cl.pop('method')
+    with pytest.raises(KeyboardInterrupt): run_experiment(**cl, callbacks=[Killed(4, KeyboardInterrupt())])
+    s = run_experiment(**cl)
+    tags, _ = scalars(s['run'])
+    check_scalars(s['run'], tags)
+    assert len(rows(s['run'])) == 6 and tags['summary/er/ACC'][0] == (6, pytest.approx(next(r for r in s['rows'] if r['key'] == 'er')['ACC']))
+
+def test_D_a_fine_tuned_teacher(params, tmp_path):
+    pytest.importorskip('tensorboard')
+    s = run_finetune(**params | dict(method='ce', finetune_epochs=2, teacher_type='mlp', finetune_ckpt1=str(tmp_path/'t.pth'), track='tensorboard'))
+    (run,) = (tmp_path/'results').glob('*/tensorboard')
+    tags, _ = scalars(run.parent)
+    assert [n for n, _ in tags['finetune-teacher1/val_acc']] == [1, 2] and tags['summary/mlp/test_acc'] == [(2, pytest.approx(s['test_acc']))]
+
+def test_D_a_tracker_that_fails_costs_no_run(params, monkeypatch, capsys):
+    "Sending fails in the middle: a warning, and the results are there"
+    tracking = pytest.importorskip('accelerate.tracking'); pytest.importorskip('tensorboard')
+    monkeypatch.setattr(tracking.TensorBoardTracker, 'log', lambda self, values, step: 1/0)
+    s = run_experiment(**params | dict(log_level='WARNING', track='tensorboard'))
+    assert len(rows(s['run'])) == 3 and capsys.readouterr().out.count('Nothing more is sent') == 1; nothing_open()
+
+def test_D_without_the_package(params, monkeypatch):
+    "Named before anything is trained"
+    import sys
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(RunError, match='pip install wandb'): run_experiment(**params, track='wandb')
+
+def test_D_wandb_that_cannot_start(params, wandb, monkeypatch):
+    "No login, no terminal: one sentence, before anything is trained"
+    monkeypatch.setattr(wandb, 'init', lambda **kw: (_ for _ in ()).throw(wandb.errors.UsageError('No API key configured.')))
+    with pytest.raises(RunError, match='wandb login.*WANDB_MODE=offline'): run_experiment(**params, track='wandb')
