@@ -14,3 +14,119 @@ def test_help_imports_almost_nothing():
     text, _, loaded = r.stdout.partition('LOADED ')
     assert text.startswith('usage: asibkd COMMAND') and 'asibkd' in loaded, r.stderr
     assert not any(o in loaded for o in ('pydantic', 'yaml', 'argparse', 'logging', 'fastcore', 'torch')), loaded
+
+# B6: values of the wrong kind, in a file or typed
+
+def refused(text, tmp_path, **given):
+    "The message for a parameter file with this content"
+    from asibkd import ConfigError, resolve
+    f = tmp_path/'mine.yaml'
+    f.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as e: resolve(str(f), **given)
+    return str(e.value)
+
+def read(text, tmp_path, **given):
+    from asibkd import resolve
+    f = tmp_path/'mine.yaml'
+    f.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return resolve(str(f), **given)[0]
+
+@pytest.mark.parametrize('text,words', {
+    'method: [ce, dkd]': ("Parameter 'method' = ['ce', 'dkd']", 'Give one value, not a list', '`asibkd loop --methods ce,dkd` runs several'),
+    'cl_mode: 1\ncl_method: [er, ewc]': ("Parameter 'cl_method' = ['er', 'ewc']", 'asibkd loop --methods er,ewc'),
+    'method: {ce: 1}': ("Parameter 'method' =", 'not a dict'),
+    'log: 3': ('log = 3: expected log_level and log_filename', ), 'log: [INFO]': ("log = ['INFO']: expected log_level", ),
+    'plugin: 3': ('plugin = 3: expected the path of a Python file', ), 'plugin: {a: b}': ("plugin = {'a': 'b'}: expected", ), 'plugin: [[a.py]]': ("plugin = [['a.py']]: expected", ),
+    'preset: 3': ('preset = 3: expected a name', 'quickstart'), 'preset: {a: 1}': ("preset = {'a': 1}: expected a name", ), 'preset: [[a]]': ("Unknown preset '['a']'", ),
+    '1: seed': ("Unknown parameter '1'", ), 'yes: 3': ("Unknown parameter 'yes'", ), '~: 3': ("Unknown parameter '~'", ), 'on: quickstart': ("Unknown parameter 'on'. Did you mean 'preset'?", ),
+    '? [a, b]\n: 3': ('a key must be one word (line 1)', ), 'seed: 1\nepochs: 2\nseed: 3': ("'seed' stands twice (line 3)", ),
+    'with_digits: 3': ('with_digits = 3: expected lines of `key: value` below it', ),
+    'seed:': ("Parameter 'seed' = None", 'It is empty: give a value, or leave it out'),
+    'student_lr: .inf': ("Parameter 'student_lr' = '.inf'", ), 'student_lr: inf': ('a finite number', ), 'tau_start: nan': ('a finite number', ), 'ib_beta: 1e999': ('a finite number', ), 'seed: inf': ('a finite number', ),
+    'epochs: [1]': ("Parameter 'epochs' = [1]", 'Give one value, not a list'), 'student_lr: {a: 1}': ("Parameter 'student_lr' =", 'not a dict'), 'milestones: [1, x]': ("Parameter 'milestones[1]' = 'x'", ),
+    'compare: maybe': ("Parameter 'compare' = 'maybe'", ), 'student_lr: yes': ("Parameter 'student_lr' = 'yes'", ), 'class_order: [a, ~]\ncl_mode: 1': ("Parameter 'class_order[1]' = None", ),
+    'model: {teacher: {freeze_level: 1}}': ("Unknown parameter 'model'", ),
+    '{': ('is no valid YAML', '(line 1)'), '- a\n- b': ('holds a list; expected lines of `key: value`', ), 'seed': ('holds a str; expected lines', ), 'seed: "a\tb': ('is no valid YAML', ),
+    '{a: ' * 2000: ('is no valid YAML', ), 'a: !!python/object/apply:os.system [ls]': ('is no valid YAML: could not determine a constructor', )}.items())
+def test_B6_yaml_of_the_wrong_kind_names_key_and_remedy(text, words, tmp_path):
+    message = refused(text, tmp_path)
+    assert all(w in message for w in words), message
+
+@pytest.mark.parametrize('raw,words', {
+    'seed: 1\ndata_root: für'.encode('latin-1'): ("mine.yaml' is not UTF-8 text (line 2, byte 0xfc)", 'iconv'),
+    b'PK\x03\x04\x80\x81': ('is not UTF-8 text', ), b'seed: \x00': ('is no valid YAML', )}.items())
+def test_B6_a_file_that_is_no_utf8(raw, words, tmp_path):
+    message = refused(raw, tmp_path)
+    assert all(w in message for w in words), message
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_B6_what_windows_writes_is_read(encoding, tmp_path):
+    assert read('preset: none\ndata_root: für\n'.encode(encoding), tmp_path).data_root == 'für'
+
+def test_B6_names_that_yaml_takes_for_something_else(tmp_path):
+    names = ['no', 'yes', 'off', 'on', 'Y', '007', '010', '1_000', '12:30', '1e3', '1.50', '2026-11-25', '0x10', 'true', '3']
+    assert read(f"cl_mode: 1\nclass_order: [{', '.join(names)}]", tmp_path).class_order == names
+    assert read('cl_mode: 1\nclass_order:\n- "null"\n- "a, b"\n', tmp_path).class_order == ['null', 'a, b']
+    c = read('preset: none\nexp_id: 007\nteacher_cache: off\nuse_ib: off\ncompare: yes\nsmall_input: no\nseed: 010\nmin_lr: 1e-5\nstudent_type: 18', tmp_path)
+    assert (c.exp_id, c.teacher_cache, c.use_ib, c.compare, c.small_input, c.seed, c.min_lr, c.student_type) == ('007', 'off', False, True, '0', 10, 1e-5, '18')
+
+@pytest.mark.parametrize('typed,names', {
+    'no, yes, off': ['no', 'yes', 'off'], "['no', 'yes']": ['no', 'yes'], '["rock, paper", b]': ['rock, paper', 'b'], '"a b",c': ['a b', 'c'], "it's, 'n' roll": ["it's", "'n' roll"], '[]': []}.items())
+def test_B6_quotes_inside_lists(typed, names):
+    from asibkd import resolve
+    assert resolve(cl_mode=1, class_order=typed)[0].class_order == names
+
+def test_B6_objects_of_python(tmp_path):
+    import numpy as np
+    from asibkd import ConfigError, resolve
+    c = resolve(preset='none', data_root=tmp_path, seed=np.int64(3), student_lr=np.float32(.5), exp_id=7, tau_end='none', milestones=(1, 2), data_aug=np.bool_(False))[0]
+    assert (c.data_root, c.seed, c.student_lr, c.exp_id, c.tau_end, c.milestones, c.data_aug) == (str(tmp_path), 3, .5, '7', None, [1, 2], '0')
+    for given, words in ((dict(class_order=['a', False], cl_mode=1), 'put it in quotes'), (dict(student_lr=True), 'not a switch'), (dict(seed=True), 'not a switch'), (dict(tau_start=float('nan')), 'finite'), (dict(data_aug=float('inf')), 'data_aug')):
+        with pytest.raises(ConfigError, match=words): resolve(**given)
+
+def test_B6_a_method_of_ones_own_is_read_alike():
+    from asibkd import ConfigError, Params, param, resolve
+    from asibkd.core.config import method_params
+    class Knobs(Params):
+        sharpness:float | None = param(None, "How sharp.")
+    method_params['sharp'] = Knobs
+    try:
+        assert resolve(method='sharp', sharpness='none')[1] == dict(sharpness=None)
+        with pytest.raises(ConfigError, match='finite number'): resolve(method='sharp', sharpness='inf')
+    finally: del method_params['sharp']
+
+def test_B6_a_plugin_that_exits_is_named(tmp_path):
+    from asibkd import ConfigError, resolve
+    (tmp_path/'mine.py').write_text('import sys; sys.exit(0)')
+    with pytest.raises(ConfigError, match='failed: SystemExit: 0'): resolve(plugin=str(tmp_path/'mine.py'))
+
+def command(*argv):
+    "(exit code, what it printed), in this process"
+    import contextlib, io
+    from asibkd.run.cli import main
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out): code = main([*map(str, argv)])
+    return code, out.getvalue()
+
+@pytest.mark.parametrize('argv', [['run', '--seed'], ['run', '--seed', '--epochs', '3'], ['run', '--exp_id'], ['run', '-f'], ['loop', '--methods'], ['run', '--student_lr', '--compare']])
+def test_B6_a_number_without_a_value_is_not_1(argv):
+    code, text = command(*argv)
+    assert code == 2 and 'needs a value' in text
+
+# C3: names of files
+
+@pytest.mark.parametrize('name', ['../a.log', 'a/b.log', '/tmp/a.log', '.hidden', '..', 'summary.json', 'Summary.JSON', 'config.json', 'metrics.jsonl', 'student.safetensors', 'checkpoint',
+                                  'checksums.txt', 'report.html', 'freeze_report.csv', 'memory.safetensors', 'teacher1_adapted.pth', 'a\nb.log', 'run.ipynb'])
+def test_C3_log_filename_stays_in_the_folder_and_overwrites_nothing(name):
+    from asibkd import ConfigError, resolve
+    with pytest.raises(ConfigError, match="Parameter 'log_filename'"): resolve(log_filename=name)
+
+@pytest.mark.parametrize('name', ['', 'train.log', 'train', 'log.txt', 'a=1.log'])
+def test_C3_names_that_are_free(name):
+    from asibkd import resolve
+    assert resolve(log_filename=name)[0].log_filename == name
+
+@pytest.mark.parametrize('name', ['summary.csv', 'evaluation.csv', 'teachers', 'teacher_cache', 'compare', 'summary.csv.lock', 'checksums.txt', '../a', '', 'a b'])
+def test_C3_a_run_folder_takes_no_name_of_the_results_folder(name):
+    from asibkd import ConfigError, resolve
+    with pytest.raises(ConfigError, match="Parameter 'exp_id'"): resolve(exp_id=name)

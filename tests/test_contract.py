@@ -18,7 +18,7 @@ def mine(tiny):
         class MostConfident(Method):
             defaults = dict(ce_alpha=1.)
             def loss(self, batch, s_out, t_outs, when): return f(self, batch, s_out, t_outs)
-        return run_experiment(**tiny | dict(method='most_confident', finetune_epochs=0, teachers='mlp', student_type='mlp') | kw)
+        return run_experiment(**tiny | dict(method='most_confident', finetune_epochs=0, allow_untrained=1, teachers='mlp', student_type='mlp') | kw)
     yield go
     methods.pop('most_confident', None)
 

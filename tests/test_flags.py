@@ -26,7 +26,7 @@ CHANGES = dict(
     cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(5., CL), cl_der_loss=('kl', CL), cl_old_kd=(9., dict(CL, teacher_adapt_epochs=4)), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
     store=('synergy', CL), lambda_ewc=(99., CL), fisher=('empirical', EWC3), fisher_n=(5, EWC3), ewc_mode=('separate', EWC3), ewc_gamma=(.1, EWC3), si_c=(5., SI3), si_xi=(9., SI3),
     preset=('method/asmb_original', {}), method=('avgz', {}), compare=(1, {}), report_oracle=(1, {}), seed=(1, {}), batch_size=(12, {}), data_aug=('0', {}), image_size=(12, {}),
-    small_input=('0', dict(student_type='resnet10t', image_size=16, method='ce')), mixup_alpha=(1., {}), cutmix_alpha_distill=(1., {}), label_smoothing=(.2, {}), overlap_pct=(0, {}), val_frac=(.5, {}),
+    small_input=('0', dict(student_type='resnet10t', image_size=16, method='ce')), mixup_alpha=(1., {}), cutmix_alpha_distill=(1., {}), label_smoothing=(.2, {}), overlap_pct=(0, {}), val_frac=(.5, {}), drop_last=(0, {}),
     train_per_class=(9, {}), teacher1_type=('resnet14', {}), teacher2_type=('resnet8', {}), teachers=('resnet8,resnet14,resnet8', {}), teacher_type=('resnet14', dict(method='vanilla_kd')),
     student_type=('resnet14', {}), dropout_p=(.5, {}), efficientnet_dropout=(.8, dict(teacher1_type='efficientnet_b0', image_size=16, train_per_class=4)),
     use_partial_freeze=(0, {}), teacher1_freeze_level=(0, {}), teacher2_freeze_level=(0, {}), student_freeze_level=(0, {}), teacher1_freeze_scope=('layer2', {}), teacher2_freeze_scope=('layer2', {}),
@@ -42,10 +42,10 @@ CHANGES = dict(
     disagree_lambda_low=(5., dict(use_disagree_weight=1)), use_certainty_weight=(1, {}), grad_clip_norm=(.01, {}), accumulate=(2, {}), student_ema=(.9, {}), patience=(1, dict(student_epochs_per_stage=4, student_lr=1.)), lr_schedule=('step', dict(step_size=1)), lr_restart=(1, {}), lr_warmup_epochs=(1, {}),
     min_lr=(.005, {}), step_size=(1., STEP), milestones=([1], STEP), gamma=(.5, dict(STEP, step_size=1)), use_amp=(1, dict(amp_dtype='bfloat16')),
     finetune_epochs=(2, {}), finetune_lr=(.02, {}), finetune_weight_decay=(1., {}), finetune_use_cutmix=(1, {}), finetune_cutmix_alpha=(1., {}),
-    logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
+    logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), stage_pairs=('end', dict(method='at', teacher_type='vgg8', at_beta=10., image_size=16)), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
     crd_momentum=(.9, CRD), teacher_cache=('off', FIXED), cache_gb=(1e-6, FIXED), cache_views=(1, {}), dkd_alpha=(3., DKD), dkd_beta=(1., DKD), dkd_warmup=(9, DKD))
 ELSEWHERE = dict(
-    allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
+    allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', allow_untrained='test_recipe.py::test_B10_a_teacher_without_weights_is_refused', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
     compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
     checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/05_runtime.ipynb', track='test_tracking.py::test_D_tensorboard_once_after_resume',
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01_data/03_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',

@@ -37,7 +37,7 @@ def scene(request):
 def test_contract(scene):
     "A finite scalar and named, detached parts; a gradient for the student and for what is trained beside it; none for a teacher"
     before = {id(p) for p in scene.method.parameters()}
-    o = scene.method.loss(scene.batch, scene.student.train()(scene.batch.x), scene.t_outs, When())
+    o = scene.method.loss(scene.batch, scene.student.train()(scene.batch.x), scene.t_outs, When(epoch=1))
     assert set(o) == {'loss', 'parts'} and o['loss'].ndim == 0 and o['loss'].isfinite() and o['parts']
     assert all(not v.requires_grad and v.ndim == 0 and v.isfinite() for v in o['parts'].values())
     o['loss'].backward()
@@ -51,13 +51,13 @@ def test_contract(scene):
 def test_mixed_labels(scene):
     "MixUp and CutMix hand over soft labels"
     b = NS(**{**vars(scene.batch), 'y': .7*F.one_hot(scene.batch.y, K) + .3*F.one_hot(scene.batch.y.flip(0), K)})
-    o = scene.method.loss(b, scene.student.train()(b.x), scene.t_outs, When())
+    o = scene.method.loss(b, scene.student.train()(b.x), scene.t_outs, When(epoch=1))
     o['loss'].backward(); assert o['loss'].isfinite() and scene.student.model.conv1.weight.grad.isfinite().all()
 
 def test_half_precision(scene):
     with torch.autocast('cpu', torch.bfloat16):
         t_outs = [t.eval()(scene.batch.x) for t in scene.teachers]
-        o = scene.method.loss(scene.batch, scene.student.train()(scene.batch.x), t_outs, When())
+        o = scene.method.loss(scene.batch, scene.student.train()(scene.batch.x), t_outs, When(epoch=1))
     o['loss'].backward(); assert o['loss'].isfinite() and o['loss'].dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in scene.student.model.parameters() if p.grad is not None)
 

@@ -233,7 +233,7 @@ def consolidate(self:SI)->SI:
     for i, p in enumerate(self.weights.values()):
         omega, anchor = self.buffer('omega', i), self.buffer('anchor', i)
         way = p.detach() - anchor
-        self.buffer('importance', i).add_(omega.clamp_min(0)/(way**2 + self.xi))
+        self.buffer('importance', i).add_(omega/(way**2 + self.xi)).clamp_min_(0)
         anchor.copy_(p.detach())
         omega.zero_()
     return self

@@ -102,17 +102,17 @@ class CLMethod(Method):
 def masked_logits(
     self:CLMethod,
     z:Tensor,       # (B, K)
-    is_new:Tensor,  # (B,)
+    batch,          # Its `y` and `is_new`
 )->Tensor: # (B, K) with masked classes at `FOREIGN` (−10⁴), so their softmax is 0
     "The logits that enter each image's cross-entropy"
-    mask, lo = self.cfg.cl_mask, self.task.first_label
+    mask, lo, is_new = self.cfg.cl_mask, self.task.first_label, batch.is_new[:, None]
     if mask in ('full', 'seen') or lo == 0:
         return z
+    if mask == 'ace':
+        present = (F.one_hot(batch.y, z.shape[1]).bool() & is_new).any(0)   # the incoming batch's classes
+        return z.masked_fill(is_new & ~present, FOREIGN)
     old = torch.arange(z.shape[1], device=z.device) < lo
-    closed = is_new[:, None] & old
-    if mask == 'separated':
-        closed = closed | (~is_new[:, None] & ~old)
-    return z.masked_fill(closed, FOREIGN)
+    return z.masked_fill(torch.where(is_new, old, ~old), FOREIGN)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #e9f0dbe3
 @patch
@@ -121,7 +121,7 @@ def ce_terms(self:CLMethod, z:Tensor, batch)->dict: # name → (weight, term)
     c = self.cfg
     if c.ce_alpha <= 0:
         return {}
-    ce = ce_loss(self.masked_logits(z, batch.is_new), batch.y, c.label_smoothing, reduction='none')
+    ce = ce_loss(self.masked_logits(z, batch), batch.y, c.label_smoothing, reduction='none')
     terms = dict(ce=(c.ce_alpha, mean_over(ce, batch.is_new)))
     if batch.stored is not None and c.cl_replay_ce > 0:
         terms['ce_old'] = (c.ce_alpha*c.cl_replay_ce, mean_over(ce, ~batch.is_new))

@@ -47,6 +47,7 @@ def one_shot_rules(c:Config)->list: # (condition, message)
             ('mixup_alpha', c.mixup_alpha > 0, 'new and replayed images are not mixed'),
             ('cutmix_alpha_distill', c.cutmix_alpha_distill > 0, 'new and replayed images are not mixed'),
             ('report_oracle', c.report_oracle, 'the test set is evaluated once per task'),
+            ('drop_last', not c.drop_last, 'replayed images follow whole batches of new ones'),
             ('cache_views', c.cache_views > 0, 'replayed images are drawn anew in every step')]
     return [(given, f"{k}={getattr(c, k)} with cl_mode=1: {why}.") for k, given, why in rows]
 

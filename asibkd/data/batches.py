@@ -295,7 +295,7 @@ def view_key(self:Loader)->tuple|None: # None where views have no number
 
 # %% ../../nbs/01_data/04_batches.ipynb #7cd3eadc
 def make_loader(
-    cfg,            # batch_size, num_workers, data_aug, mixup_alpha, cutmix_alpha_distill, seed
+    cfg,            # batch_size, num_workers, data_aug, drop_last, mixup_alpha, cutmix_alpha_distill, seed
     data:Data,      # The dataset
     split:str,      # 'train', 'val' or 'test'
     phase:str,      # Part of the key of every draw
@@ -309,5 +309,9 @@ def make_loader(
     train = split == 'train' if train is None else train
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill) if mix is None else mix
     batch = cfg.batch_size if train else 4*cfg.batch_size          # without gradients there is room for more
-    return Loader(getattr(data, split), data, batch, train, cfg.seed, phase, device, cfg.data_aug, mix,
-                  cfg.num_workers, recycle=recycle)
+    ds, drop_last = getattr(data, split), train and cfg.drop_last
+    if train and not drop_last and len(ds) % batch == 1:
+        raise DataError(f"drop_last=0: {len(ds)} images in batches of {batch} leave a last batch of one image, too "
+                        "few for BatchNorm. Choose another batch_size, or drop_last=1.")
+    return Loader(ds, data, batch, train, cfg.seed, phase, device, cfg.data_aug, mix, cfg.num_workers, drop_last,
+                  recycle)

@@ -272,7 +272,8 @@ def _load_all(sets, shape, cfg, classes, memory_gb):
 
 # %% ../../nbs/01_data/03_datasets.ipynb #cae84e70
 def _hold_out_val(ds, cfg, n_class):
-    "{'train', 'val'}: a part of the training images, by class, for validation"
+    "{'train', 'val'}: a part of the training images, by class, for validation; with `val_frac=0` none"
+    if not cfg.val_frac: return dict(train=ds, val=ds.subset([]))
     rest, held = stratified_split(ds.y, max(1, round(cfg.val_frac*len(ds))), cfg.seed, 'val')
     if not len(held):
         raise DataError(f"{len(ds)} training images of {n_class} classes are too few to hold one out for "
@@ -294,7 +295,7 @@ def create_data(
     shape = common_shape(sets.values(), cfg.image_size, cfg.skip_corrupt)
     errors = _load_all(sets, shape, cfg, classes, memory_gb)
     notes = dict(skipped=len(errors), skipped_files=errors[:20],
-                 val='given' if 'val' in sets else f'{cfg.val_frac:g} of train')
+                 val='given' if 'val' in sets else f'{cfg.val_frac:g} of train' if cfg.val_frac else 'none')
     mean, std = channel_stats(sets['train'])
     if 'val' not in sets: sets |= _hold_out_val(sets['train'], cfg, len(classes))
     for ds in sets.values(): ds.classes = classes

@@ -98,10 +98,13 @@ def dkd_losses(
     z_t:Tensor,          # (B, K) teacher's logits; detached here
     y:Tensor,            # (B,) int64 target classes
     tau=4.,              # Temperature τ
+    standardize=False,   # Logit standardisation
 )->tuple: # TCKD, NCKD: scalars with the factor τ², averaged over B
     "The two halves of decoupled distillation (Zhao et al. 2022, eq. 7)"
     check_logits(z_s, z_t)
-    pairs = zip(split_target(z_s, y, tau), split_target(z_t.detach(), y, tau))
+    z_t = z_t.detach()
+    if standardize: z_s, z_t = standardize_logits(z_s), standardize_logits(z_t)
+    pairs = zip(split_target(z_s, y, tau), split_target(z_t, y, tau))
     return tuple(tau**2 * F.kl_div(s, t, reduction='batchmean', log_target=True) for s, t in pairs)
 
 # %% ../../nbs/05_distil/00_losses.ipynb #80f9fef5
@@ -137,7 +140,7 @@ def attention_map(
     f:Tensor,  # (B, C, h, w)
     hw,        # (h', w') not larger than (h, w): averaged down to it first
 )->Tensor: # (B, h'·w') rows of length 1
-    "Where a map has its energy (Zagoruyko & Komodakis 2017, eq. 1)"
+    "Where a map has its energy: the squares' mean over channels, of length 1 (Zagoruyko & Komodakis 2017)"
     f = upcast(f)
     if f.shape[-2:] != hw: f = F.adaptive_avg_pool2d(f, hw)
     f = f/f.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-6)  # no overflow in f²; Q is the same
@@ -148,17 +151,17 @@ def at_loss(
     f_s:Tensor,  # (B, C, h, w) student's map
     f_t:Tensor,  # (B, C', h', w') teacher's map; detached here
 )->Tensor: # Mean over B·h·w
-    "Squared difference of attention maps (Zagoruyko & Komodakis 2017, eq. 2)"
+    "Mean squared difference of attention maps: the authors' code; their paper's eq. 2 has the norm itself (2017)"
     hw = tuple(min(a, b) for a, b in zip(f_s.shape[-2:], f_t.shape[-2:]))
     return (attention_map(f_s, hw) - attention_map(f_t.detach(), hw)).pow(2).mean()
 
 # %% ../../nbs/05_distil/00_losses.ipynb #eeb32ee5
 def pairwise(
     e:Tensor,  # (B, D)
-)->Tensor: # (B, B), mean of the positive entries 1
+)->Tensor: # (B, B), mean 1 over the B(B − 1) pairs of two different images
     "Euclidean distances divided by their mean (Park et al. 2019, eq. 5)"
     d = torch.cdist(upcast(e), upcast(e), compute_mode='donot_use_mm_for_euclid_dist')
-    return d/(d.sum()/(d > 0).sum().clamp_min(1)).clamp_min(1e-12)
+    return d/(d.sum()/max(len(e)*(len(e) - 1), 1)).clamp_min(1e-12)
 
 # %% ../../nbs/05_distil/00_losses.ipynb #0c01a43e
 def angles(

@@ -19,21 +19,23 @@ from .methods import Method, register_method, weighted
 def aligned(
     s,  # The student's stages, in order (maps, or their shapes)
     t,  # The teacher's
+    start='front',  # stage_pairs: 'front' or 'end'
 )->list: # [(student's, teacher's)], as many as the shorter has
-    "Stages of two networks in pairs, from the last one backwards"
+    "Stages of two networks in pairs, counted from the front or from the end"
     n = min(len(s), len(t))
     if not n:
         raise ConfigError("This method compares intermediate maps; the student or the teacher has none. "
                           "Use vanilla_kd or dkd.")
-    return list(zip(s[len(s) - n:], t[len(t) - n:]))
+    return list(zip(s, t)) if start == 'front' else list(zip(s[len(s) - n:], t[len(t) - n:]))
 
 # %% ../../nbs/05_distil/04_single.ipynb #7883b5a7
 def hint_pair(
-    s, t,      # As in `aligned`
-    layer:int, # hint_layer
+    s, t,          # As in `aligned`
+    layer:int,     # hint_layer
+    start='front', # stage_pairs
 )->tuple: # (student's, teacher's)
     "Pair number `hint_layer`, counted from 0"
-    pairs = aligned(s, t)
+    pairs = aligned(s, t, start)
     if layer >= len(pairs):
         raise ConfigError(f"hint_layer={layer}: these networks have {len(pairs)} stages in common, 0…{len(pairs) - 1}.")
     return pairs[layer]
@@ -95,12 +97,14 @@ class FitNet(SingleTeacher):
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
-        self.regress = Regressor(*hint_pair(student.stage_shapes(), teachers[0].stage_shapes(), cfg.hint_layer))
+        shapes = student.stage_shapes(), teachers[0].stage_shapes()
+        self.regress = Regressor(*hint_pair(*shapes, cfg.hint_layer, cfg.stage_pairs))
 
     def loss(self, batch, s_out, t_outs, when):
         terms = self.usual_terms(batch, s_out, t_outs, when)
         if self.cfg.hint_beta > 0:
-            f_s, f_t = hint_pair(s_out['stages'], t_outs[0]['stages'], self.cfg.hint_layer)
+            maps = s_out['stages'], t_outs[0]['stages']
+            f_s, f_t = hint_pair(*maps, self.cfg.hint_layer, self.cfg.stage_pairs)
             terms['hint'] = (self.cfg.hint_beta, hint_loss(self.regress(f_s), f_t))
         return weighted(**terms)
 
@@ -113,7 +117,7 @@ class AT(SingleTeacher):
     def loss(self, batch, s_out, t_outs, when):
         terms = self.usual_terms(batch, s_out, t_outs, when)
         if self.cfg.at_beta > 0:
-            pairs = aligned(s_out['stages'], t_outs[0]['stages'])
+            pairs = aligned(s_out['stages'], t_outs[0]['stages'], self.cfg.stage_pairs)
             terms['at'] = (self.cfg.at_beta, sum(at_loss(a, b) for a, b in (pairs[1:] or pairs)))
         return weighted(**terms)
 
@@ -140,5 +144,5 @@ class DKD(SingleTeacher):
         c, tau = self.cfg, self.tau(when)
         terms = self.usual_terms(batch, s_out, t_outs, when)
         warm = min((when.epoch + 1)/c.dkd_warmup, 1.) if c.dkd_warmup else 1.
-        tckd, nckd = dkd_losses(s_out['logit'], t_outs[0]['logit'], batch.hard, tau)
+        tckd, nckd = dkd_losses(s_out['logit'], t_outs[0]['logit'], batch.hard, tau, c.logit_standardization)
         return weighted(**terms, tckd=(warm*c.dkd_alpha, tckd), nckd=(warm*c.dkd_beta, nckd))

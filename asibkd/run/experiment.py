@@ -20,7 +20,7 @@ from ..cl.methods import check_cl_method, cl_methods
 from ..core.config import Config, ConfigError, RunError, config_layers, log, resolve
 from ..core.files import atomic_write
 from ..core.runfolder import Run, environment, setup_log
-from ..core.runtime import RunContext, create_accelerator, set_deterministic
+from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.datasets import create_data
 from ..distil.methods import check_method, methods, with_method_defaults
 from ..freeze import freeze_report
@@ -260,6 +260,7 @@ def run_experiment(
     **params,                          # Any parameter of `Config`
 )->dict: # The summary, as in summary.json, with `run`: the folder
     "Run one experiment end to end; repeating the call resumes it, or returns its stored result"
+    refuse_processes()
     objects = dict(teachers=teachers, student=student, train=train, val=val, test=test)
     params = split_given(objects, params)
     cfg, extra = resolve(_file, **params)

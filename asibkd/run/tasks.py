@@ -21,7 +21,7 @@ from ..core.config import (Config, ConfigError, config_layers, effective_value, 
                                 read_yaml, resolve)
 from ..core.files import atomic_write
 from ..core.runfolder import Run, exp_name, setup_log
-from ..core.runtime import RunContext, create_accelerator, set_deterministic
+from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.batches import make_loader
 from ..data.datasets import create_data
 from ..distil.methods import check_method
@@ -75,6 +75,7 @@ def run_finetune(
     **params,   # Any parameter of `Config`
 )->dict: # Summary: type, checkpoint, val_acc, test_acc, skipped
     "Fine-tune one teacher (`teacher_type`, else teacher 1) to `checkpoints/{type}_ft.pth`; skipped if the file exists"
+    refuse_processes()
     cfg, extra = resolve(_file, **{'method': 'ce', 'compare': 0} | params)
     arch, path = finetune_target(cfg)
     setup_log(cfg)
@@ -103,6 +104,9 @@ def check_evaluation(cfg:Config):
     if cfg.eval_mode == 'synergy' and not cfg.mbm_ckpt:
         raise ConfigError("eval_mode=synergy needs mbm_ckpt=…, e.g. results/<exp_id>/bridge.safetensors, "
                           "and student_ckpt=….")
+    if cfg.eval_mode == 'synergy' and not (cfg.student_ckpt or cfg.allow_untrained):
+        raise ConfigError("eval_mode=synergy needs student_ckpt=…, e.g. results/<exp_id>/student.safetensors: the "
+                          "student's features are the bridge's query. allow_untrained=1 takes an untrained student.")
 
 # %% ../../nbs/11_run/04_tasks.ipynb #30f89eb3
 def evaluate_single(
@@ -124,7 +128,7 @@ def evaluate_synergy(
     "Teachers, bridge, head and student from their checkpoints"
     cfg, data = ctx.cfg, ctx.data
     specs = teacher_specs(cfg.model_copy(update=dict(method='asmb')), n_class=data.n_class)
-    ready = cfg.model_copy(update=dict(finetune_epochs=0))
+    ready = cfg.model_copy(update=dict(finetune_epochs=0, teacher_adapt_epochs=0))
     teachers = {s.name: build_teacher(s, data, ready)[0] for s in specs}
     student = build_student(cfg, data)
     synergy = load_synergy(list(teachers.values()), student, cfg, cfg.mbm_ckpt, cfg.head_ckpt)
@@ -162,6 +166,7 @@ def run_evaluate(
     **params,   # Any parameter of `Config`
 )->dict: # {split: dict(models, per_class, disagreement)}, see `report_splits`
     "Train and test accuracy from checkpoints: `single` with ckpt_path; `synergy` with mbm_ckpt, teachers, student_ckpt"
+    refuse_processes()
     cfg, _ = resolve(_file, **{'compare': 0} | params)
     setup_log(cfg)
     check_evaluation(cfg)
@@ -282,6 +287,7 @@ def run_loop(
     **params,          # Any parameter except method, seed and exp_id; also teachers, student, train, val, test
 )->list: # Summaries, seed by seed
     "`run_experiment` for every method and seed, with the same teachers within a seed"
+    refuse_processes()
     objects = {k: params.pop(k) for k in OBJECTS if k in params}
     given = split_given(objects, (read_yaml(_file) if _file else {}) | params)
     plan = plan_loop(methods, seeds, given)

@@ -6,7 +6,8 @@
 __all__ = ['student_epochs', 'has_compiler', 'refuse_contradictions', 'settled_values', 'settle_config', 'TeacherSpec',
            'archs_of', 'teacher_specs', 'dropout_of', 'hash_of_items', 'split_of', 'save_teacher', 'read_card',
            'check_card', 'warn_split', 'find_weights', 'load_start_weights', 'WeightsInfo', 'new_teacher',
-           'build_teacher', 'train_teacher', 'freeze_teachers', 'check_plan', 'build_student', 'object_fingerprint']
+           'weights_key', 'refuse_noise', 'build_teacher', 'train_teacher', 'freeze_teachers', 'check_plan',
+           'build_student', 'object_fingerprint']
 
 # %% ../../nbs/06_trainers/04_build.ipynb #731a8183
 import hashlib, os, shutil
@@ -271,6 +272,32 @@ def new_teacher(
             use_adapter=cfg.use_distillation_adapter, adapter_hidden=cfg.distill_hidden_dim,
             adapter_out=cfg.distill_out_dim)
 
+# %% ../../nbs/06_trainers/04_build.ipynb #a8a3363d
+def weights_key(
+    spec:TeacherSpec, cfg:Config,
+)->str: # 'teacher1_ckpt', …
+    "The parameter that gives this teacher its weights"
+    if cfg.teachers:
+        return 'teacher_ckpts'
+    one = check_method(cfg.method).teachers_used == 'one' and cfg.teacher_type
+    return 'teacher_ckpt' if one else f'{spec.name}_ckpt'
+
+# %% ../../nbs/06_trainers/04_build.ipynb #1b30a395
+def refuse_noise(
+    name:str,  # Of the architecture
+    spec:TeacherSpec, cfg:Config,
+):
+    "`ConfigError` for a teacher without weights; where it is allowed, a warning"
+    has = "a pretrained trunk with a new head" if spec.pretrained else "no weights for these classes"
+    said = f"{spec.name}: {name} has {has}, so its logits are noise"
+    adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs and cfg.bridge_objective != 'distil'
+    if adapts or cfg.allow_untrained:
+        log.warning(f"{said}{' until phase A has trained it' if adapts else ''}.")
+        return
+    found = f" (or the file checkpoints/{spec.arch}_ft.pth)" if spec.search_default else ''
+    raise ConfigError(f"{said}. Give it weights with {weights_key(spec, cfg)}=FILE{found}, or fine-tune it first with "
+                      "finetune_epochs=20. allow_untrained=1 takes it as it is.")
+
 # %% ../../nbs/06_trainers/04_build.ipynb #e2e4309f
 def build_teacher(
     spec:TeacherSpec, data:Data, cfg:Config,
@@ -290,9 +317,7 @@ def build_teacher(
         return t, None
     if own:
         return t, WeightsInfo('given')
-    trunk = ", despite the pretrained trunk." if spec.pretrained else '.'
-    log.warning(f"{spec.name}: {t.name} has no trained weights for these classes (no checkpoint, finetune_epochs=0). "
-                f"Its logits are noise{trunk}")
+    refuse_noise(t.name, spec, cfg)
     return t, WeightsInfo('pretrained' if spec.pretrained else 'untrained')
 
 # %% ../../nbs/06_trainers/04_build.ipynb #e7d2dedd

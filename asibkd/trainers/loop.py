@@ -46,8 +46,10 @@ def create_schedule(
     kind = 'cosine' if cfg.lr_schedule == 'cosine' else 'multistep' if cfg.milestones else 'step'
     schedule, _ = create_scheduler_v2(
         opt, sched=kind, num_epochs=epochs, min_lr=cfg.min_lr, warmup_epochs=cfg.lr_warmup_epochs, warmup_lr=0.,
-        decay_epochs=cfg.step_size, decay_milestones=cfg.milestones or (), decay_rate=cfg.gamma, step_on_epochs=False,
-        updates_per_epoch=updates)
+        decay_epochs=cfg.step_size, decay_milestones=sorted(cfg.milestones or ()), decay_rate=cfg.gamma,
+        step_on_epochs=False, updates_per_epoch=updates)
+    if kind == 'multistep':
+        schedule.decay_t = [t + 1 for t in schedule.decay_t]   # timm compares them with the *next* update
     return schedule
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #f86374aa
@@ -191,7 +193,9 @@ def prepare(self:Loop)->Loop:
     phase, cfg, acc = self.phase, self.ctx.cfg, self.ctx.acc
     opt = create_optimizer(phase.groups, cfg, phase.optimizer)
     self.schedule = create_schedule(opt, cfg, phase.total if phase.span else phase.epochs, len(phase.loader))
-    self.model, self.opt = acc.prepare_model(phase.objective), acc.prepare_optimizer(opt)
+    self.model = acc.prepare_model(phase.objective)
+    # accelerate's wrapper serves float16's loss scaling; it looks for packages in every step, a tenth of a small one
+    self.opt = acc.prepare_optimizer(opt) if acc.scaler is not None else opt
     return self
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #de3e6289
