@@ -267,7 +267,7 @@ def effective_config(
     keys = dict(student_type=s['method'], teacher1_type='teacher1', teacher2_type='teacher2')
     return c | dict(dataset=s['dataset']) | {k: models[v] for k, v in keys.items() if v in models}
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #b7f060e2
+# %% ../../nbs/09_analysis/00_tables.ipynb #c4b195ed
 def has_results(
     run, # Run folder
 )->bool: # False: a fine-tuned teacher, or damaged, which is logged
@@ -278,7 +278,7 @@ def has_results(
         log.warning(f"Run '{Path(run).name}' is left out. {e}")
         return False
 
-# %% ../../nbs/09_analysis/00_tables.ipynb #21dccdcb
+# %% ../../nbs/09_analysis/00_tables.ipynb #dd5a94c7
 def read_run(
     run, # Run folder
 )->tuple: # (folder, summary, parameters); None: a fine-tuned teacher, or damaged, which is logged
@@ -302,10 +302,13 @@ def finished_runs(
     for p in map(Path, paths):
         dirs = [p] if (p/'summary.json').exists() else sorted(f.parent for f in p.glob('*/summary.json'))
         found = [o for d in dirs if '~' not in d.name and (o := read_run(d))]
+        if not p.exists():
+            raise RunError(f"No finished run in '{p}': there is no such folder. Check the path.")
         if not found:
-            why = '' if p.exists() else ': there is no such folder'
-            raise RunError(f"No finished run in '{p}'{why}. Start one with `asibkd run`.")
+            log.warning(f"No finished run in '{p}'.")
         runs += found
+    if not runs:
+        raise RunError(f"No finished run in {', '.join(map(str, paths))}. Start one with `asibkd run`.")
     return runs
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #42e53ff1
