@@ -28,6 +28,7 @@ CHANGES = dict(
     preset=('method/asmb_original', {}), method=('avgz', {}), compare=(1, {}), report_oracle=(1, {}), seed=(1, {}), batch_size=(12, {}), data_aug=('0', {}), image_size=(12, {}),
     small_input=('0', dict(student_type='resnet10t', image_size=16, method='ce')), mixup_alpha=(1., {}), cutmix_alpha_distill=(1., {}), label_smoothing=(.2, {}), overlap_pct=(0, {}), val_frac=(.5, {}), drop_last=(0, {}),
     train_per_class=(9, {}), teacher1_type=('resnet14', {}), teacher2_type=('resnet8', {}), teachers=('resnet8,resnet14,resnet8', {}), teacher_type=('resnet14', dict(method='vanilla_kd')),
+    teacher1_norm=('0.2 / 0.5', {}), teacher2_norm=('0.2 / 0.5', {}), student_norm=('0.2 / 0.5', {}),
     student_type=('resnet14', {}), dropout_p=(.5, {}), efficientnet_dropout=(.8, dict(teacher1_type='efficientnet_b0', image_size=16, train_per_class=4)),
     use_partial_freeze=(0, {}), teacher1_freeze_level=(0, {}), teacher2_freeze_level=(0, {}), student_freeze_level=(0, {}), teacher1_freeze_scope=('layer2', {}), teacher2_freeze_scope=('layer2', {}),
     teacher1_bn_head_only=(1, {}), teacher2_bn_head_only=(1, {}), teacher1_freeze_bn=(1, OPEN), teacher2_freeze_bn=(1, OPEN), student_freeze_bn=(1, {}), use_distillation_adapter=(1, {}),

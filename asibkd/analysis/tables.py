@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..core.config import RunError, log
 from ..core.files import FileDamaged, damaged, read_json, read_jsonl
+from ..core.text import clean, escape_markdown, one_line
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #7086736a
 def load_summary(
@@ -28,7 +29,7 @@ def load_summary(
     rows = s.get('rows', [])
     if 'rows' in s and 'method' not in s or not all(isinstance(r, dict) and {'key', 'role'} <= {*r} for r in rows):
         raise damaged(f, "it lacks the method, or the key and role of a row")
-    return s
+    return clean(s)
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #127a05d7
 def load_config(
@@ -36,7 +37,7 @@ def load_config(
     strict=False, # True: `FileDamaged` also where it was changed by hand
 )->dict: # Key → value
     "Read `config.json`: every parameter, with `auto` replaced by what the run used"
-    return read_json(Path(run)/'config.json', strict)
+    return clean(read_json(Path(run)/'config.json', strict))
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #4c49c7e4
 def load_metrics(
@@ -44,7 +45,8 @@ def load_metrics(
 )->'pd.DataFrame': # One row per epoch; empty where the run has no `metrics.jsonl`
     "Read `metrics.jsonl` as a table; a damaged line is named and left out"
     import pandas as pd
-    return pd.DataFrame(read_jsonl(Path(run)/'metrics.jsonl', strict=False))
+    t = pd.DataFrame([clean(o) for o in read_jsonl(Path(run)/'metrics.jsonl', strict=False)])
+    return t if 'val_acc' in t else t.assign(val_acc=float('nan'))          # a run without validation images
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
 def joined(
@@ -59,8 +61,9 @@ def shorten(
     name,    # Name of a model, a class, a method
     most=24, # Characters
 )->str:
-    "A long name, cut so that it fits into a figure"
-    name = str(name)
+    "A name that fits into a figure: one line, cut where it is long"
+    name = one_line(name)
+    name = f' {name}' if name.startswith('_') else name              # matplotlib's legends leave out '_name'
     return name if len(name) <= most else name[:most - 1] + '…'
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #e21f279b
@@ -101,15 +104,16 @@ _SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pret
                 untrained='untrained', adapted='phase A')
 
 def weights_text(
-    weights:dict, # `source` and, for a teacher of some classes only, `classes`
+    weights:dict, # `source`; `classes` of a teacher of some only; `norm` where its input has its own normalisation
     given=False,  # Did the user pass the network as a module?
 )->str:
     "Where a teacher's weights come from"
     source = weights.get('source', '')
+    norm = ', own normalisation' if weights.get('norm') else ''
     if given and source != 'adapted':
-        return 'given, labels' if source == 'finetuned' else 'given'
+        return ('given, labels' if source == 'finetuned' else 'given') + norm
     of = f" of {len(weights['classes'])} classes" if weights.get('classes') else ''
-    return _SOURCES.get(source, source) + of
+    return _SOURCES.get(source, source) + of + norm
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #ae639119
 _OBJECTIVES = dict(distil='averaged logits', ce='labels', both='labels + averaged logits')
@@ -232,7 +236,7 @@ def show_table(
         body = [[r.get(k) for k in head] for r in t]
     else:
         head, body = list(t.columns), t.itertuples(index=False)
-    rows = [list(map(str, head)), *[[cell(v) for v in r] for r in body]]
+    rows = [[escape_markdown(k) for k in head], *[[escape_markdown(cell(v)) for v in r] for r in body]]
     width = [max(len(r[i]) for r in rows) for i in range(len(head))]
     def line(r):
         words = [v.ljust(n) if i < 3 else v.rjust(n) for i, (v, n) in enumerate(zip(r, width))]

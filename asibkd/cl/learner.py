@@ -148,7 +148,7 @@ def finetune_teacher(
     "Grow a teacher's head and fine-tune it for task `t`"
     c, name = self.cfg, f'{role}{i + 1}'
     if name not in self.teachers:
-        self.teachers[name] = first_teacher(self.specs[i], self.stream, c)
+        self.teachers[name] = first_teacher(self.specs[i], self.stream, c, role == 'generic')
     m, has_weights = self.teachers[name]
     m.columns = None
     grow_head(m, self.stream.n_seen(t), c.seed, name, t)
@@ -267,6 +267,7 @@ def consolidate(self:Learner, t:int, method):
     ds, gen = self.task_data(t).train, generator(c.seed, 'fisher', t)
     pos = torch.randperm(len(ds), generator=gen)[:c.fisher_n]
     x = normalise(ds.images(pos, self.acc.device), self.stream.data.mean, self.stream.data.std)
+    x = self.student.renormalise(x)                                          # `net` is the bare network
     self.ewc.consolidate(net, fisher_diag(net, x, c.fisher, ds.y[pos], gen, self.stream.n_seen(t)))
     check_ewc(self.ewc, c.lambda_ewc, c)
 
@@ -419,7 +420,7 @@ def load(self:Learner)->int: # The task to begin with
     grow_head(self.student, self.width(t)).load_state_dict(s['student'])
     for name, o in s['teachers'].items():
         i = int(name.removeprefix('expert').removeprefix('generic')) - 1
-        m, _ = first_teacher(self.specs[i], self.stream, self.cfg)
+        m, _ = first_teacher(self.specs[i], self.stream, self.cfg, name.startswith('generic'))
         grow_head(m, self.stream.n_seen(t)).load_state_dict(o['state'])
         self.teachers[name] = m, o['has_weights']
     self.memory.load(s['memory'])

@@ -20,7 +20,7 @@ from ..distil.methods import with_method_defaults
 from ..models.kdmodel import KDModel, spread_classes
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
-from ..trainers.build import TeacherSpec, build_teacher, dropout_of, read_card
+from ..trainers.build import TeacherSpec, build_teacher, dropout_of, give_norm, read_card, spec_of_student
 
 # %% ../../nbs/07_cl/05_setup.ipynb #fdc0ce0c
 ROLES = ('expert', 'generic', 'snapshot', 'ema')
@@ -168,8 +168,7 @@ def student_spec(
     "The student as a possible leak: it may start from pretrained weights, too"
     if student is None and not (cfg.student_ckpt or cfg.student_pretrained):
         return []
-    arch = cfg.student_type if student is None else student
-    return [TeacherSpec('student', arch, cfg.student_ckpt, cfg.student_pretrained)]
+    return [spec_of_student(cfg, student)]
 
 # %% ../../nbs/07_cl/05_setup.ipynb #1b7e0abd
 def build_first(
@@ -196,6 +195,7 @@ def first_teacher(
     spec:TeacherSpec,
     stream:Stream,
     cfg:Config,
+    keeps_trunk=False,  # Are only its heads trained? Its trunk then keeps the normalisation of its weights
 )->tuple: # (wrapped teacher with a head for task 1, does it come with weights?)
     "A teacher as it is before task 1"
     n, classes = stream.n_seen(0), stream.data.classes
@@ -210,7 +210,9 @@ def first_teacher(
             grow_head(t, len(rows), keep=False)
         load_into(t, state, spec.ckpt)
     grow_head(t, n, cfg.seed, spec.name, 0, keep=bool(spec.ckpt) and names[:n] == classes[:n])
-    return t, bool(spec.ckpt or spec.pretrained or isinstance(spec.arch, nn.Module))
+    has_weights = bool(spec.ckpt or spec.pretrained or isinstance(spec.arch, nn.Module))
+    give_norm(t, spec, stream.data, spec.ckpt, ready=keeps_trunk and has_weights)
+    return t, has_weights
 
 # %% ../../nbs/07_cl/05_setup.ipynb #2afd6ab4
 def limit_to_seen(

@@ -140,7 +140,7 @@ class Experiment(Params):
         "with the same teachers and the same number of student steps.")
     report_oracle:bool = param(False, "Evaluate on the test set after every epoch; the best accuracy is reported as "
         "test_acc_oracle and never used for selection.")
-    seed:int = param(42, "Seed of everything random: split, order, augmentation, initial weights.", ge=0)
+    seed:int = param(42, "Seed of everything random: split, order, augmentation, initial weights.", ge=0, lt=2**32)
     deterministic:bool = param(True, "Use torch's deterministic kernels, so that two runs on one machine are "
         "bit-identical.")
     device:Literal['auto', 'cuda', 'mps', 'cpu'] = param('auto', "Device to compute on; if it is not available, the "
@@ -219,6 +219,12 @@ class Models(Params):
     student_type:str = param('resnet101_student', "Architecture of the student; `resnet` is resnet101_student.")
     student_pretrained:bool = param(False, "Start the student from timm's published weights.")
     student_ckpt:str = param('', "Start the student from (or evaluate) these weights.")
+    teacher1_norm:str = param('auto', "Normalisation of teacher 1's input: auto = its weights' own where it is known "
+        "(timm, torchvision, this package's cards, a module's `input_norm`); data = the data's; imagenet; or "
+        "'mean / std'.")
+    teacher2_norm:str = param('auto', "The same for teacher 2 (and every further teacher).")
+    student_norm:str = param('auto', "The same for the student; auto = the data's, unless it keeps a ready trunk "
+        "(student_freeze_level ≥ 0).")
     efficientnet_dropout:float = param(0.3, "Dropout before the classifier of EfficientNet teachers.", ge=0, lt=1)
     dropout_p:float | None = param(None, "Dropout before the classifier of any teacher; empty = the architecture's "
         "default.", ge=0, lt=1)
@@ -418,7 +424,8 @@ class Continual(Params):
         "num_tasks.")
     class_order:list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = cl_param(None, "Classes in the order "
         "in which they are learned, names or numbers (e.g. cat,dog,bird); empty = random.")
-    class_order_seed:int | None = cl_param(None, "Seed of a random class order; empty = seed.", ge=0)
+    class_order_seed:int | None = cl_param(None, "Seed of a random class order; empty = seed.", ge=0,
+        lt=2**32)
     cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, or a "
         "registered method.")
     cl_teachers:str | None = cl_param(None, "Teachers of each task: expert, generic, snapshot and ema, joined by +; "

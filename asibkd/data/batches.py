@@ -153,6 +153,7 @@ class _Samples(torch.utils.data.Dataset):
         i, seed = job
         try: im = self.source[i]
         except DataError as e: return str(e)
+        if len(im) != self.shape[0]: return f'Image {i} has {len(im)} channels, the others have {self.shape[0]}.'
         if seed is None:
             with one_thread(): return resize_and_crop(im, self.shape)
         with one_thread(), torch.random.fork_rng(devices=[]):

@@ -14,9 +14,11 @@ import torch
 from filelock import FileLock
 
 from ..core.config import DataError, Registry, log, unknown_name
+from asibkd.data.folders import (LAYOUT, PHOTO_ENDINGS, left_out_text, require_two_classes, scan_photos,
+    split_folders)
 from asibkd.data.images import (Data, ImageSet, as_labels, channel_stats, common_shape, limit_per_class, load_images,
     stratified_split)
-from .sources import DatasetSource, FileSource
+from .sources import DatasetSource, FileSource, class_names, stored_labels
 
 # %% ../../nbs/01_data/03_datasets.ipynb #775e3c48
 datasets = Registry('dataset')
@@ -163,52 +165,41 @@ def _imagenet32(cfg):
     return dict(train=train, test=test, classes=_clsloc(found['val_data'].parent, int(train.y.max()) + 1))
 
 # %% ../../nbs/01_data/03_datasets.ipynb #c6e083e7
-def _scan(folder, classes=None):
-    "An `ImageSet` of `folder/<class>/**`; `classes` given: the only ones allowed, and all needed"
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-    here = sorted(o.name for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.'))
-    for c in here:
-        if classes is not None and c not in classes:
-            raise DataError(f"{unknown_name(f'class in {folder}:', c, classes)} Every class needs training images.")
-    paths, y, names = [], [], here if classes is None else classes
-    for k, c in enumerate(names):
-        files = [os.path.join(r, f) for r, _, o in os.walk(folder/c, followlinks=True) for f in o]
-        files = sorted(f for f in files if f.lower().endswith(IMG_EXTENSIONS))
-        if not files:
-            raise DataError(f"Class '{c}' has no images in '{folder}'. Add some, or remove the class everywhere.")
-        paths += files
-        y += [k]*len(files)
-    return ImageSet(FileSource(paths), y, names)
+def _photo_set(scan, classes=None):
+    "An `ImageSet` of a scanned split; `classes` given: the only ones allowed, and all needed"
+    if not scan.files:
+        n = sum(k for o, k in scan.left_out.items() if o.startswith(PHOTO_ENDINGS))
+        what = f'holds {n} images, no class folders' if n else 'has no class folders'
+        raise DataError(f"'{scan.folder}' {what}. Sort the images into a folder for each class; unlabelled ones "
+                        f"cannot be used: move '{scan.folder.name}/' away. {LAYOUT}")
+    for c in scan.files if classes is not None else ():
+        if c not in classes:
+            raise DataError(f"{unknown_name(f'class in {scan.folder}:', c, classes)} Every class needs training images.")
+    names = [*scan.files] if classes is None else classes
+    if none := next((c for c in names if not scan.files.get(c)), None):
+        there = f" There are {text}." if (text := left_out_text([scan])) else ''
+        raise DataError(f"Class '{none}' has no images in '{scan.folder}'.{there} "
+                        "Add some, or remove the class everywhere.")
+    paths = [f for c in names for f in scan.files[c]]
+    return ImageSet(FileSource(paths), [k for k, c in enumerate(names) for _ in scan.files[c]], names)
 
 # %% ../../nbs/01_data/03_datasets.ipynb #7df1aa33
 @register_dataset('imagenet100')
 @register_dataset('imagefolder')
 def _imagefolder(cfg):
     "train/, and val/ or test/ or both"
-    root, want = _root(cfg), "Expected: train/<class>/*.jpg and val/<class>/*.jpg or test/<class>/*.jpg."
-    if not root.is_dir(): raise DataError(f"data_root '{root}' does not exist. {want}")
-    have = sorted(o.name for o in root.iterdir())
-    if 'train' not in have or not {'val', 'test'} & {*have}:
-        raise DataError(f"data_root '{root}' {'holds ' + ', '.join(have[:8]) if have else 'is empty'}. {want}")
-    train = _scan(root/'train')
-    if not len(train): raise DataError(f"'{root/'train'}' has no class folders. {want}")
-    held = {o: _scan(root/o, train.classes) for o in ('val', 'test') if o in have}
+    root = _root(cfg)
+    scans = scan_photos(split_folders(root))
+    if text := left_out_text(scans.values()):
+        log.warning(f"'{root}': left out {text}. Photos end in {', '.join(PHOTO_ENDINGS)}.")
+    train = _photo_set(scans['train'])
+    require_two_classes(train.classes, scans['train'].folder)
+    held = {o: _photo_set(scans[o], train.classes) for o in ('val', 'test') if o in scans}
+    if len(held) == 2: log.info(f"'{root}': {scans['val'].folder.name}/ is the validation set, test/ the test set.")
     if len(held) == 1:
-        log.info(f"'{root}' holds {[*held][0]}/ beside train/: it is the test set; "
+        log.info(f"'{root}' holds {scans[[*held][0]].folder.name}/ beside train/: it is the test set; "
                  f"validation is val_frac={cfg.val_frac:g} of train/.")
     return dict(train=train, val=held['val'] if len(held) == 2 else None, test=[*held.values()][-1])
-
-# %% ../../nbs/01_data/03_datasets.ipynb #b54868e4
-def _labels_of(ds):
-    "Labels of a map-style Dataset"
-    if isinstance(ds, torch.utils.data.Subset):
-        return as_labels(_labels_of(ds.dataset))[torch.as_tensor(list(ds.indices), dtype=torch.int64)]
-    t, n = getattr(ds, 'targets', None), len(ds)
-    if n and not (isinstance(ds[0], (tuple, list)) and len(ds[0]) > 1):
-        raise DataError(f"Items of a dataset must be (image, label); item 0 is {type(ds[0]).__name__}.")
-    try: agree = len(t) == n and all(int(t[i]) == int(ds[i][1]) for i in {0, n - 1} if n)
-    except (TypeError, ValueError): agree = False
-    return t if agree else [ds[i][1] for i in range(n)]
 
 # %% ../../nbs/01_data/03_datasets.ipynb #5409be6c
 def as_image_set(
@@ -219,9 +210,9 @@ def as_image_set(
     if not (hasattr(o, '__len__') and hasattr(o, '__getitem__')):
         raise DataError("A dataset must be map-style, with len() and [i] -> (image, label); "
                         f"got {type(o).__name__}.")
-    inner = o
-    while not hasattr(inner, 'classes') and hasattr(inner, 'dataset'): inner = inner.dataset
-    return ImageSet(DatasetSource(o), _labels_of(o), getattr(inner, 'classes', None))
+    source, y = DatasetSource(o), stored_labels(o)
+    y = as_labels(source.labels() if y is None else y, where=type(o).__name__)
+    return ImageSet(source, y, class_names(o, y))
 
 # %% ../../nbs/01_data/03_datasets.ipynb #6f9c5be5
 def _read_parts(cfg, train, val, test):
@@ -280,6 +271,14 @@ def _hold_out_val(ds, cfg, n_class):
                         "validation: give at least two of a class, or a validation set of your own.")
     return dict(train=ds.subset(rest), val=ds.subset(held))
 
+# %% ../../nbs/01_data/03_datasets.ipynb #2eff4c93
+def _warn_of_nothing_to_see(mean, std):
+    "A warning where the training images are of one colour, or nearly black"
+    found = 'of one colour' if max(std)*255 < 1.01 else 'nearly black' if max(mean) + max(std) < 1/16 else ''
+    if found:
+        log.warning(f"The training images are {found}: mean {[round(m*255, 1) for m in mean]} of 255, "
+                    f"deviation {[round(s*255, 1) for s in std]}. Are their values scaled as they should be?")
+
 # %% ../../nbs/01_data/03_datasets.ipynb #fa284af4
 def create_data(
     cfg,             # dataset, data_root, image_size, val_frac, train_per_class, skip_corrupt, seed
@@ -291,12 +290,14 @@ def create_data(
     "Read a dataset, split it and compute its normalisation"
     sets, classes, flip, name = _read_parts(cfg, train, val, test)
     for split, ds in sets.items(): as_labels(ds.y, len(classes), split)
+    if len(sets['train']): require_two_classes(classes)
     sets['train'] = _limit_train(sets['train'], cfg)
     shape = common_shape(sets.values(), cfg.image_size, cfg.skip_corrupt)
     errors = _load_all(sets, shape, cfg, classes, memory_gb)
     notes = dict(skipped=len(errors), skipped_files=errors[:20],
                  val='given' if 'val' in sets else f'{cfg.val_frac:g} of train' if cfg.val_frac else 'none')
     mean, std = channel_stats(sets['train'])
+    _warn_of_nothing_to_see(mean, std)
     if 'val' not in sets: sets |= _hold_out_val(sets['train'], cfg, len(classes))
     for ds in sets.values(): ds.classes = classes
     return Data(name, **sets, classes=classes, mean=mean, std=std, shape=shape, flip=flip, notes=notes)

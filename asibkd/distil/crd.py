@@ -115,6 +115,10 @@ class CRDParams(BaseModel, extra='forbid'):
 class CRD(SingleTeacher):
     "CE + crd_beta · contrast with the teacher's memory and with the student's (Tian et al. 2020)"
 
+    @classmethod
+    def reads(cls, c):
+        return super().reads(c) | {'crd_feat_dim', 'crd_nce_k', 'crd_nce_t', 'crd_momentum'}
+
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
         if labels is None:

@@ -283,6 +283,10 @@ class FitNetMKD(Weighing):
     "AVER + hint_beta · mean over teachers of the hint"
     needs_maps = True
 
+    @classmethod
+    def reads(cls, c):
+        return super().reads(c) | {'hint_beta'} | ({'hint_layer', 'stage_pairs'} if c.hint_beta > 0 else set())
+
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
         shapes = student.stage_shapes()

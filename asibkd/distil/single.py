@@ -13,7 +13,7 @@ from torch import nn, Tensor
 
 from ..core.config import ConfigError
 from .losses import at_loss, dkd_losses, rkd_angle, rkd_distance, upcast
-from .methods import Method, register_method, weighted
+from .methods import Method, kd_parameters, register_method, weighted
 
 # %% ../../nbs/05_distil/04_single.ipynb #e4e30933
 def aligned(
@@ -95,6 +95,10 @@ class FitNet(SingleTeacher):
     "CE + hint_beta · hint on one stage (Romero et al. 2015)"
     needs_maps = True
 
+    @classmethod
+    def reads(cls, c):
+        return super().reads(c) | {'hint_beta'} | ({'hint_layer', 'stage_pairs'} if c.hint_beta > 0 else set())
+
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
         shapes = student.stage_shapes(), teachers[0].stage_shapes()
@@ -114,6 +118,10 @@ class AT(SingleTeacher):
     "CE + at_beta · Σ attention loss over the stages (Zagoruyko & Komodakis 2017)"
     needs_maps = True
 
+    @classmethod
+    def reads(cls, c):
+        return super().reads(c) | {'at_beta'} | ({'stage_pairs'} if c.at_beta > 0 else set())
+
     def loss(self, batch, s_out, t_outs, when):
         terms = self.usual_terms(batch, s_out, t_outs, when)
         if self.cfg.at_beta > 0:
@@ -127,6 +135,10 @@ class RKD(SingleTeacher):
     "CE + rkd_loss_weight · (distances + 2 · angles) (Park et al. 2019)"
     defaults = {**SingleTeacher.defaults, 'rkd_loss_weight': 25.}
 
+    @classmethod
+    def reads(cls, c):
+        return super().reads(c) | {'rkd_loss_weight'}
+
     def loss(self, batch, s_out, t_outs, when):
         terms, w = self.usual_terms(batch, s_out, t_outs, when), self.cfg.rkd_loss_weight
         if w > 0:
@@ -139,6 +151,10 @@ class RKD(SingleTeacher):
 class DKD(SingleTeacher):
     "CE + warm-up · (dkd_alpha · TCKD + dkd_beta · NCKD) (Zhao et al. 2022)"
     allows_class_subsets = False
+
+    @classmethod
+    def reads(cls, c):
+        return super().reads(c) | kd_parameters(c) | {'dkd_alpha', 'dkd_beta', 'dkd_warmup'}
 
     def loss(self, batch, s_out, t_outs, when):
         c, tau = self.cfg, self.tau(when)

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.config import Config, ConfigError, log
+from ..core.runtime import pick_device
 from ..data.batches import Loader
 from ..data.sources import fingerprint_of
 from .kdmodel import KDModel
@@ -69,7 +70,8 @@ def maybe_compile(
     "A network as training steps run it: compiled where `compile=1`; it shares weights and hooks with `m`"
     if cfg is None or not cfg.compile: return m
     torch._dynamo.config.recompile_limit = 256   # a run has many networks of one class, each in two modes
-    return torch.compile(m, dynamic=False)
+    graphs = pick_device(cfg.device).type == 'cuda'   # CUDA graphs: small networks wait for kernel launches
+    return torch.compile(m, dynamic=False, mode='reduce-overhead' if graphs else None)
 
 # %% ../../nbs/02_models/08_cache.ipynb #e876aa48
 class LiveTeacher:
@@ -98,7 +100,7 @@ class CachedTeacher:
     def __init__(self,
         teacher:KDModel,
         table:Table,
-        chunk=32,         # Images that go through the network at once
+        chunk=None,       # Images that go through the network at once; None: 32 on a CPU, 128 on a GPU
         cfg:Config=None,  # `compile` is read from it
     ):
         self.teacher, self.table, self.chunk = teacher, table, chunk
@@ -114,11 +116,12 @@ def compute(self:CachedTeacher,
     "Run the network on some images of a batch and store its outputs"
     t, out, n = self.teacher, [], len(missing)
     x = batch.x[missing.to(batch.x.device)]
-    if n % self.chunk: x = torch.cat([x, x[-1:].expand(self.chunk - n % self.chunk, *x.shape[1:])])
+    chunk = self.chunk or (32 if x.device.type == 'cpu' else 128)   # a GPU waits for launches, not for images
+    if n % chunk: x = torch.cat([x, x[-1:].expand(chunk - n % chunk, *x.shape[1:])])
     adapter, t.adapter = t.adapter, None
     try:
         with torch.no_grad():
-            for o in map(self.run, x.split(self.chunk)):
+            for o in map(self.run, x.split(chunk)):
                 z = o['logit'] if t.columns is None else o['logit'][:, t.columns]
                 out.append(torch.cat([z.float(), o['feat_2d'].float()], 1).cpu())
     finally: t.adapter = adapter

@@ -31,7 +31,7 @@ from ..freeze import freeze_all
 from ..distil import asmb    # it registers itself
 from ..distil.methods import create_method
 from ..trainers.loop import Loop, Phase, train_epoch, unprepare
-from ..trainers.callbacks import FiniteCB, LogCB
+from ..trainers.callbacks import CudaGraphCB, FiniteCB, LogCB
 from ..trainers.fit import fit
 from ..trainers.phases import DistilStep, adapt, distil, to_device, train_loader
 
@@ -177,7 +177,8 @@ class Steps:
         self.objective = DistilStep(self.student, self.teachers, self.method, False, keep)
         groups = [dict(params=[*self.student.parameters(), *self.method.parameters()], lr=1e-3, weight_decay=0.)]
         self.phase = Phase('bench', self.objective, groups, self.batches, 1, None, {})
-        self.loop = Loop(self.phase, self.ctx, [FiniteCB(), LogCB()]).prepare()
+        graphs = [CudaGraphCB()] if self.ctx.cfg.compile and self.acc.device.type == 'cuda' else []
+        self.loop = Loop(self.phase, self.ctx, [FiniteCB(), LogCB(), *graphs]).prepare()
 
     def __call__(self)->int: # Images
         train_epoch(self.loop)

@@ -20,6 +20,7 @@ from ..data.images import Data
 from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import verdict
 from ..models.cache import teacher_counts
+from ..models.norm import norm_row, seen_by
 from ..models.teachers import model_costs
 from ..trainers.build import teacher_specs
 
@@ -122,7 +123,7 @@ def save_cl_results(
 ):
     "Write student, predictions and memory"
     cfg, stream = l.ctx.cfg, l.stream
-    card = student_card(card_type, stream.data, cfg.small_input == '1')
+    card = student_card(card_type, seen_by(l.student, stream.data), cfg.small_input == '1')
     save_student(run.path, l.student.model.state_dict(), card)
     tensors = {k: torch.tensor(o.predictions, dtype=torch.int32) for k, o in done.items()}
     tensors['labels'] = stream.until(len(stream) - 1).test.y
@@ -145,11 +146,12 @@ def cl_summary_of(
     latency = costs.pop('latency_ms')
     rows = [cl_row(o, learners[k], l.stream) | costs for k, o in done.items()]
     R = {k: dict(class_il=o.class_il, task_il=o.task_il, val_class_il=o.val_class_il) for k, o in done.items()}
+    norms = {n: norm_row(m) for n, (m, _) in l.teachers.items()}              # of its teachers' input
     time = dict(seconds={k: o.seconds for k, o in done.items()}, latency_ms={k: latency for k in done},
                 teacher_images=dict(teacher_counts))
     return dict(exp_id=ctx.run.id, kind='cl', method=key, dataset=data.name, seed=cfg.seed, rows=rows,
                 gates=out.gates, method_params=params, tasks=task_classes(l.stream), R=R, others=out.others,
-                composition=out.composition, n_class=data.n_class, notes=dict(data.notes),
+                composition=out.composition, n_class=data.n_class, notes=dict(data.notes), norms=norms,
                 images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')},
                 time=time) | cl_verdict(done, key, l.stream)
 

@@ -185,10 +185,8 @@ def cmd_finetune(argv):
     "asibkd finetune"
     file, given = parse('finetune', argv)
     announce(file, given)
-    from asibkd.run.tasks import run_finetune
-    s = run_finetune(file, **given)
-    print(f"{s['checkpoint']} exists: skipped" if s['skipped'] else
-          f"{s['type']}: validation {100*s['val_acc']:.2f} %, test {100*s['test_acc']:.2f} % → {s['checkpoint']}")
+    from asibkd.run.tasks import reached_text, run_finetune
+    print(reached_text(run_finetune(file, **given)))
 
 # %% ../../nbs/11_run/08_commands.ipynb #1ff70d5b
 def cmd_evaluate(argv):
@@ -228,11 +226,23 @@ def cmd_loop(argv):
     "asibkd loop"
     file, given = parse('loop', argv)
     from asibkd.analysis.compare import collect
-    from asibkd.run.tasks import run_loop
+    from asibkd.run.tasks import LoopError, run_loop
     loop = {k: given.pop(k) for k in LOOP if k in given}
-    baseline = loop.pop('baseline', '')
-    folders = [s['run'] for s in run_loop(_file=file, **loop, **given)]
-    print_comparison(collect(*folders), baseline, Path(folders[0]).parent/'compare')
+    baseline, failed = loop.pop('baseline', ''), None
+    try:
+        done = run_loop(_file=file, **loop, **given)
+    except LoopError as e:
+        done, failed = e.summaries, e
+    folders = [s['run'] for s in done]
+    try:
+        if folders:
+            print_comparison(collect(*folders), baseline, Path(folders[0]).parent/'compare')
+    except AsibError as e:              # the baseline may be what failed
+        if not failed:
+            raise
+        print(e)
+    if failed:
+        raise failed
 
 # %% ../../nbs/11_run/08_commands.ipynb #dc697e1b
 def runs_options(
@@ -316,6 +326,7 @@ def cmd_explore(argv):
                    'run that is made first')
     p.add_argument('--port', type=int, default=0, help='port of 127.0.0.1 [a free one]')
     p.add_argument('--no-browser', action='store_true', help='only print the address')
+    p.add_argument('--plugin', default='', help='your Python file, if the run used one: what a folder names is not run')
     a = p.parse_args(argv)
     run = a.run
     try:
@@ -325,7 +336,7 @@ def cmd_explore(argv):
         from asibkd.run.tasks import demo_run
         run = demo_run()
     from asibkd.explore.serve import serve
-    serve(run, a.port, not a.no_browser)
+    serve(run, a.port, not a.no_browser, a.plugin)
 
 # %% ../../nbs/11_run/08_commands.ipynb #4ae06eea
 def cmd_bench(argv):

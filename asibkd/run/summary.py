@@ -24,6 +24,7 @@ from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import teacher_report, verdict
 from ..ib_mbm import average_logits
 from ..models.cache import get_teacher_fn, teacher_counts
+from ..models.norm import norm_row, seen_by
 from ..models.teachers import model_costs
 from .students import TrainResult
 from ..trainers.build import WeightsInfo, save_teacher
@@ -80,7 +81,7 @@ def evaluate_all(
     models = dict(zip(names, original_teachers)) | adapted | student_copies(student, results)
     to_device(ctx, *models.values())
     z, y = {}, {}
-    for split in ('val', 'test', 'train'):
+    for split in ('val', 'test', 'train') if len(ctx.data.val) else ('test', 'train'):
         loader = split_loader(split, ctx)
         chosen = {k: m for k, m in models.items() if split != 'train' or not k.endswith('~last')}
         fns = {n: get_teacher_fn(t, loader, cfg, maps=method.needs_maps) for n, t in zip(names, original_teachers)}
@@ -139,7 +140,7 @@ def teacher_rows(
                          given=isinstance(s.arch, nn.Module), **costs[s.name]))
     for s, t in zip(specs, teachers):
         if (key := f'{s.name}~adapted') in adapted:
-            weights = weights_row(WeightsInfo('adapted'))
+            weights = weights_row(WeightsInfo('adapted', norm=norm_row(t)))
             rows.append(dict(key=key, model=t.name, role='teacher', weights=weights, **costs[s.name]))
     return rows
 
@@ -161,8 +162,8 @@ def score_row(
 )->dict:
     "The row with its accuracies; for a student those of the selected and of the last epoch"
     k, r = row['key'], results.get(row['key'])
-    out = row | dict(val_acc=r.val_acc if r else acc['val'][k], test_acc_val_selected=acc['test'][k],
-                     train_acc=acc['train'].get(k))
+    val_acc = r.val_acc if r else acc.get('val', {}).get(k)          # None without validation images
+    out = row | dict(val_acc=val_acc, test_acc_val_selected=acc['test'][k], train_acc=acc['train'].get(k))
     if r:
         out['test_acc_last'] = acc['test'][f'{k}~last']
     if r and r.oracle is not None:
@@ -269,7 +270,8 @@ def save_results(
     cfg, data, run, result = ctx.cfg, ctx.data, ctx.run, results[ctx.cfg.method]
     def bare(state):
         return {k.removeprefix('model.'): v for k, v in state.items() if k.startswith('model.')}
-    card = student_card('' if given_student is not None else cfg.student_type, data, cfg.small_input == '1')
+    kind = '' if given_student is not None else cfg.student_type
+    card = student_card(kind, seen_by(student, data), cfg.small_input == '1')
     save_student(run.path, bare(result.best), card)
     save_student(run.path, bare(result.last), card, 'student_last')
     if hasattr(method, 'synergy'):

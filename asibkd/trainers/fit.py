@@ -8,8 +8,8 @@ __all__ = ['usual_callbacks', 'resume', 'prepare_from', 'fit']
 # %% ../../nbs/06_trainers/02_fit.ipynb #bf39107d
 from ..core.config import log
 from ..core.runtime import RunContext
-from .callbacks import (AccumulateCB, CheckpointCB, ClipCB, EarlyStopCB, FiniteCB, LateParamsCB, LogCB,
-                                       PhaseCheckpoint, ProgressCB, SelectCB, load_callback_states)
+from .callbacks import (AccumulateCB, CheckpointCB, ClipCB, CudaGraphCB, EarlyStopCB, FiniteCB,
+                                       LateParamsCB, LogCB, PhaseCheckpoint, ProgressCB, SelectCB, load_callback_states)
 from .loop import FitResult, Loop, Phase, restore
 
 # %% ../../nbs/06_trainers/02_fit.ipynb #40aaff6b
@@ -20,6 +20,7 @@ def usual_callbacks(
     "The package's callbacks for these parameters, the phase's, and the user's"
     cfg = ctx.cfg
     optional = [(cfg.accumulate > 1, lambda: AccumulateCB(cfg.accumulate)),
+                (cfg.compile and ctx.acc.device.type == 'cuda', CudaGraphCB),
                 (cfg.grad_clip_norm > 0, lambda: ClipCB(cfg.grad_clip_norm)),
                 (cfg.patience > 0, lambda: EarlyStopCB(cfg.patience)),
                 (ctx.run is not None, lambda: CheckpointCB(PhaseCheckpoint(ctx.run, phase.name)))]
