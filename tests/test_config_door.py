@@ -130,3 +130,81 @@ def test_C3_names_that_are_free(name):
 def test_C3_a_run_folder_takes_no_name_of_the_results_folder(name):
     from asibkd import ConfigError, resolve
     with pytest.raises(ConfigError, match="Parameter 'exp_id'"): resolve(exp_id=name)
+
+# A8, B7: several runs
+
+FAST = dict(preset='none', dataset='digits', device='cpu', use_amp=0, train_per_class=4, batch_size=20, val_frac=.25, data_aug=0, student_type='mlp', teacher1_type='mlp', teacher2_type='mlp',
+            finetune_epochs=1, epochs=1, num_stages=1, report=0, log_level='ERROR', disable_tqdm=1)
+
+def options(**params): return [f'{k}={v}' for k, v in params.items()]
+
+@pytest.fixture(scope='module')
+def loop(tmp_path_factory):
+    "ce runs; at needs feature maps, which an mlp has not"
+    d = tmp_path_factory.mktemp('loop')
+    return d, command('loop', *options(**FAST, results_dir=d), '--methods', 'at, ce', '--seeds', '1 2', '--baseline', 'ce')
+
+def test_B7_a_loop_goes_on_after_a_failure(loop):
+    d, (code, text) = loop
+    table, _, listed = text.partition('asibkd: 2 of 4 runs failed. The 2 others are finished. The same command tries the failed ones again.')
+    assert code == 2 and '| ce |' in table.replace('  ', ' ') or 'ce' in table, text
+    assert [o.split(':')[0].strip() for o in listed.strip().splitlines()] == ['method=at seed=1', 'method=at seed=2'], text
+    assert listed.count('ConfigError: ') == 2 and (d/'compare'/'compare.csv').exists()
+
+def test_B7_in_python_the_finished_summaries_are_kept(loop):
+    from asibkd.run.tasks import LoopError, run_loop
+    d, _ = loop
+    with pytest.raises(LoopError) as e: run_loop('at ce', '1', **FAST, results_dir=str(d))
+    assert [s['method'] for s in e.value.summaries] == ['ce'] and [*e.value.failed] == ['method=at seed=1']
+
+def test_B7_an_error_of_any_kind(monkeypatch, tmp_path, capsys):
+    "A fault in the code of a user's method: its traceback is logged, the next run starts"
+    from asibkd.run import tasks
+    def fails(**p):
+        if p['seed'] == '1': raise ZeroDivisionError('mine')
+        return dict(run='r', seed=p['seed'])
+    monkeypatch.setattr(tasks, 'run_experiment', fails)
+    with pytest.raises(tasks.LoopError, match='1 of 3 runs failed') as e: tasks.run_loop('ce', '0 1 2', **FAST)
+    assert [s['seed'] for s in e.value.summaries] == ['0', '2'] and e.value.failed == {'method=ce seed=1': 'ZeroDivisionError: mine'}
+    def stopped(**p): raise KeyboardInterrupt
+    monkeypatch.setattr(tasks, 'run_experiment', stopped)
+    with pytest.raises(KeyboardInterrupt): tasks.run_loop('ce', '0 1 2', **FAST)
+
+def test_A8_a_folder_that_is_not_there_is_an_error(loop, tmp_path, monkeypatch):
+    d, _ = loop
+    monkeypatch.chdir(tmp_path)
+    for argv in (['compare', d, 'doesnotexist'], ['compare', 'doesnotexist', d], ['report', d, 'doesnotexist', '--out', tmp_path/'r.html'], ['compare']):
+        code, text = command(*argv)
+        assert code == 2 and ("'doesnotexist'" in text or len(argv) == 1), text
+    assert command('show', 'doesnotexist')[0] == command('export', 'doesnotexist')[0] == 2
+
+def finished(folder, name, method, dataset, seed, acc, **summary):
+    "A run folder as a finished run leaves it, as far as a comparison reads it"
+    d = folder/name
+    d.mkdir(parents=True)
+    row = dict(key=method, role='student', val_acc=acc, test_acc_val_selected=acc, test_acc_last=acc, train_acc=acc, params=9, model='mlp', macs=1)
+    (d/'summary.json').write_text(json.dumps(dict(kind='distil', method=method, dataset=dataset, seed=seed, rows=[row]) | summary))
+    (d/'config.json').write_text(json.dumps(dict(method=method, dataset=dataset, seed=seed) | ({'data_root': summary['root']} if 'root' in summary else {})))
+
+def test_A8_no_difference_across_datasets(tmp_path):
+    from asibkd import collect, compare_runs, win_table
+    for seed in (1, 2, 3):
+        finished(tmp_path, f'a{seed}', 'ce', 'digits', seed, .90 + seed/90)
+        finished(tmp_path, f'b{seed}', 'dkd', 'cifar10', seed, .50 + seed/100)
+        finished(tmp_path, f'c{seed}', 'avgz', 'digits', seed, .80 + seed/100)
+    runs = collect(tmp_path)
+    t = compare_runs(runs, 'avgz').set_index('method')
+    assert [*t.index] == ['dkd on cifar10', 'ce on digits', 'avgz on digits']
+    assert t['vs avgz'].tolist() == ['', '+10.22 ± 0.28', ''] and t.verdict.tolist() == ['other data', 'better', '']
+    assert win_table(runs).set_index('method').loc['dkd on cifar10'].tolist() == ['']*3
+    code, text = command('compare', tmp_path)
+    assert code == 0 and 'a difference is taken within one dataset only' in text
+
+def test_A8_photographs_of_two_folders_are_two_datasets(tmp_path):
+    from asibkd import RunError, ablation_table, collect
+    for seed in (1, 2):
+        for root, n in (('cats', 3), ('birds', 5)):
+            finished(tmp_path, f'{root}{seed}', 'ce', 'imagefolder', seed, .5, n_class=n, images=dict(test=40), root=f'x/{root}')
+    assert set(collect(tmp_path).label) == {'ce on imagefolder cats (3 classes, 40 test images)', 'ce on imagefolder birds (5 classes, 40 test images)'}
+    finished(tmp_path, 'd1', 'ce', 'digits', 1, .5)
+    with pytest.raises(RunError, match='within one dataset only'): ablation_table(str(tmp_path))

@@ -101,3 +101,54 @@ def test_B10_allowed_and_doors(tmp_path):
     assert run_experiment(**kw)['run'] == s['run']                                  # the flag makes no other run
     with pytest.raises(ConfigError, match='needs student_ckpt'): run_evaluate(**NOISE | dict(eval_mode='synergy', mbm_ckpt='bridge.safetensors'))
     with pytest.raises(ConfigError, match='nothing to fine-tune'): run_finetune(**NOISE | dict(results_dir=str(tmp_path)))
+
+# Without validation images the last epoch is the result
+
+def rows_of(s): return [json.loads(o) for o in (Path(s['run'])/'metrics.jsonl').read_text().splitlines()]
+def weights(s, name='student'): return (Path(s['run'])/f'{name}.safetensors').read_bytes()
+
+def test_E1_the_last_epoch_is_the_result(tmp_path):
+    "90 images in batches of 16: six updates an epoch, the last of ten images; the rate of each epoch is its own"
+    seen = []
+    class Watch(loops.Callback):
+        def after_step(self, loop): seen.append((len(loop.batch), loop.opt.param_groups[0]['lr']))
+    s = run_experiment(**DIGITS, report_oracle=1, callbacks=[Watch()], results_dir=str(tmp_path))
+    assert seen == [(n, .05*.1**e) for e in range(3) for n in [16]*5 + [10]]
+    assert [r['lr'] for r in rows_of(s)] == [.05*.1**e for e in range(3)] and not any('val_acc' in r for r in rows_of(s))
+    assert s['images']['val'] == 0 and s['notes']['val'] == 'none' and s['val_acc'] is None
+    assert s['test_acc_val_selected'] == s['test_acc_last'] and weights(s) == weights(s, 'student_last')
+    assert s['test_acc_oracle'] == max(r['oracle'] for r in rows_of(s))
+
+def test_E1_resumes_before_the_smaller_batch(tmp_path):
+    "Stopped within an epoch, a step before its last batch: the same bits"
+    class Stop(Exception): pass
+    class Cut(loops.Callback):
+        order = 99
+        def after_step(self, loop):
+            if loop.epoch == 1 and loop.step == 4: raise Stop
+    kw = DIGITS | dict(checkpoint_steps=5)
+    whole = run_experiment(**kw, results_dir=str(tmp_path/'whole'))
+    with pytest.raises(Stop): run_experiment(**kw, callbacks=[Cut()], results_dir=str(tmp_path/'cut'))
+    assert weights(run_experiment(**kw, results_dir=str(tmp_path/'cut'))) == weights(whole)
+
+def test_E1_the_teacher_cache_knows_the_smaller_batch(tmp_path):
+    "With a table and without: the same student; every image is looked up once an epoch"
+    kw = DIGITS | dict(method='vanilla_kd', teacher1_type='resnet8', finetune_epochs=1, epochs=2, milestones=[1])
+    on, off = (run_experiment(**kw, teacher_cache=c, results_dir=str(tmp_path/c)) for c in ('memory', 'off'))
+    assert all(abs(a['train_loss'] - b['train_loss']) < 1e-4 for a, b in zip(rows_of(on), rows_of(off)))
+    assert on['time']['teacher_images']['requested'] >= 2*90
+
+def test_E1_what_needs_validation_is_off_or_refused(tmp_path, capsys):
+    kw = DIGITS | dict(results_dir=str(tmp_path), teachers=['mlp', 'mlp'], student_type='mlp', finetune_epochs=1, epochs=0, student_epochs_per_stage=1, teacher_adapt_epochs=1, log_level='INFO')
+    with pytest.raises(ConfigError, match='patience=2 waits for a better validation score'): run_experiment(**kw, patience=2)
+    with pytest.raises(ConfigError, match='val_frac=0 with cl_mode=1'): run_experiment(**NOISE | dict(val_frac=0, cl_mode=1, report=0, student_type='mlp', teacher1_type='mlp', finetune_epochs=1, results_dir=str(tmp_path)))
+    s, out = run_experiment(**kw | dict(method='asmb', compare=1, synergy_gate=1)), capsys.readouterr().out
+    for said in ('no validation images (val_frac=0): the last epoch is the result', 'synergy_gate is off', 'teacher1 is the single teacher'): assert said in out, said
+    g, = s['gates']
+    assert g['gate'] and not g['checked'] and g['synergy_nll'] is None
+    from asibkd.analysis.notes import run_text
+    assert 'NO VALIDATION IMAGES (val_frac=0)' in run_text(s) and 'val %' not in run_text(s)
+
+def test_E1_drop_last_of_one_image_is_refused(tmp_path):
+    with pytest.raises(DataError, match='leave a last batch of one image'): run_experiment(**DIGITS | dict(batch_size=89), results_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match='replayed images follow whole batches'): run_experiment(**NOISE | dict(cl_mode=1, drop_last=0, student_type='mlp', teacher1_type='mlp', finetune_epochs=1, results_dir=str(tmp_path)))

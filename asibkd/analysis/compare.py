@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BOOKKEEPING', 'METHOD_ONLY', 't_interval', 'paired', 'outcome', 'varied_settings', 'label_runs', 'runs_of_kind',
-           'student_rows', 'collect', 'main_measure', 'default_baseline', 'plus_minus', 'compared_row', 'compare_runs',
-           'compare_notes', 'win_table', 'plot_compare', 'parameters_of', 'varied_parameters', 'ablated_keys',
-           'ablation_table', 'latex_table', 'save_compare']
+           'student_rows', 'data_names', 'rows_of_dataset', 'collect', 'main_measure', 'label_on', 'default_baseline',
+           'plus_minus', 'compared_row', 'compare_runs', 'compare_notes', 'win_table', 'plot_compare', 'parameters_of',
+           'varied_parameters', 'ablated_keys', 'ablation_table', 'latex_table', 'save_compare']
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #e2d73e00
 from pathlib import Path
@@ -120,18 +120,44 @@ def student_rows(
         out.append(names | measures(r, 'cl' if is_cl(s) else 'distil'))
     return out
 
+# %% ../../nbs/09_analysis/03_compare.ipynb #32b8fad1
+def data_names(
+    runs:list, # From `finished_runs`
+)->list: # A name for each run
+    "The data each run was tested on; counts tell apart what has the same name"
+    def identity(s, c):
+        root = Path(c.get('data_root') or '').name if s.get('dataset') == 'imagefolder' else ''
+        return s.get('dataset', ''), root, s.get('n_class'), (s.get('images') or {}).get('test')
+    keys = [identity(s, c) for _, s, c in runs]
+    shared = [len({o for o in keys if o[0] == k[0]}) > 1 for k in keys]
+    long = [f"{name} {root}".strip() + f" ({n_class} classes, {n_test} test images)" for name, root, n_class, n_test in keys]
+    return [full if more else k[0] for k, full, more in zip(keys, long, shared)]
+
+# %% ../../nbs/09_analysis/03_compare.ipynb #53befbaf
+def rows_of_dataset(
+    runs:list, # From `finished_runs`, all on the same data
+    name:str,  # Of the data
+)->'pd.DataFrame': # As `collect` returns it
+    "A row for every student; main students take precedence over baselines of the same label"
+    import pandas as pd
+    varied = varied_settings(runs)
+    t = label_runs(pd.DataFrame([r for run in runs for r in student_rows(run, varied[run[1]['method']])]))
+    t = t.sort_values('main', ascending=False, kind='stable').drop_duplicates(['label', 'seed'])
+    return t.drop(columns='main').sort_index().assign(dataset=name)
+
 # %% ../../nbs/09_analysis/03_compare.ipynb #f0e9d126
 def collect(
     *paths,  # Run folders, or folders of run folders
     cl=None, # True: continual runs, False: one-shot runs; None = whichever kind is there
-)->'pd.DataFrame': # label, settings, seed, params, run, and measures in per cent
-    "A row for every student of every finished run; main students take precedence over baselines of the same label"
+)->'pd.DataFrame': # label, settings, seed, params, run, measures in per cent, dataset
+    "A row for every student of every finished run; with several datasets, labels end in 'on <dataset>'"
     import pandas as pd
     runs = runs_of_kind(finished_runs(*paths), cl)
-    varied = varied_settings(runs)
-    t = label_runs(pd.DataFrame([r for run in runs for r in student_rows(run, varied[run[1]['method']])]))
-    t = t.sort_values('main', ascending=False, kind='stable').drop_duplicates(['label', 'seed'])
-    return t.drop(columns='main').sort_index().reset_index(drop=True)
+    by_data = {}
+    for run, name in zip(runs, data_names(runs)):
+        by_data.setdefault(name, []).append(run)
+    t = pd.concat([rows_of_dataset(v, k) for k, v in by_data.items()], ignore_index=True)
+    return t if len(by_data) == 1 else t.assign(label=t.label + ' on ' + t.dataset)
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #3d2e4994
 def main_measure(
@@ -140,12 +166,22 @@ def main_measure(
     "The measure that decides: ACC of continual runs, else test accuracy of the validation-selected weights"
     return 'ACC' if 'ACC' in t else 'test_acc_val_selected'
 
+# %% ../../nbs/09_analysis/03_compare.ipynb #3f03e385
+def label_on(
+    t:'pd.DataFrame', # From `collect`
+    label:str,
+)->str:
+    "A label without its dataset: 'ce on digits' is 'ce'"
+    ends = {f' on {o}' for o in t.get('dataset', ())}
+    return next((label.removesuffix(e) for e in ends if label.endswith(e)), label)
+
 # %% ../../nbs/09_analysis/03_compare.ipynb #b112c325
 def default_baseline(
     t:'pd.DataFrame', # From `collect`
 )->str:
     "The baseline unless one is named: avgz or derpp if present, else the first label"
-    return next((k for k in ('avgz', 'derpp') if k in set(t.label)), t.label[0])
+    names = [label_on(t, k) for k in t.label]
+    return next((k for k in ('avgz', 'derpp') if k in names), names[0])
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #b7d1ffee
 def plus_minus(
@@ -162,17 +198,17 @@ def plus_minus(
 def compared_row(
     label:str,
     g:'pd.DataFrame',    # Its rows, indexed by seed
-    base:'pd.DataFrame', # Those of the baseline
+    base:'pd.DataFrame', # Those of the baseline on the same data; empty: there is none
     baseline:str,        # Its label
     by:str,              # The measure that decides
 )->dict:
     "A row of `compare_runs`, and `mean`, which it is sorted by"
-    cl, is_base = 'ACC' in g, label == baseline
+    cl, is_base = 'ACC' in g, base.label.eq(label).any()
     against = {f'{k} vs {baseline}': k for k in ('ACC', 'AIA', 'BWT')} if cl else {f'vs {baseline}': by}
     heads = MEASURES['cl' if cl else 'distil']
     means = {head: plus_minus(*t_interval(g[k])) for k, head in heads.items()}
     gaps = {head: '' if is_base else plus_minus(*paired(g[k], base[k])[:2], '+') for head, k in against.items()}
-    verdict = '' if is_base else outcome(*paired(g[by], base[by]))
+    verdict = '' if is_base else outcome(*paired(g[by], base[by])) if len(base) else 'other data'
     return dict(method=label, seeds=len(g)) | means | gaps | dict(verdict=verdict, mean=g[by].mean())
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #38a2d1a7
@@ -181,14 +217,19 @@ def compare_runs(
     baseline='avgz', # Label of the baseline
     by='',           # The measure that decides; '' = `main_measure`
 )->'pd.DataFrame': # One row per label, best first
-    "Mean ± t-interval over seeds, and paired differences to the baseline"
+    "Mean ± t-interval over seeds, and paired differences to the baseline on the same data"
     import pandas as pd
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
-    if baseline not in set(t.label):
-        raise unknown_name('baseline', baseline, t.label.unique())
-    by, base = by or main_measure(t), t[t.label == baseline].set_index('seed')
-    rows = [compared_row(k, g.set_index('seed'), base, baseline, by) for k, g in t.groupby('label', sort=False)]
-    return pd.DataFrame(rows).sort_values('mean', ascending=False).drop(columns='mean').reset_index(drop=True)
+    t = t if 'dataset' in t else t.assign(dataset='')
+    base = t[[baseline in (k, label_on(t, k)) for k in t.label]].set_index('seed')
+    if base.empty:
+        raise unknown_name('baseline', baseline, {*t.label, *(label_on(t, k) for k in t.label)})
+    by, rows = by or main_measure(t), []
+    for (data, label), g in t.groupby(['dataset', 'label'], sort=False):
+        row = compared_row(label, g.set_index('seed'), base[base.dataset == data], baseline, by)
+        rows.append(row | dict(data=data))
+    out = pd.DataFrame(rows).sort_values(['data', 'mean'], ascending=[True, False])
+    return out.drop(columns=['mean', 'data']).reset_index(drop=True)
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #c0d5696f
 def compare_notes(
@@ -202,6 +243,8 @@ def compare_notes(
     if 'ACC' in runs and not {'naive', 'joint'} & set(runs.label.str.split().str[0]):
         out.append('Neither naive nor joint was run: there is no lower and no upper bound '
                    'beside these methods.')
+    if 'dataset' in runs and runs.dataset.nunique() > 1:
+        out.append('These runs are of different data: a difference is taken within one dataset only.')
     return out
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #bbba32da
@@ -214,8 +257,9 @@ def win_table(
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
     acc = t.pivot(index='seed', columns='label', values=by or main_measure(t))
     order = acc.mean().sort_values(ascending=False).index
+    data = t.drop_duplicates('label').set_index('label').get('dataset', dict.fromkeys(order))
     def wins(a, b):
-        common = (acc[a].notna() & acc[b].notna()).sum()
+        common = (acc[a].notna() & acc[b].notna()).sum() if data[a] == data[b] else 0
         return '' if a == b or not common else f"{(acc[a] > acc[b]).sum()}/{common}"
     return pd.DataFrame([{'method': a} | {b: wins(a, b) for b in order} for a in order])
 
@@ -265,6 +309,9 @@ def ablated_keys(
 )->list:
     "The named parameters, checked against those in which the runs differ"
     there, vary = parameters_of(t), varied_parameters(t)
+    if 'dataset' in vary:
+        raise RunError(f"These runs are of different data ({', '.join(sorted({*t.dataset}))}), and a difference is taken "
+                       "within one dataset only. Give the runs of one.")
     keys = [keys] if isinstance(keys, str) else list(keys) or vary
     for k in keys:
         if k not in there:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARNINGS', 'TERMINAL_WARNINGS', 'main_row', 'run_sentence', 'warn_behind', 'warn_leak', 'is_noise', 'warn_untrained',
-           'warn_gate', 'gate_lines', 'warn_oracle', 'warn_no_baseline', 'warn_seed', 'warnings_of', 'verdict_lines',
-           'cl_text', 'run_text']
+           'warn_gate', 'gate_lines', 'warn_oracle', 'warn_no_validation', 'warn_no_baseline', 'warn_seed',
+           'warnings_of', 'verdict_lines', 'cl_text', 'run_text']
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #93ddb942
 from pathlib import Path
@@ -120,6 +120,9 @@ def gate_lines(
     "What the gate of each stage measured and decided"
     out = []
     for g in s.get('gates', ()):
+        if g['synergy_nll'] is None:
+            out.append(f"stage {g['stage']}: synergy gate off (no validation images)")
+            continue
         state = 'off (synergy_gate=0)' if not g.get('checked', True) else 'open' if g['gate'] else 'closed'
         out.append(f"stage {g['stage']}: synergy gate {state} "
                    f"(validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})")
@@ -137,6 +140,15 @@ def warn_oracle(
     return (f"ORACLE GAP: choosing the epoch on the test set would have shown {100*oracle:.2f} % for {s['method']} "
             f"instead of {100*chosen:.2f} % ({100*(oracle - chosen):+.2f} points). "
             "The column 'test % (oracle)' is no result.")
+
+# %% ../../nbs/09_analysis/02_notes.ipynb #103ca6ce
+def warn_no_validation(
+    s:dict, # summary.json
+)->str: # A sentence, or ''
+    "The last epoch is the result"
+    if s.get('notes', {}).get('val') != 'none':
+        return ''
+    return "NO VALIDATION IMAGES (val_frac=0): every result is that of the last epoch; nothing was selected."
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #a8a0afb7
 def warn_no_baseline(
@@ -156,8 +168,9 @@ def warn_seed(
             "`asibkd loop` runs several and gives intervals.")
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #fbaf318e
-WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_baseline, warn_seed)
-TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle)   # not covered by the verdict and `explain_cl`
+WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_no_baseline,
+            warn_seed)
+TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation)   # not covered by the verdict and `explain_cl`
 
 def warnings_of(
     s:dict,          # summary.json

@@ -40,7 +40,8 @@ def load_metrics(
     f = Path(run)/'metrics.jsonl'
     if not f.exists():
         return pd.DataFrame()
-    return pd.DataFrame([json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o])
+    t = pd.DataFrame([json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o])
+    return t if 'val_acc' in t else t.assign(val_acc=float('nan'))          # a run without validation images
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
 def joined(

@@ -195,6 +195,7 @@ def _imagefolder(cfg):
     train = _photo_set(scans['train'])
     require_two_classes(train.classes, scans['train'].folder)
     held = {o: _photo_set(scans[o], train.classes) for o in ('val', 'test') if o in scans}
+    if len(held) == 2: log.info(f"'{root}': {scans['val'].folder.name}/ is the validation set, test/ the test set.")
     if len(held) == 1:
         log.info(f"'{root}' holds {scans[[*held][0]].folder.name}/ beside train/: it is the test set; "
                  f"validation is val_frac={cfg.val_frac:g} of train/.")
@@ -270,6 +271,14 @@ def _hold_out_val(ds, cfg, n_class):
                         "validation: give at least two of a class, or a validation set of your own.")
     return dict(train=ds.subset(rest), val=ds.subset(held))
 
+# %% ../../nbs/01_data/03_datasets.ipynb #2eff4c93
+def _warn_of_nothing_to_see(mean, std):
+    "A warning where the training images are of one colour, or nearly black"
+    found = 'of one colour' if max(std)*255 < 1.01 else 'nearly black' if max(mean) + max(std) < 1/16 else ''
+    if found:
+        log.warning(f"The training images are {found}: mean {[round(m*255, 1) for m in mean]} of 255, "
+                    f"deviation {[round(s*255, 1) for s in std]}. Are their values scaled as they should be?")
+
 # %% ../../nbs/01_data/03_datasets.ipynb #fa284af4
 def create_data(
     cfg,             # dataset, data_root, image_size, val_frac, train_per_class, skip_corrupt, seed
@@ -288,9 +297,7 @@ def create_data(
     notes = dict(skipped=len(errors), skipped_files=errors[:20],
                  val='given' if 'val' in sets else f'{cfg.val_frac:g} of train' if cfg.val_frac else 'none')
     mean, std = channel_stats(sets['train'])
-    if max(std)*255 < 1.01:
-        log.warning(f"All training images are of one colour, {[round(m*255) for m in mean]}: nothing can be learnt. "
-                    "Are they read as they should be?")
+    _warn_of_nothing_to_see(mean, std)
     if 'val' not in sets: sets |= _hold_out_val(sets['train'], cfg, len(classes))
     for ds in sets.values(): ds.classes = classes
     return Data(name, **sets, classes=classes, mean=mean, std=std, shape=shape, flip=flip, notes=notes)

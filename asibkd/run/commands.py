@@ -185,10 +185,8 @@ def cmd_finetune(argv):
     "asibkd finetune"
     file, given = parse('finetune', argv)
     announce(file, given)
-    from asibkd.run.tasks import run_finetune
-    s = run_finetune(file, **given)
-    print(f"{s['checkpoint']} exists: skipped" if s['skipped'] else
-          f"{s['type']}: validation {100*s['val_acc']:.2f} %, test {100*s['test_acc']:.2f} % → {s['checkpoint']}")
+    from asibkd.run.tasks import reached_text, run_finetune
+    print(reached_text(run_finetune(file, **given)))
 
 # %% ../../nbs/11_run/08_commands.ipynb #1ff70d5b
 def cmd_evaluate(argv):
@@ -228,11 +226,23 @@ def cmd_loop(argv):
     "asibkd loop"
     file, given = parse('loop', argv)
     from asibkd.analysis.compare import collect
-    from asibkd.run.tasks import run_loop
+    from asibkd.run.tasks import LoopError, run_loop
     loop = {k: given.pop(k) for k in LOOP if k in given}
-    baseline = loop.pop('baseline', '')
-    folders = [s['run'] for s in run_loop(_file=file, **loop, **given)]
-    print_comparison(collect(*folders), baseline, Path(folders[0]).parent/'compare')
+    baseline, failed = loop.pop('baseline', ''), None
+    try:
+        done = run_loop(_file=file, **loop, **given)
+    except LoopError as e:
+        done, failed = e.summaries, e
+    folders = [s['run'] for s in done]
+    try:
+        if folders:
+            print_comparison(collect(*folders), baseline, Path(folders[0]).parent/'compare')
+    except AsibError as e:              # the baseline may be what failed
+        if not failed:
+            raise
+        print(e)
+    if failed:
+        raise failed
 
 # %% ../../nbs/11_run/08_commands.ipynb #dc697e1b
 def runs_options(

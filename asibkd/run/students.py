@@ -14,12 +14,11 @@ from fastcore.basics import patch
 
 from ..core.config import Config, log
 from ..core.runtime import RunContext, forked_rng
-from ..data.batches import make_loader
 from ..distil.methods import Method, check_method, create_method
 from ..distil.metrics import accuracy, collect_logits
 from ..models.cache import get_teacher_fn
 from ..trainers.loop import FitResult, snapshot
-from ..trainers.phases import adapt, distil, to_device
+from ..trainers.phases import adapt, distil, to_device, val_loader
 
 # %% ../../nbs/11_run/00_students.ipynb #5c018d4a
 @dataclass
@@ -28,7 +27,7 @@ class TrainResult:
     key:str                                   # Row of the result table
     last:dict = field(default_factory=dict)   # State dict of the last epoch
     best:dict = field(default_factory=dict)   # State dict of the selected epoch
-    val_acc:float = -1.                       # Validation accuracy of the selected epoch
+    val_acc:float|None = -1.                  # Validation accuracy of the selected epoch; None without validation
     oracle:float|None = None                  # Best test accuracy of any epoch (`report_oracle=1`)
     seconds:float = 0.                        # Time in `fit`
     logits:tuple = ()                         # Target of the student's logits, stage by stage
@@ -44,8 +43,9 @@ def add(self:TrainResult,
     self.seconds += fitted.seconds
     if fitted.oracle is not None:
         self.oracle = max(fitted.oracle, self.oracle or 0.)
-    if fitted.best['val_acc'] > self.val_acc:
-        self.best, self.val_acc = fitted.state['student'], fitted.best['val_acc']
+    val_acc = fitted.best.get('val_acc')
+    if val_acc is None or val_acc > self.val_acc:
+        self.best, self.val_acc = fitted.state['student'], val_acc
     return self
 
 # %% ../../nbs/11_run/00_students.ipynb #b938f1fa
@@ -84,8 +84,11 @@ def best_teacher(teachers, specs,
     ctx:RunContext,
 )->int: # Its position
     "The teacher of a single-teacher method"
-    cfg = ctx.cfg
-    val = make_loader(cfg, ctx.data, 'val', 'val', device=ctx.acc.device)
+    cfg, val = ctx.cfg, val_loader(ctx)
+    if val is None:
+        if not cfg.teacher_type:
+            log.info(f"no validation images: {specs[0].name} is the single teacher (teacher_type names another)")
+        return 0
     to_device(ctx, *teachers)
     models = {s.name: t for s, t in zip(specs, teachers)}
     fns = {n: get_teacher_fn(t, val, cfg) for n, t in models.items()}

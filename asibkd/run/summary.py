@@ -81,7 +81,7 @@ def evaluate_all(
     models = dict(zip(names, original_teachers)) | adapted | student_copies(student, results)
     to_device(ctx, *models.values())
     z, y = {}, {}
-    for split in ('val', 'test', 'train'):
+    for split in ('val', 'test', 'train') if len(ctx.data.val) else ('test', 'train'):
         loader = split_loader(split, ctx)
         chosen = {k: m for k, m in models.items() if split != 'train' or not k.endswith('~last')}
         fns = {n: get_teacher_fn(t, loader, cfg, maps=method.needs_maps) for n, t in zip(names, original_teachers)}
@@ -162,8 +162,8 @@ def score_row(
 )->dict:
     "The row with its accuracies; for a student those of the selected and of the last epoch"
     k, r = row['key'], results.get(row['key'])
-    out = row | dict(val_acc=r.val_acc if r else acc['val'][k], test_acc_val_selected=acc['test'][k],
-                     train_acc=acc['train'].get(k))
+    val_acc = r.val_acc if r else acc.get('val', {}).get(k)          # None without validation images
+    out = row | dict(val_acc=val_acc, test_acc_val_selected=acc['test'][k], train_acc=acc['train'].get(k))
     if r:
         out['test_acc_last'] = acc['test'][f'{k}~last']
     if r and r.oracle is not None:

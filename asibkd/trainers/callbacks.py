@@ -167,8 +167,10 @@ class MethodCB(Callback):
 
 # %% ../../nbs/06_trainers/01_callbacks.ipynb #a8248f9e
 def is_better(a:dict, b:dict, phase:Phase)->bool:
-    "Is epoch `a` strictly better than `b`? (In a tie the earlier is kept)"
-    return not b or (a[phase.select] > b[phase.select] if phase.best == 'max' else a[phase.select] < b[phase.select])
+    "Is epoch `a` strictly better than `b`? (In a tie the earlier is kept; without validation images the last)"
+    if not b or phase.select not in a:
+        return True
+    return a[phase.select] > b[phase.select] if phase.best == 'max' else a[phase.select] < b[phase.select]
 
 # %% ../../nbs/06_trainers/01_callbacks.ipynb #62d7c57b
 class SelectCB(Callback):

@@ -61,7 +61,7 @@ class Phase:
     groups:list             # Optimiser groups
     loader:object           # `len` and `epoch(e, start)`
     epochs:int
-    validate:Callable       # () → dict of floats; must contain `select`
+    validate:Callable       # () → dict of floats with `select`; without it the last epoch is the selected one
     keep:dict               # {name: module} that a checkpoint must hold: whatever changes in this phase
     select:str = 'val_acc'  # Which number chooses the epoch …
     best:str = 'max'        # … and in which direction
