@@ -16,7 +16,7 @@ from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layer
                                 list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve,
                                 unknown_name)
 from ..core.params import field_bounds, field_kinds
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
 from .usage import ABOUT
 
@@ -274,8 +274,8 @@ def newest(
     results='results', # A folder of run folders
 )->str:
     "The run folder finished last"
-    from asibkd.analysis.tables import load_summary
-    done = [f for f in Path(results).glob('*/summary.json') if 'rows' in load_summary(f.parent)]
+    from asibkd.analysis.tables import has_results
+    done = [f for f in Path(results).glob('*/summary.json') if has_results(f.parent)]
     if not done:
         raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
     return str(max(sorted(done), key=lambda f: f.stat().st_mtime).parent)
@@ -287,6 +287,8 @@ def cmd_show(argv):
     p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/')
     run = p.parse_args(argv).run or newest()
     from asibkd.analysis.tables import load_summary
+    for damage in check_folder(run, most=1_000_000, deep=False):
+        warn_once(damage)
     print_run(load_summary(run) | dict(run=run))
 
 # %% ../../nbs/11_run/08_commands.ipynb #d652ece8
