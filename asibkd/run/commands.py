@@ -18,6 +18,7 @@ from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layer
 from ..core.params import field_bounds, field_kinds
 from ..core.files import atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
+from ..core.text import printable
 from .usage import ABOUT
 
 # %% ../../nbs/11_run/08_commands.ipynb #d051eb89
@@ -386,5 +387,5 @@ def run_command(
             raise unknown_name('command', name, COMMANDS)
         return COMMANDS[name](argv) or 0
     except AsibError as e:
-        print(f'asibkd: {e}', file=sys.stderr)
+        print(f'asibkd: {printable(e)}', file=sys.stderr)
         return 2
