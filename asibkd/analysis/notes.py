@@ -14,6 +14,7 @@ from .cl import explain_cl, leak_note, r_rows
 from .tables import (
     baselines_ahead, is_cl, joined, keeps_text, result_rows, show_table, supervision_text)
 from ..core.config import near_chance
+from ..core.text import printable
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #1f2b995a
 def main_row(
@@ -214,4 +215,4 @@ def run_text(
     if 'run' in s:
         page = Path(s['run'])/'report.html'
         out.append(f"\nEverything is in {s['run']}" + (f'; to read: {page}' if page.exists() else ''))
-    return '\n'.join(out)
+    return printable('\n'.join(out))
