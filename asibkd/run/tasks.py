@@ -34,6 +34,7 @@ from ..models.teachers import create_teacher
 from .experiment import method_class, run_experiment, save_effective_config, split_given
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_config,
                                    spec_of_student, teacher_specs, train_teacher)
+from ..trainers.callbacks import PhaseCheckpoint
 from ..trainers.tracking import final_numbers, tracking
 from ..trainers.phases import to_device
 
@@ -92,7 +93,8 @@ def run_finetune(
     arch, path = finetune_target(cfg)
     setup_log(cfg)
     run = Run(cfg, extra, arch, 'finetune')
-    if path.exists() and (run.finished or not (run/'config.json').exists()) and not run.unclosed:
+    trained = PhaseCheckpoint(run, 'finetune-teacher1').finished      # true of a run that was killed before its summary
+    if path.exists() and not (trained or run.unclosed):
         log.info(f"{path} exists: fine-tuning {arch} is skipped")
         return dict(type=arch, checkpoint=str(path), skipped=True)
     if not cfg.finetune_epochs:
