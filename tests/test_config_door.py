@@ -180,14 +180,17 @@ def test_A8_a_folder_that_is_not_there_is_an_error(loop, tmp_path, monkeypatch):
 
 def finished(folder, name, method, dataset, seed, acc, **summary):
     "A run folder as a finished run leaves it, as far as a comparison reads it"
+    from asibkd import resolve
     d = folder/name
     d.mkdir(parents=True)
     row = dict(key=method, role='student', val_acc=acc, test_acc_val_selected=acc, test_acc_last=acc, train_acc=acc, params=9, model='mlp', macs=1)
     (d/'summary.json').write_text(json.dumps(dict(kind='distil', method=method, dataset=dataset, seed=seed, rows=[row]) | summary))
-    (d/'config.json').write_text(json.dumps(dict(method=method, dataset=dataset, seed=seed) | ({'data_root': summary['root']} if 'root' in summary else {})))
+    config = dict(method=method, dataset=dataset, seed=seed, data_root=summary.get('root', ''))
+    (d/'config.json').write_text(json.dumps(resolve(preset='none')[0].model_dump() | config))
 
 def test_A8_no_difference_across_datasets(tmp_path):
     from asibkd import collect, compare_runs, win_table
+    from asibkd.analysis.compare import compare_notes
     for seed in (1, 2, 3):
         finished(tmp_path, f'a{seed}', 'ce', 'digits', seed, .90 + seed/90)
         finished(tmp_path, f'b{seed}', 'dkd', 'cifar10', seed, .50 + seed/100)
@@ -197,8 +200,7 @@ def test_A8_no_difference_across_datasets(tmp_path):
     assert [*t.index] == ['dkd on cifar10', 'ce on digits', 'avgz on digits']
     assert t['vs avgz'].tolist() == ['', '+10.22 ± 0.28', ''] and t.verdict.tolist() == ['other data', 'better', '']
     assert win_table(runs).set_index('method').loc['dkd on cifar10'].tolist() == ['']*3
-    code, text = command('compare', tmp_path)
-    assert code == 0 and 'a difference is taken within one dataset only' in text
+    assert any('a difference is taken within one dataset only' in o for o in compare_notes(runs))
 
 def test_A8_photographs_of_two_folders_are_two_datasets(tmp_path):
     from asibkd import RunError, ablation_table, collect
@@ -208,3 +210,54 @@ def test_A8_photographs_of_two_folders_are_two_datasets(tmp_path):
     assert set(collect(tmp_path).label) == {'ce on imagefolder cats (3 classes, 40 test images)', 'ce on imagefolder birds (5 classes, 40 test images)'}
     finished(tmp_path, 'd1', 'ce', 'digits', 1, .5)
     with pytest.raises(RunError, match='within one dataset only'): ablation_table(str(tmp_path))
+
+# The doctor
+
+def flip(f, at=.5):
+    raw = bytearray(f.read_bytes())
+    raw[int(len(raw)*at)] ^= 1
+    f.write_bytes(raw)
+
+@pytest.fixture
+def whole(loop, tmp_path):
+    "A finished run of one's own"
+    import shutil
+    run = next(f.parent for f in sorted(loop[0].glob('ce-*/summary.json')))
+    return Path(shutil.copytree(run, tmp_path/'runs'/'a'))
+
+def test_doctor_a_whole_run(whole):
+    code, text = command('doctor', whole)
+    assert code == 0 and 'It is finished and closed' in text and 'Nothing is wrong.' in text
+    assert command('doctor', whole.parent)[0] == 0 and command('doctor', whole/'student.safetensors')[0] == 0
+
+@pytest.mark.parametrize('name', ['student.safetensors', 'student_last.safetensors', 'predictions.safetensors', 'summary.json', 'config.json', 'env.json', 'metrics.jsonl', 'student.json', 'freeze_report.csv'])
+def test_doctor_names_one_flipped_bit(whole, name):
+    flip(whole/name)
+    code, text = command('doctor', whole)
+    assert code == 1 and name in text and 'is damaged' in text, text
+
+def test_doctor_names_what_is_missing_and_what_to_do(whole):
+    (whole/'student.json').unlink()
+    code, text = command('doctor', whole)
+    assert code == 1 and "student.json' is missing. Copy it from where the run was made." in text
+    (whole/'summary.json').unlink()
+    code, text = command('doctor', whole)
+    assert 'It is not finished: `asibkd run -f' in text
+
+def test_doctor_looks_at_images(tmp_path):
+    from PIL import Image
+    for i, f in enumerate(f'{s}/{c}/{n}.png' for s in ('train', 'test') for c in ('cat', 'dog') for n in range(3)):
+        (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (9, 9), (20*i, 0, 0)).save(tmp_path/f)
+    code, text = command('doctor', tmp_path)
+    assert code == 0 and '6 photos of 2 classes' in text, text
+    (tmp_path/'test'/'cat'/'0.png').write_bytes((tmp_path/'train'/'cat'/'0.png').read_bytes())
+    code, text = command('doctor', tmp_path)
+    assert code == 0 and 'in train/ and in test/' in text
+    (tmp_path/'train'/'dog'/'1.png').write_bytes(b'no image')
+    assert command('doctor', tmp_path)[0] == 1
+
+def test_doctor_of_nothing(tmp_path):
+    code, text = command('doctor', tmp_path/'nowhere')
+    assert code == 2 and 'neither a folder nor a file' in text
+    assert command('doctor', tmp_path)[0] == 1          # an empty folder holds no train/

@@ -14,6 +14,14 @@ def run(tmp_path):
     from asibkd.explore.opened import untrained_run
     return untrained_run(tmp_path/'results')
 
+EVIL = '<img src=x onerror="document.title=`hacked`">', '$\\frac{$'   # names of classes: text, wherever they are shown
+
+@pytest.fixture
+def evil_run(folder, tmp_path):
+    "A run on photos whose folders have such names"
+    from asibkd.explore.opened import untrained_run
+    return untrained_run(tmp_path/'results', dataset='imagefolder', data_root=str(folder(classes=EVIL, size=16, train=12, test=6)), image_size=16, teacher1_type='resnet8', teacher2_type='resnet8', student_type='resnet8')
+
 @pytest.fixture
 def shots(tmp_path, request):
     "Where screenshots go: outside the repository"
@@ -63,16 +71,17 @@ def until(page, ask, good):
 
 def shares(page): return [float(v) for v in re.findall(r'[01](?:\.\d+)?(?=\s|$)', page.locator('.asibkd-shares tbody').inner_text().replace('head 1', ''))]
 
-def test_voila(run, page, shots, tmp_path):
-    "An image is chosen, a slider is moved, and what is shown is what the functions say"
+def test_voila(evil_run, page, shots, tmp_path):
+    "An image is chosen, a slider is moved, and what is shown is what the functions say; a class's name is text"
     from asibkd.explore.opened import attention_table, all_logits, bridge_outputs, image_outputs, open_run, top_classes
     from asibkd.explore.serve import is_listening
-    o = open_run(run, device='cpu')
+    run, o = evil_run, open_run(evil_run, device='cpu')
     seen = image_outputs(o, 7)
     def expected(toward): s = bridge_outputs(o, seen, toward); return attention_table(o, s['attn'], seen['teachers'])[0], top_classes(all_logits(o, seen, s), o.data.classes)
     near = lambda table: lambda got: len(got) == 2 and all(abs(a - b) < 6e-4 for a, b in zip(got, table.iloc[0]))
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-    with serving(['asibkd.run.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:\d+/', env=env, cwd=tmp_path) as (p, address):
+    with serving(['asibkd.run.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:\d+/\?token=\w+', env=env, cwd=tmp_path) as (p, address):
+        assert page.goto(address.partition('?')[0]).url.partition('?')[0].endswith('/login')               # without the token
         page.goto(address)
         page.locator('.asibkd-shares tbody').wait_for()
         before = {n: until(page, lambda: drawn(page, n), bool) for n in ('image', 'attention')}
@@ -99,11 +108,14 @@ def test_voila(run, page, shots, tmp_path):
         until(page, lambda: drawn(page, 'target'), lambda h: h != target); assert drawn(page, 'attention') == now
         # nonsense is answered in a line
         number.fill('seven'); number.press('Enter')
-        page.get_by_text('type a number from 0 to 499').wait_for()
+        page.get_by_text('type a number from 0 to 11').wait_for()
+        # the name of a class came as text: in the table, and in the list of classes
+        assert EVIL[0] in text() and EVIL[0] in page.locator('select', has_text='any').last.inner_text().replace('\xa0', ' ')
+        assert page.title() != 'hacked' and not page.locator('img[src=x]').count()
         shots(page, 'moved')
         assert not page.errors, page.errors
         p.send_signal(signal.SIGINT); assert p.wait(40) == 0 and 'stopped' in p.stdout.read()          # Ctrl-C ends it cleanly
-    assert not is_listening(int(address.rstrip('/').rsplit(':', 1)[1]))
+    assert not is_listening(int(re.search(r':(\d+)/', address)[1]))
 
 def test_jupyterlab(run, page, shots, tmp_path):
     "The same notebook by hand: open it, run all cells, the screen is there"
@@ -153,14 +165,6 @@ def test_a_one_shot_run_has_no_continual_screen(run, monkeypatch):
     text, values, data = executed(run, monkeypatch)
     assert '## One image' in text and '## The bottleneck' in text and 'The tasks' not in text
     assert 'teacher1' in values and 'cl_mode=1' not in ''.join(str(o) for o in data) and len([o for o in data if 'application/vnd.jupyter.widget-view+json' in o]) == 3
-
-def test_sigterm_takes_voila_along(run, tmp_path):
-    "Whoever ends the command from outside leaves no server behind"
-    from asibkd.explore.serve import is_listening
-    with serving(['asibkd.run.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:(\d+)/', env={**os.environ, 'PYTHONPATH': str(root)}, cwd=tmp_path) as (p, address):
-        port = int(address.rstrip('/').rsplit(':', 1)[1]); assert is_listening(port)
-        p.terminate(); assert p.wait(40) == 0
-    assert not is_listening(port)
 
 def test_without_voila(run, monkeypatch):
     from asibkd.explore import serve

@@ -9,6 +9,7 @@ __all__ = ['LEAKS', 'cl_summary', 'task_names', 'r_rows', 'r_table', 'newest_onl
 # %% ../../nbs/09_analysis/01_cl.ipynb #8da5155c
 from .tables import baselines_ahead, is_cl, keeps_text, load_summary, sees_all_data, shorten
 from ..core.config import RunError
+from ..core.text import one_line
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #24a5e010
 def cl_summary(
@@ -25,7 +26,7 @@ def task_names(
     s:dict,   # Summary of a continual run
 )->list:
     "A name for each task: its classes, or the first and the last of many"
-    return [', '.join(c) if len(c) < 4 else f'{c[0]} … {c[-1]}' for c in s['tasks']]
+    return [one_line(', '.join(c) if len(c) < 4 else f'{c[0]} … {c[-1]}') for c in s['tasks']]
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #93048bb0
 def r_rows(
@@ -105,7 +106,7 @@ def memory_lines(
 )->list: # One line per task, named as in `r_table`; [] where nothing was kept
     "What the memory of the run's method held"
     s = cl_summary(summary)
-    classes = [c for t in s['tasks'] for c in t]
+    classes = [one_line(c) for t in s['tasks'] for c in t]
     def line(counts):
         kept = {c: n for c, n in zip(classes, counts) if n}
         if len(kept) <= most:
@@ -152,7 +153,7 @@ def draw_R(
         ax.set_xticks(steps, numbers)
     else:
         ticks = [f'{n}: {name}' for n, name in zip(numbers, names)]
-        ax.set_xticks(steps, ticks, parse_math=False, rotation=30, ha='right', fontsize=8)
+        ax.set_xticks(steps, ticks, rotation=30, ha='right', fontsize=8)
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #618dd3ac
 def plot_R(
@@ -169,7 +170,7 @@ def plot_R(
     size = 3.1*len(methods), 3.8 if names else 3.2
     fig = Picture(figsize=size, layout='compressed')                  # panels stay square, and titles inside
     for ax, m in zip(fig.subplots(1, len(methods), squeeze=False)[0], methods):
-        draw_R(ax, r_table(s, m, which), m, names)
+        draw_R(ax, r_table(s, m, which), shorten(m), names)
     return fig
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #a26ea5e2
@@ -184,8 +185,8 @@ def plot_forgetting(
     left, right = fig.subplots(1, 2, sharey=True)
     for m, o in s['R'].items():
         R = o['class_il']
-        left.plot(steps[:len(R)], [100*sum(r)/len(r) for r in R], ms=4, lw=1.3, label=m)
-        right.plot(steps[:len(R)], [100*r[0] for r in R], ms=4, lw=1.3, label=m)
+        left.plot(steps[:len(R)], [100*sum(r)/len(r) for r in R], ms=4, lw=1.3, label=shorten(m))
+        right.plot(steps[:len(R)], [100*r[0] for r in R], ms=4, lw=1.3)
     for ax, title in ((left, 'all tasks so far'), (right, 'the first task')):
         ax.set(title=title, xlabel='after task', xticks=steps)
         ax.spines[['top', 'right']].set_visible(False)
@@ -209,7 +210,7 @@ def plot_memory(
         held = [counts[n] if counts else 0 for counts in s['composition']]
         task_label = f'task {i + 1}' if k == 0 else None              # many classes: one label per task
         ax.bar(steps, held, bottom=bottom, color=COLOURS[i % 6], hatch=HATCHES[k % 6] if few else '',
-               edgecolor='white', lw=.5, label=shorten(c).replace('$', r'\$') if few else task_label)
+               edgecolor='white', lw=.5, label=shorten(c) if few else task_label)
         bottom = [b + h for b, h in zip(bottom, held)]
     ax.set(xlabel='after task', ylabel='images kept', xticks=steps)
     ax.spines[['top', 'right']].set_visible(False)

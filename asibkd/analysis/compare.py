@@ -12,10 +12,11 @@ __all__ = ['BOOKKEEPING', 'METHOD_ONLY', 't_interval', 'paired', 'outcome', 'var
 from pathlib import Path
 
 from .tables import (
-    COSTS, MEASURES, cell, finished_runs, is_cl, is_student, load_runs, measures, show_table)
+    COSTS, MEASURES, cell, finished_runs, is_cl, is_student, load_runs, measures, shorten, show_table)
 from ..core.config import Config, RunError, fields_read_by, fields_that_affect_results, unknown_name
 from ..core.params import Freezing
 from ..core.files import atomic_path, atomic_write
+from ..core.text import one_line
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #f0d0f5d2
 def t_interval(
@@ -130,7 +131,8 @@ def data_names(
         return s.get('dataset', ''), root, s.get('n_class'), (s.get('images') or {}).get('test')
     keys = [identity(s, c) for _, s, c in runs]
     shared = [len({o for o in keys if o[0] == k[0]}) > 1 for k in keys]
-    long = [f"{name} {root}".strip() + f" ({n_class} classes, {n_test} test images)" for name, root, n_class, n_test in keys]
+    long = [f'{name} {root}'.strip() + f' ({n_class} classes, {n_test} test images)'
+            for name, root, n_class, n_test in keys]
     return [full if more else k[0] for k, full, more in zip(keys, long, shared)]
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #53befbaf
@@ -274,14 +276,15 @@ def plot_compare(
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
     by = by or main_measure(t)
     order = t.groupby('label')[by].mean().sort_values().index
-    fig = Picture(figsize=(5.5 + .08*max(map(len, order)), .6 + .4*len(order)), layout='constrained')
+    names = [shorten(k, 60) for k in order]
+    fig = Picture(figsize=(5.5 + .08*max(map(len, names)), .6 + .4*len(names)), layout='constrained')
     ax = fig.subplots()
     for i, label in enumerate(order):
         v = t[t.label == label][by]
         m, half = t_interval(v)
         ax.plot(v, [i]*len(v), 'o', color='0.7', ms=4)
         ax.errorbar(m, i, xerr=None if half != half else half, fmt='s', color='C0', ms=5, capsize=3)
-    ax.set_yticks(range(len(order)), order)
+    ax.set_yticks(range(len(names)), names)
     name = 'class-IL ACC' if by == 'ACC' else 'test accuracy'
     ax.set_xlabel(f'{name} (%), mean ± 95 % t-interval over seeds')
     ax.spines[['top', 'right']].set_visible(False)
@@ -352,9 +355,8 @@ def latex_table(
     t:'pd.DataFrame', # From `compare_runs`
 )->str:
     "A table for a paper (booktabs)"
-    def escape(v):
-        return str(v).replace('±', r'$\pm$').replace('_', r'\_').replace('%', r'\%')
-    return t.map(escape).rename(columns=escape).to_latex(index=False)
+    text = t.map(one_line).rename(columns=one_line).to_latex(index=False, escape=True)
+    return text.replace('±', r'$\pm$')
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #d8164c51
 def save_compare(

@@ -9,18 +9,20 @@ __all__ = ['student_curves', 'plot_curves', 'run_curves', 'seed_curves', 'plot_s
            'plot_information']
 
 # %% ../../nbs/09_analysis/04_figures.ipynb #16ad520c
-import json
 from pathlib import Path
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from .compare import collect, t_interval
 from .tables import is_cl, load_config, load_metrics, load_summary, shorten
 from ..core.config import RunError
+from ..core.files import FileDamaged, check_file, damaged, read_json
 from ..core.picture import COLOURS, Picture
+from ..core.text import printable
 from ..distil.metrics import confidence_bins
 
 # %% ../../nbs/09_analysis/04_figures.ipynb #4f031339
@@ -59,9 +61,9 @@ def plot_curves(
     if t.empty:
         return fig
     for key, g in student_curves(t, main).groupby('key', sort=False):
-        left.plot(g.step, g.acc, ms=3, lw=1.2, label=key)
+        left.plot(g.step, g.acc, ms=3, lw=1.2, label=shorten(key))
     for phase, g in t[t.kind != 'B'].groupby('phase', sort=False):
-        right.plot(range(1, len(g) + 1), 100*g.val_acc, ms=3, lw=1.2, label=phase)
+        right.plot(range(1, len(g) + 1), 100*g.val_acc, ms=3, lw=1.2, label=shorten(phase))
     for ax, title in ((left, 'students'), (right, 'teachers and synergy')):
         _plain(ax, title=title, xlabel='epoch', ylabel='validation accuracy (%)')
         _whole_steps(ax)
@@ -190,8 +192,12 @@ def load_predictions(
     f, card = Path(run)/'predictions.safetensors', Path(run)/'student.json'
     if not f.exists():
         raise RunError(f"'{f}' does not exist: this run kept no predictions. Run it again (resume=0).")
-    t = {k: v.astype('float32') if k.startswith('confidence.') else v for k, v in load_file(f).items()}
-    return pd.DataFrame(t), [str(c) for c in json.loads(card.read_text(encoding='utf-8'))['classes']]
+    check_file(f)
+    try:
+        t = {k: v.astype('float32') if k.startswith('confidence.') else v for k, v in load_file(f).items()}
+        return pd.DataFrame(t), [printable(c) for c in read_json(card)['classes']]
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise e if isinstance(e, FileDamaged) else damaged(f, f'{type(e).__name__}: {e}') from None
 
 # %% ../../nbs/09_analysis/04_figures.ipynb #0e9ec5a0
 def confusion_table(
@@ -221,8 +227,8 @@ def confused_pairs(
 
 # %% ../../nbs/09_analysis/04_figures.ipynb #6c3e71cf
 def _name_ticks(ax, names):
-    "Names of classes or models on both axes; a class may be called $x$"
-    names, style = list(map(shorten, names)), dict(fontsize=8, parse_math=False)
+    "Names of classes or models on both axes"
+    names, style = list(map(shorten, names)), dict(fontsize=8)
     ax.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, **style)
     ax.set_yticks(range(len(names)), names, **style)
 
@@ -243,7 +249,7 @@ def plot_confusion(
             if v:
                 colour = 'white' if share[i, j] > 60 else 'black'
                 ax.text(j, i, v, ha='center', va='center', fontsize=7, color=colour)
-    ax.set(xlabel='prediction', ylabel='class', title=title)
+    ax.set(xlabel='prediction', ylabel='class', title=shorten(title))
     return fig
 
 # %% ../../nbs/09_analysis/04_figures.ipynb #4aecf9cd
@@ -281,7 +287,7 @@ def plot_reliability(
         a.bar(mid, r.confidence - r.accuracy, wide, bottom=r.accuracy, color='none', edgecolor=COLOURS[1],
               hatch='////', lw=.5, label='gap to confidence')
         a.plot([0, 1], [0, 1], color='0.4', lw=1, ls='--', marker='')
-        _plain(a, title=f'{model}: ECE {100*calibration_error(r):.1f} %', ylim=(0, 1))
+        _plain(a, title=f'{shorten(model)}: ECE {100*calibration_error(r):.1f} %', ylim=(0, 1))
         a.title.set_fontsize(9)
         b.bar(mid, r.n, wide, color='0.6')
         _plain(b, xlabel='confidence', xlim=(0, 1))
@@ -341,7 +347,7 @@ def plot_information(
     fig = Picture(figsize=(6, 3.4), layout='constrained')
     ax = fig.subplots()
     for phase, g in t.groupby('phase', sort=False):
-        line, = ax.plot(g.nats, g.acc, lw=1, ms=5, label=phase)
+        line, = ax.plot(g.nats, g.acc, lw=1, ms=5, label=shorten(phase))
         for i, x, y in g[['epoch', 'nats', 'acc']].iloc[[0, -1]].itertuples(index=False):
             ax.annotate(f'{i:.0f}', (x, y), xytext=(4, 4), textcoords='offset points', fontsize=7,
                         color=line.get_color())

@@ -11,6 +11,7 @@ import base64, io, re
 from functools import cache
 
 from .tables import cell
+from ..core.text import printable
 
 # %% ../../nbs/09_analysis/05_page.ipynb #22fff955
 def text(
@@ -126,4 +127,4 @@ def render(
     page:dict, # title, what, verdict, warnings, sections
 )->str:
     "A page as HTML"
-    return templates().get_template('page.html').render(page)
+    return printable(templates().get_template('page.html').render(page))

@@ -8,7 +8,7 @@ __all__ = ['log', 'KEPT_ENDINGS', 'KEPT_NAMES', 'PRESETS', 'BLOCKS', 'ALIASES', 
            'Registry', 'is_on', 'Config', 'fields_that_affect_results', 'fields_read_by', 'parameter_rows',
            'parameter_table', 'list_presets', 'flatten_log', 'decoded', 'read_yaml', 'effective_value', 'trains_mobile',
            'merge_presets', 'preset_names', 'preset_values', 'apply_blocks', 'hydra_hint', 'refuse_key', 'check_keys',
-           'remedy', 'explain_validation', 'run_plugin_file', 'load_plugins', 'config_layers', 'refuse_idle_cl',
+           'advice', 'explain_validation', 'run_plugin_file', 'load_plugins', 'config_layers', 'refuse_idle_cl',
            'params_model', 'resolve', 'near_chance']
 
 # %% ../../nbs/00_core/01_config.ipynb #f5cf8676
@@ -105,6 +105,8 @@ class Config(*GROUPS[::-1]):   # reversed: pydantic collects fields from the las
     @field_validator('teachers', 'teacher_ckpts', 'milestones', 'task_sizes', 'class_order', mode='before')
     @classmethod
     def _listed(cls, v):
+        if isinstance(v, (int, float)) and not isinstance(v, bool):
+            return [v]
         return split_words(v) if isinstance(v, str) else v
 
     @field_validator('exp_id', 'log_filename')
@@ -224,10 +226,10 @@ def preset_names(
     preset, # As it was typed: a name, 'a,b', '[a, b]', a list, or 'none'
 )->list:
     "The names of the chosen presets"
-    names = split_words(preset) if isinstance(preset, str) else preset or []
+    names = split_words(preset or '') if preset is None or isinstance(preset, str) else preset
     if not isinstance(names, (list, tuple)):
-        raise ConfigError(f"preset = {preset!r}: expected a name or a list of names. Known: {', '.join(list_presets())}, "
-                          "none.")
+        raise ConfigError(f"preset = {preset!r}: expected a name or a list of names. "
+                          f"Known: {', '.join(list_presets())}, none.")
     return [str(n) for n in names if n != 'none']
 
 # %% ../../nbs/00_core/01_config.ipynb #3a7bc318
@@ -277,7 +279,8 @@ PEER_NAMES = dict(   # the names in other libraries
     temperature='tau_start', kd_T='tau_start', T='tau_start', lr='student_lr', learning_rate='student_lr',
     weight_decay='student_weight_decay', alpha='kd_alpha', teacher='teacher1_type', student='student_type',
     model_s='student_type', model_t='teacher_type', path_t='teacher_ckpt', bs='batch_size', gpu='device',
-    on='preset', config='preset', ema_decay='student_ema', early_stopping='patience', gradient_accumulation_steps='accumulate')
+    on='preset', config='preset',
+    ema_decay='student_ema', early_stopping='patience', gradient_accumulation_steps='accumulate')
 method_params:dict[str, type[BaseModel]] = {}   # method (or 'cl:' + continual method) → the parameters it adds
 
 # %% ../../nbs/00_core/01_config.ipynb #9b09e1d7
@@ -329,11 +332,16 @@ def check_keys(
     return out
 
 # %% ../../nbs/00_core/01_config.ipynb #01afe37e
-def remedy(
-    key:str, # The parameter
-    v,       # What was given, and refused
+def advice(
+    key:str,     # The parameter
+    v,           # What was given, and refused
+    problem='',  # pydantic's word for the error
 )->str: # '' where the message says it all
     "What to do about a value of the wrong kind"
+    if problem == 'string_pattern_mismatch':
+        return " Give one name: letters, digits and _ . + = -, without a folder, not beginning with a dot."
+    if problem == 'list_type':
+        return " Write a list: a, b, c."
     if v is None:
         return " It is empty: give a value, or leave it out."
     if isinstance(v, bool):
@@ -356,7 +364,7 @@ def explain_validation(
         message = o['msg'].removeprefix('Value error, ')
         about = f' ({field.description})' if field else ''
         shown = repr(v) if len(repr(v)) < 100 else f'{repr(v)[:97]}…'
-        lines.setdefault(key, f"Parameter '{place}' = {shown}: {message}.{remedy(key, v)}{about}")
+        lines.setdefault(key, f"Parameter '{place}' = {shown}: {message}.{advice(key, v, o['type'])}{about}")
     return '\n'.join(lines.values())
 
 # %% ../../nbs/00_core/01_config.ipynb #64907a27
@@ -386,9 +394,10 @@ def load_plugins(
     names,  # '' or a file or module, or several, as a list or with commas
 ):
     "Run the files, or import the modules, that register the user's methods, models and datasets"
-    names = split_words(names) if isinstance(names, str) else names or ()
+    names = split_words(names or '') if names is None or isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-        raise ConfigError(f"plugin = {names!r}: expected the path of a Python file, or the name of a module (or several).")
+        raise ConfigError(f"plugin = {names!r}: expected the path of a Python file, or the name of a module "
+                          "(or several).")
     for name in names:
         try:
             if name.endswith('.py'):
@@ -436,7 +445,8 @@ def params_model(
 )->type[BaseModel]|None: # None: it adds none
     "The parameters that the chosen method adds"
     cl = is_on(effective_value(layers, 'cl_mode'))
-    return method_params.get(f"cl:{effective_value(layers, 'cl_method')}" if cl else f"{effective_value(layers, 'method')}")
+    name = effective_value(layers, 'cl_method' if cl else 'method')
+    return method_params.get(f'cl:{name}' if cl else str(name))
 
 # %% ../../nbs/00_core/01_config.ipynb #bda3e94f
 def resolve(

@@ -140,7 +140,7 @@ class Experiment(Params):
         "with the same teachers and the same number of student steps.")
     report_oracle:bool = param(False, "Evaluate on the test set after every epoch; the best accuracy is reported as "
         "test_acc_oracle and never used for selection.")
-    seed:int = param(42, "Seed of everything random: split, order, augmentation, initial weights.", ge=0)
+    seed:int = param(42, "Seed of everything random: split, order, augmentation, initial weights.", ge=0, lt=2**32)
     deterministic:bool = param(True, "Use torch's deterministic kernels, so that two runs on one machine are "
         "bit-identical.")
     device:Literal['auto', 'cuda', 'mps', 'cpu'] = param('auto', "Device to compute on; if it is not available, the "
@@ -424,7 +424,8 @@ class Continual(Params):
         "num_tasks.")
     class_order:list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = cl_param(None, "Classes in the order "
         "in which they are learned, names or numbers (e.g. cat,dog,bird); empty = random.")
-    class_order_seed:int | None = cl_param(None, "Seed of a random class order; empty = seed.", ge=0)
+    class_order_seed:int | None = cl_param(None, "Seed of a random class order; empty = seed.", ge=0,
+        lt=2**32)
     cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, or a "
         "registered method.")
     cl_teachers:str | None = cl_param(None, "Teachers of each task: expert, generic, snapshot and ema, joined by +; "

@@ -6,10 +6,11 @@
 __all__ = ['COLOURS', 'HATCHES', 'INK', 'Picture', 'to_pixels', 'image_grid']
 
 # %% ../../nbs/00_core/02_picture.ipynb #03b510b2
-import io, math
+import io, math, re
 
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 # %% ../../nbs/00_core/02_picture.ipynb #f4c75987
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')   # Okabe & Ito (2008)
@@ -17,6 +18,9 @@ HATCHES = ('', '//', '..', '\\\\', 'xx', '--')
 INK = cycler(color=[*COLOURS, '#000000'], marker=list('osD^vPX'))
 
 # %% ../../nbs/00_core/02_picture.ipynb #82f63790
+# a number on a logarithmic axis, as matplotlib writes it
+_TICK = re.compile(r'\$\\mathdefault\{[-−+.\d^{}\s]*(\\times)?[-−+.\d^{}\s]*\}\$')
+
 class Picture(Figure):
     "A matplotlib `Figure` that needs no pyplot to be seen in a notebook"
     dpi_shown = 72   # Pixels per inch in a notebook: about 20 kB per picture
@@ -26,6 +30,13 @@ class Picture(Figure):
         ax = super().add_subplot(*args, **kw)
         ax.set_prop_cycle(INK)
         return ax
+
+    def draw(self, renderer):
+        "As `Figure.draw`; names are no formulas: a class may be called `$x$`, or `$\\frac{`"
+        for t in self.findobj(Text):
+            if '$' in t.get_text() and not _TICK.fullmatch(t.get_text()):
+                t.set_parse_math(False)
+        super().draw(renderer)
 
     def _repr_png_(self)->bytes:
         out = io.BytesIO()

@@ -214,7 +214,8 @@ def class_names(
     if names is None or stored is None or not len(y): return names
     try: pairs = {(int(stored[i]), k) for i, k in zip(pick.tolist(), y.tolist())}
     except (TypeError, ValueError, IndexError): return names
-    if all(a == b for a, b in pairs) or len({a for a, _ in pairs}) < len(pairs): return names    # the same, or noise
+    noise = len({a for a, _ in pairs}) < len(pairs) and len(y.unique()) == len(names)
+    if noise or all(a == b for a, b in pairs): return names
     log.warning(f"The items of {type(ds).__name__} have other labels than its .targets: "
                 "its class names are not used.")
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..core.config import ConfigError, RunError, unknown_name
 from ..core.picture import COLOURS
-from ..analysis.tables import load_metrics, load_summary
+from ..analysis.tables import load_metrics, load_summary, shorten
 from ..analysis.cl import r_table
 from ..analysis.compare import collect
 from ..analysis.figures import run_curves
@@ -96,7 +96,7 @@ def plot_overlay(
     fig, axes = panels(len(kinds), 4.6*len(kinds), 3.2, top=.2)
     for i, (name, (kind, y)) in enumerate(curves.items()):
         style = dict(marker='osD^vP'[i % 6], ls=('-', '--', ':')[i//6 % 3], color=COLOURS[i % 6])
-        axes[kinds.index(kind)].plot(range(1, len(y) + 1), y, ms=3, lw=1.2, label=name, **style)
+        axes[kinds.index(kind)].plot(range(1, len(y) + 1), y, ms=3, lw=1.2, label=shorten(name, 40), **style)
     for ax, kind in zip(axes, kinds):
         ax.set_xlabel(kind, fontsize=8)
         ax.set_ylabel(titles[kind], fontsize=8)
@@ -126,7 +126,7 @@ def _plain_number(v, _)->str:
 # %% ../../nbs/10_explore/02_browse.ipynb #183fd078
 def _label_parts(ax, phase:str):
     "Title, axes and legend; logarithmic where all values are positive"
-    ax.set_title(phase, fontsize=9)
+    ax.set_title(shorten(phase), fontsize=9)
     ax.set_xlabel('epoch', fontsize=8)
     ax.set_ylabel('loss, and its unweighted terms', fontsize=8)
     ax.locator_params(axis='x', integer=True)
@@ -155,6 +155,6 @@ def plot_parts(
     terms = [c for c in t if c.startswith('train_') and t[c].notna().any()]
     for i, k in enumerate(terms):
         ax.plot(t.epoch, t[k], marker='osD^vP'[i % 6], ms=3, lw=1.8 if k == 'train_loss' else 1,
-                color=COLOURS[i % 6], label=k.removeprefix('train_'))
+                color=COLOURS[i % 6], label=shorten(k.removeprefix('train_')))
     _label_parts(ax, phase)
     return fig

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core.picture import COLOURS, HATCHES, Picture
+from ..analysis.tables import shorten
 from ..distil.losses import ib_kl
 
 # %% ../../nbs/10_explore/01_plots.ipynb #9c842c56
@@ -49,9 +50,11 @@ def grouped_bars(
         at = [j + (i - (n - 1)/2)*.8/n for j in range(len(t))]
         error = {} if sd is None else dict(yerr=sd.iloc[:, i].fillna(0), error_kw=dict(lw=.8))
         bars.append(ax.bar(at, t[name], .8/n, color=COLOURS[i % 6], hatch=HATCHES[i % 6], edgecolor='white',
-                           label=name, **error))
+                           label=shorten(name), **error))
     ax.axhline(1/n, color='.4', lw=.8, ls=':')
-    ax.set_xticks(range(len(t)), t.index)
+    names = [shorten(k, 12) for k in t.index]
+    turned = dict(rotation=40, ha='right') if max(map(len, names)) > 8 else {}
+    ax.set_xticks(range(len(t)), names, **turned)
     legend(ax)
     return bars
 
@@ -64,7 +67,7 @@ def plot_image(
     fig, (ax,) = panels(1, 2.3, 2.5, .05, .05, .05, .25)
     ax.imshow(image.permute(1, 2, 0), interpolation='nearest')
     ax.set_axis_off()
-    ax.set_title(title, fontsize=9)
+    ax.set_title(shorten(title, 36), fontsize=9)
     return fig
 
 # %% ../../nbs/10_explore/01_plots.ipynb #b3da8ced
@@ -92,7 +95,7 @@ def _plot_maps(maps:dict, image:Tensor)->Figure:
             box = (h*dx, h*dx + W, i*dy + H, i*dy)
             ax.imshow(grey, cmap='gray', extent=box, vmin=0, vmax=255)
             drawn = ax.imshow(m[h], cmap='cividis', alpha=.55, extent=box, vmin=0, vmax=top, interpolation='nearest')
-            ax.text(h*dx, i*dy - .03*H, f'{name}, head {h + 1}: {m[h].sum():.3f}', fontsize=8, va='bottom')
+            ax.text(h*dx, i*dy - .03*H, f'{shorten(name, 12)}, head {h + 1}: {m[h].sum():.3f}', fontsize=8, va='bottom')
     ax.set(xlim=(0, heads*dx), ylim=(len(maps)*dy - .2*H, -.2*H))
     ax.set_axis_off()
     bar = fig.colorbar(drawn, cax=fig.add_axes((1 - .55/w, .2, .1/w, .6)))
@@ -145,7 +148,7 @@ def plot_target(
     x = range(len(shown))
     ax.bar([i - .2 for i in x], target[shown], .4, color=COLOURS[0], label='target')
     ax.bar([i + .2 for i in x], student[shown], .4, color=COLOURS[1], hatch='//', edgecolor='white', label='student')
-    names = [f'{classes[c]}{"*" if c == label else ""}' for c in shown]
+    names = [f'{shorten(classes[c], 12)}{"*" if c == label else ""}' for c in shown]
     turned = dict(rotation=40, ha='right') if max(map(len, names)) >= 5 else dict(rotation=0, ha='center')
     ax.set_xticks(x, names, fontsize=7, **turned)
     ax.set_ylabel('probability at τ', fontsize=8)

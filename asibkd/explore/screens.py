@@ -15,7 +15,7 @@ from ..core.config import RunError
 from ..analysis.tables import load_summary
 from ..analysis.cl import explain_cl, plot_forgetting, plot_memory, plot_R
 from ..analysis.figures import disagreement_table, plot_disagreement, plot_information
-from .opened import FinishedRun, attention_by_class, image_table, open_run, split_outputs
+from .opened import FinishedRun, attention_by_class, image_table, open_run, split_outputs, splits_of
 from .plots import plot_class_attention
 from .browse import filter_runs, forgetting_by_task, plot_overlay, run_table
 from .widgets import Explorer, show_figure, flow_row, table_html
@@ -28,7 +28,7 @@ class BottleneckExplorer(Explorer):
         with self.report_errors():
             self.most = most
             self.run = run if isinstance(run, FinishedRun) else open_run(run, **given)
-            self.split = w.Dropdown(options=['test', 'val'], description='split')
+            self.split = w.Dropdown(options=splits_of(self.run.data), description='split')
             self.note, self.table = w.HTML(), w.HTML()
             self.plane, self.attention, self.disagreement = (w.Image(format='png') for _ in range(3))
             self.children = [self.message, self.split, self.note, flow_row(self.plane, self.disagreement),

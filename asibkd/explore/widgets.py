@@ -13,9 +13,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.config import AsibError, DataError, RunError, log
+from ..core.text import printable
 from .opened import (FILTERS, FinishedRun, all_logits, attention_table, bridge_outputs, image_outputs,
                                    image_table, list_views, open_run, pick_images, soft_target, split_outputs,
-                                   top_classes)
+                                   splits_of, top_classes)
 from .plots import plot_attention, plot_code, plot_image, plot_target
 
 # %% ../../nbs/10_explore/03_widgets.ipynb #60b08efa
@@ -37,7 +38,7 @@ def report_errors(self:Explorer):
     except Exception as e:
         log.debug('explorer', exc_info=True)
         text = str(e) if isinstance(e, AsibError) else f'{type(e).__name__}: {e}'
-        self.message.value = ALERT.format(html.escape(text, quote=False))
+        self.message.value = ALERT.format(html.escape(printable(text), quote=False))
     else:
         self.message.value = ''
 
@@ -88,10 +89,13 @@ def table_html(
     def cell(v):
         if v != v:
             return ''
-        text = html.escape(f'{v:.4g}' if isinstance(v, float) else str(v))
+        text = html.escape(f'{v:.4g}' if isinstance(v, float) else printable(v))
         return f'<b>{text}</b>' if bold and str(v).startswith(f'{bold}  ') else text
+    # `to_html` would escape the <b>, so everything else is escaped here: cells, heads and names of rows
+    t = t.map(cell).set_axis([html.escape(str(c)) for c in t], axis=1)
+    t = t.set_axis([html.escape(str(i)) for i in t.index], axis=0)
     with pd.option_context('display.max_colwidth', None):
-        text = t.map(cell).to_html(escape=False, border=0, justify='left')
+        text = t.to_html(escape=False, border=0, justify='left')
     return text.replace('<table', '<table style="border-spacing:1em .1em; font-size:90%"')
 
 # %% ../../nbs/10_explore/03_widgets.ipynb #e9bc14d3
@@ -121,8 +125,8 @@ def make_controls(self:SynergyExplorer):
     o, wide = self.run, dict(style=dict(description_width='8em'), layout=w.Layout(width='26em'))
     def slider(value, low, top, step, name):
         return w.FloatSlider(value, min=low, max=top, step=step, description=name, **wide)
-    classes = [('any', None), *((str(c), i) for i, c in enumerate(o.data.classes))]
-    self.split = w.Dropdown(options=['test', 'val'], description='split', **wide)
+    classes = [('any', None), *((printable(c), i) for i, c in enumerate(o.data.classes))]
+    self.split = w.Dropdown(options=splits_of(o.data), description='split', **wide)
     self.filter = w.Dropdown(options=list(FILTERS), description='filter', **wide)
     self.label = w.Dropdown(options=classes, index=0, description='class', **wide)
     self.position = w.IntSlider(0, min=0, max=0, description='position', **wide)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['zoo', 'conv3x3', 'ResBlock', 'init_convs', 'CifarResNet', 'WideBlock', 'WideGroup', 'WideResNet', 'vgg_block',
-           'CifarVGG', 'MLP', 'create_zoo', 'shrink_kernel', 'cifar_stem']
+           'CifarVGG', 'MLP', 'create_zoo', 'shrink_kernel', 'stem_layers', 'cifar_stem']
 
 # %% ../../nbs/02_models/00_zoo.ipynb #a54845de
 import torch
@@ -219,25 +219,44 @@ def shrink_kernel(
     A = (torch.minimum(hi, j + 1) - torch.maximum(lo, j)).clamp(min=0).to(w)
     return A @ w @ A.T
 
+# %% ../../nbs/02_models/00_zoo.ipynb #9f04fcfd
+def stem_layers(
+    model:nn.Module,
+)->tuple: # ([convolutions that read the image], name of the max-pool behind them or '')
+    "The first layers of a network, as `cifar_stem` changes them"
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
+    first = next((i for i, (_, m) in enumerate(layers) if isinstance(m, nn.Conv2d)), None)
+    if first is None: return [], ''
+    name, conv = layers[first]
+    def like_first(n, m):   # a parallel branch, as in MobileOne
+        return (n.split('.')[0] == name.split('.')[0] and isinstance(m, nn.Conv2d)
+                and (m.in_channels, m.groups, m.stride) == (conv.in_channels, conv.groups, conv.stride))
+    same = [m for n, m in layers[first:] if like_first(n, m)]
+    convs = [conv] if conv.stride == (1, 1) else same
+    for name, m in layers[first+1:]:
+        if isinstance(m, nn.MaxPool2d): return convs, name
+        if m not in convs and max(m.stride) > 1: break
+    return convs, ''
+
 # %% ../../nbs/02_models/00_zoo.ipynb #7f7dd453
 def cifar_stem(
     model:nn.Module, # Changed in place
 )->nn.Module:
     "First convolution 3×3 with stride 1, no max-pool; weights are kept or resampled"
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
-    first = next((i for i, (_, m) in enumerate(layers) if isinstance(m, nn.Conv2d)), None)
-    if first is None:
+    convs, pool = stem_layers(model)
+    if not convs:
         raise ConfigError(f"small_input=1: {type(model).__name__} has no convolution to change. "
                           "Use small_input=0.")
-    conv = layers[first][1]
-    if max(conv.stride) == 1: return model
-    conv.stride = (1, 1)
-    if max(conv.kernel_size) > 3:
-        w = conv.weight
-        conv.weight = nn.Parameter(shrink_kernel(w.detach()), requires_grad=w.requires_grad)
-        conv.kernel_size, conv.padding = (3, 3), (1, 1)
-    elif type(conv) is nn.Conv2d: conv.padding = tuple(k//2 for k in conv.kernel_size)
-    for name, m in layers[first+1:]:
-        if isinstance(m, nn.MaxPool2d): model.set_submodule(name, nn.Identity())
-        if isinstance(m, nn.MaxPool2d) or max(m.stride) > 1: break
+    if max(convs[0].stride) > 4:
+        raise ConfigError(f"small_input=1: {type(model).__name__} begins with patches of "
+                          f"{convs[0].kernel_size[0]} pixels, not with a stem. Use small_input=0.")
+    if max(convs[0].stride) == 1: return model
+    for conv in convs:
+        conv.stride = (1, 1)
+        if max(conv.kernel_size) > 3:
+            w = conv.weight
+            conv.weight = nn.Parameter(shrink_kernel(w.detach()), requires_grad=w.requires_grad)
+            conv.kernel_size, conv.padding = (3, 3), (1, 1)
+        elif type(conv) is nn.Conv2d: conv.padding = tuple(k//2 for k in conv.kernel_size)
+    if pool: model.set_submodule(pool, nn.Identity())
     return model

@@ -129,10 +129,10 @@ def save_effective_config(
     settled = json.loads(json.dumps(settled))
     changed = {k: v for k, v in requested.items() if settled.get(k, v) != v}
     text = json.dumps(requested | settled | {'_requested': changed}, indent=1, ensure_ascii=False)
-    atomic_write(run/'config.json', text)
+    atomic_write(run/'config.json', text, checksum=True)
     if not (run/'env.json').exists():
         machine = environment(acc.device) | dict(precision=acc.mixed_precision)
-        atomic_write(run/'env.json', json.dumps(machine, indent=1))
+        atomic_write(run/'env.json', json.dumps(machine, indent=1), checksum=True)
 
 # %% ../../nbs/11_run/03_experiment.ipynb #fc0d41ca
 def finish_run(
@@ -140,19 +140,11 @@ def finish_run(
     summary:dict,   # Becomes summary.json
     row:dict,       # Its row of summary.csv
 ):
-    "Write summary and report; the checkpoints of the phases are no longer needed"
-    run.finish(summary, row | dict(difference=(summary.get('difference') or {}).get('diff')))
-    for f in (run/'checkpoint').glob('*.pt'):
-        f.unlink()
+    "Write the summary, then what follows it: row and report; the checkpoints are no longer needed"
     if 'verdict' in summary:
         log.info(summary['verdict'])
-    if not run.cfg.report:
-        return
-    try:
-        save_report(run.path)
-    except Exception as e:
-        log.warning(f"{run/'report.html'} could not be written: {type(e).__name__}: {str(e).rstrip('.')}. "
-                    f"The results are complete; `asibkd report {run.path}` tries again.")
+    row |= dict(difference=(summary.get('difference') or {}).get('diff'))
+    run.finish(summary, row, save_report if run.cfg.report else None)
 
 # %% ../../nbs/11_run/03_experiment.ipynb #2beee880
 def open_context(
@@ -196,7 +188,11 @@ def save_freeze_report(
 ):
     "The trainable parts of every network, as a table"
     import pandas as pd
-    pd.concat([freeze_report(m).assign(model=n) for n, m in models.items()]).to_csv(path, index=False)
+    report = pd.concat([freeze_report(m).assign(model=n) for n, m in models.items()])
+    try:
+        atomic_write(path, report.to_csv(index=False), checksum=True)
+    except RunError as e:
+        log.warning(f"{e} The run goes on without this table.")
 
 # %% ../../nbs/11_run/03_experiment.ipynb #35497549
 def changes_teachers(
@@ -298,6 +294,8 @@ def run_experiment(
             log.warning(idle)
         if run.finished:
             log.info(f"{run.path} is finished: nothing was run again (resume=0 starts anew)")
+            if run.unclosed or cfg.report and not (run/'report.html').exists():
+                run.close_up(save_report if cfg.report else None)
         else:
             with explained_stops(run, cfg):
                 copies = {k: copy.deepcopy(objects[k]) for k in ('teachers', 'student')}

@@ -21,7 +21,7 @@ from ..core.config import (AsibError, Config, ConfigError, RunError, config_laye
                                 method_params, read_yaml, resolve)
 from ..core.files import atomic_write
 from ..core.params import split_words
-from ..core.runfolder import Run, exp_name, setup_log
+from ..core.runfolder import Run, exp_name, setup_log, shared_table
 from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.batches import make_loader
 from ..data.datasets import create_data
@@ -35,6 +35,7 @@ from ..models.teachers import create_teacher
 from .experiment import classes_of_run, method_class, run_experiment, save_effective_config, split_given
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_config,
                                    spec_of_student, teacher_specs, train_teacher)
+from ..trainers.callbacks import PhaseCheckpoint
 from ..trainers.tracking import final_numbers, tracking
 from ..trainers.phases import to_device
 
@@ -92,18 +93,21 @@ def run_finetune(
     cfg, extra = resolve(_file, **{'method': 'ce', 'compare': 0} | params)
     arch, path = finetune_target(cfg)
     setup_log(cfg)
-    if path.exists():
+    run = Run(cfg, extra, arch, 'finetune')
+    trained = PhaseCheckpoint(run, 'finetune-teacher1').finished      # true of a run that was killed before its summary
+    if path.exists() and not (trained or run.unclosed):
         log.info(f"{path} exists: fine-tuning {arch} is skipped")
         return dict(type=arch, checkpoint=str(path), skipped=True)
     if not cfg.finetune_epochs:
         raise ConfigError("finetune_epochs=0: nothing to fine-tune. Set the epochs, e.g. --finetune_epochs 20.")
-    with Run(cfg, extra, arch, 'finetune') as run, tracking(cfg, run) as trackers:
+    with run, tracking(cfg, run) as trackers:
         setup_log(cfg, run.path)
+        if run.unclosed:
+            run.close_up()
+            return run.summary()
         out = finetune_in_folder(run, cfg, arch, path, trackers)
         run.finish(out, dict(method='finetune', dataset=out['dataset'], seed=cfg.seed, val_acc=out['val_acc'],
                              test_acc_val_selected=out['test_acc'], teachers=arch))
-        for f in (run/'checkpoint').glob('*.pt'):
-            f.unlink()
         for t in trackers:
             t.log(final_numbers(out))
         log.info(reached_text(out))
@@ -160,8 +164,9 @@ def add_rows(
     import pandas as pd
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{path}.lock'):
-        old = [pd.read_csv(path)] if path.exists() else []
-        atomic_write(path, pd.concat([*old, pd.DataFrame(rows)], ignore_index=True).to_csv(index=False))
+        old = shared_table(path)
+        tables = [*([] if old.empty else [old]), pd.DataFrame(rows)]
+        atomic_write(path, pd.concat(tables, ignore_index=True).to_csv(index=False), checksum=True)
 
 # %% ../../nbs/11_run/04_tasks.ipynb #44079cbf
 def evaluation_rows(

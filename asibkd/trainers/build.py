@@ -19,7 +19,7 @@ from torch import nn
 
 from ..distil import asmb, crd, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
-from ..core.files import atomic_save, read_json
+from ..core.files import atomic_save, check_weights, read_json
 from ..core.runtime import RunContext, forked_rng, pick_device, precision_of
 from ..models.cache import weights_hash
 from ..data.images import Data, ImageSet, overlap_classes, restrict
@@ -224,8 +224,9 @@ def save_teacher(
 # %% ../../nbs/06_trainers/04_build.ipynb #dfdd2e95
 def read_card(path)->dict|None: # type, dataset, classes, val_acc, split, mean, std
     "The card of one of the package's checkpoints; None where there is none"
-    if Path(path).suffix == '.safetensors':
+    if Path(path).suffix == '.safetensors' or not Path(path).is_file():
         return None
+    check_weights(path, "Fetch or save it again.")
     try:
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('asibkd')
     except Exception:
@@ -382,7 +383,10 @@ def build_teacher(
     if f:
         anew = 'name no checkpoint' if spec.ckpt else 'move the file away'
         skips = f"; finetune_epochs={epochs} is skipped because of it ({anew} to fine-tune anew)" if epochs else ''
-        log.info(f"{spec.name}: {t.name} from {f}{skips}")
+        known = spec.norm != 'auto' or t.norm or read_card(f) or card_norm(f)
+        plain = '' if known else (
+            f" (no card: images are normalised as the data; {norm_flag(spec.name)}=… if it was trained otherwise)")
+        log.info(f"{spec.name}: {t.name} from {f}{skips}{plain}")
         return t, WeightsInfo('checkpoint', Path(f).name, norm=norm_row(t))
     if epochs:
         return t, None
