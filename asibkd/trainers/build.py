@@ -383,7 +383,10 @@ def build_teacher(
     if f:
         anew = 'name no checkpoint' if spec.ckpt else 'move the file away'
         skips = f"; finetune_epochs={epochs} is skipped because of it ({anew} to fine-tune anew)" if epochs else ''
-        log.info(f"{spec.name}: {t.name} from {f}{skips}")
+        known = spec.norm != 'auto' or t.norm or read_card(f) or card_norm(f)
+        plain = '' if known else (
+            f" (no card: images are normalised as the data; {norm_flag(spec.name)}=… if it was trained otherwise)")
+        log.info(f"{spec.name}: {t.name} from {f}{skips}{plain}")
         return t, WeightsInfo('checkpoint', Path(f).name, norm=norm_row(t))
     if epochs:
         return t, None
