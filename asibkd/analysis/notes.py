@@ -171,7 +171,8 @@ def warn_seed(
 # %% ../../nbs/09_analysis/02_notes.ipynb #fbaf318e
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_no_baseline,
             warn_seed)
-TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation)   # not covered by the verdict and `explain_cl`
+# not covered by the verdict and `explain_cl`
+TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation)
 
 def warnings_of(
     s:dict,          # summary.json
