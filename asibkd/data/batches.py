@@ -311,6 +311,8 @@ def make_loader(
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill) if mix is None else mix
     batch = cfg.batch_size if train else 4*cfg.batch_size          # without gradients there is room for more
     ds, drop_last = getattr(data, split), train and cfg.drop_last
+    if split == 'val' and not len(ds):
+        raise DataError("There are no validation images (val_frac=0). Choose another split, or hold some out.")
     if train and not drop_last and len(ds) % batch == 1:
         raise DataError(f"drop_last=0: {len(ds)} images in batches of {batch} leave a last batch of one image, too "
                         "few for BatchNorm. Choose another batch_size, or drop_last=1.")

@@ -198,7 +198,7 @@ def _imagefolder(cfg):
     if len(held) == 2: log.info(f"'{root}': {scans['val'].folder.name}/ is the validation set, test/ the test set.")
     if len(held) == 1:
         log.info(f"'{root}' holds {scans[[*held][0]].folder.name}/ beside train/: it is the test set; "
-                 f"validation is val_frac={cfg.val_frac:g} of train/.")
+                 + (f"validation is val_frac={cfg.val_frac:g} of train/." if cfg.val_frac else "no validation (val_frac=0)."))
     return dict(train=train, val=held['val'] if len(held) == 2 else None, test=[*held.values()][-1])
 
 # %% ../../nbs/01_data/03_datasets.ipynb #5409be6c
