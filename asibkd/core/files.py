@@ -304,6 +304,8 @@ def read_jsonl(
         lines.append(rest)
     for n, line in enumerate(lines, 1):
         row, wrong = read_line(line, known)
+        if known and line and line in lines[:n - 1]:          # a flipped digit made it another row
+            wrong = f'is a copy of line {lines.index(line) + 1}'
         if line and not wrong:
             rows.append(row)
         elif wrong:

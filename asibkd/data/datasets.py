@@ -198,8 +198,8 @@ def _imagefolder(cfg):
     held = {o: _photo_set(scans[o], train.classes) for o in ('val', 'test') if o in scans}
     if len(held) == 2: log.info(f"'{root}': {scans['val'].folder.name}/ is the validation set, test/ the test set.")
     if len(held) == 1:
-        log.info(f"'{root}' holds {scans[[*held][0]].folder.name}/ beside train/: it is the test set; "
-                 + (f"validation is val_frac={cfg.val_frac:g} of train/." if cfg.val_frac else "no validation (val_frac=0)."))
+        validation = f'validation is val_frac={cfg.val_frac:g} of train/' if cfg.val_frac else 'no validation'
+        log.info(f"'{root}' holds {scans[[*held][0]].folder.name}/ beside train/: it is the test set; {validation}.")
     return dict(train=train, val=held['val'] if len(held) == 2 else None, test=[*held.values()][-1])
 
 # %% ../../nbs/01_data/03_datasets.ipynb #5409be6c
