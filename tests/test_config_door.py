@@ -210,3 +210,63 @@ def test_A8_photographs_of_two_folders_are_two_datasets(tmp_path):
     assert set(collect(tmp_path).label) == {'ce on imagefolder cats (3 classes, 40 test images)', 'ce on imagefolder birds (5 classes, 40 test images)'}
     finished(tmp_path, 'd1', 'ce', 'digits', 1, .5)
     with pytest.raises(RunError, match='within one dataset only'): ablation_table(str(tmp_path))
+
+# The doctor
+
+def flip(f, at=.5):
+    raw = bytearray(f.read_bytes())
+    raw[int(len(raw)*at)] ^= 1
+    f.write_bytes(raw)
+
+@pytest.fixture
+def whole(loop, tmp_path):
+    "A finished run of one's own"
+    import shutil
+    run = next(f.parent for f in sorted(loop[0].glob('ce-*/summary.json')))
+    return Path(shutil.copytree(run, tmp_path/'runs'/'a'))
+
+def test_doctor_a_whole_run(whole):
+    code, text = command('doctor', whole)
+    assert code == 0 and 'It is finished and closed' in text and 'Nothing is wrong.' in text
+    assert command('doctor', whole.parent)[0] == 0 and command('doctor', whole/'student.safetensors')[0] == 0
+
+@pytest.mark.parametrize('name', ['student.safetensors', 'student_last.safetensors', 'predictions.safetensors', 'summary.json', 'config.json', 'env.json', 'metrics.jsonl', 'student.json', 'freeze_report.csv'])
+def test_doctor_names_one_flipped_bit(whole, name):
+    flip(whole/name)
+    code, text = command('doctor', whole)
+    assert code == 1 and name in text and 'is damaged' in text, text
+
+def test_doctor_names_what_is_missing_and_what_to_do(whole):
+    (whole/'student.json').unlink()
+    code, text = command('doctor', whole)
+    assert code == 1 and "student.json' is missing. Copy it from where the run was made." in text
+    (whole/'summary.json').unlink()
+    code, text = command('doctor', whole)
+    assert 'It is not finished: `asibkd run -f' in text
+
+def test_doctor_looks_at_images(tmp_path):
+    from PIL import Image
+    for i, f in enumerate(f'{s}/{c}/{n}.png' for s in ('train', 'test') for c in ('cat', 'dog') for n in range(3)):
+        (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (9, 9), (20*i, 0, 0)).save(tmp_path/f)
+    code, text = command('doctor', tmp_path)
+    assert code == 0 and '6 photos of 2 classes' in text, text
+    (tmp_path/'test'/'cat'/'0.png').write_bytes((tmp_path/'train'/'cat'/'0.png').read_bytes())
+    code, text = command('doctor', tmp_path)
+    assert code == 0 and 'in train/ and in test/' in text
+    (tmp_path/'train'/'dog'/'1.png').write_bytes(b'no image')
+    assert command('doctor', tmp_path)[0] == 1
+
+def test_doctor_of_nothing(tmp_path):
+    code, text = command('doctor', tmp_path/'nowhere')
+    assert code == 2 and 'neither a folder nor a file' in text
+    assert command('doctor', tmp_path)[0] == 1          # an empty folder holds no train/
+
+def test_doctor_of_another_programs_folder(tmp_path):
+    (tmp_path/'x').mkdir()
+    (tmp_path/'x'/'summary.json').write_text('{"loss": 1}')
+    code, text = command('doctor', tmp_path)
+    assert code == 0 and "another program's" in text
+    (tmp_path/'x'/'summary.json').write_text('{"kind": "dis')
+    code, text = command('doctor', tmp_path)
+    assert code == 1 and text.count('✗') == 1 and 'summary.json' in text

@@ -265,9 +265,10 @@ def test_A10_finetuned_in_the_run_keeps_the_datas(tmp_path, data):
     assert row(s)['weights']['source'] == 'finetuned' and row(s)['weights']['norm'] is None
     assert card_norm(Path(s['run'])/'teacher1.pth') == Norm(data.mean, data.std)
     # unless the user says so: then the card says it, too
-    s = run(tmp_path, [stated()], finetune_epochs=1, teacher1_norm='0.5 / 0.25')
-    assert row(s)['weights']['norm'] == dict(mean=[.5]*3, std=[.25]*3)
-    assert card_norm(Path(s['run'])/'teacher1.pth') == Norm((.5,)*3, (.25,)*3)
+    spec = TeacherSpec('teacher1', stated(), norm='0.5 / 0.25')
+    t, info = build_teacher(spec, data, settled(data, finetune_epochs=1))
+    save_teacher(t, tmp_path/'t.pth', data, 'mine', .9)
+    assert info is None and t.norm == card_norm(tmp_path/'t.pth') == Norm((.5,)*3, (.25,)*3)
 
 def test_A10_adapted_teachers(tmp_path, data):
     "Phase A changes a part of the teachers: they keep their normalisation, in their rows, cards and the explorer"
@@ -292,8 +293,7 @@ def test_A10_evaluate(tmp_path, data):
     want = accuracy(right(net(), data.test), data.test.y)
     kw = BASE | dict(method='vanilla_kd', results_dir=str(tmp_path))
     got = run_evaluate(**kw, teacher_type='resnet8', ckpt_path=str(tmp_path/'t.pth'))
-    numbers = got['test']['models']['resnet8']
-    assert numbers['acc' if 'acc' in numbers else 'accuracy'] == pytest.approx(want)
+    assert got['test']['models']['resnet8']['acc'] == pytest.approx(want)
 
 # Students
 
@@ -314,21 +314,29 @@ def test_A10_a_student_with_a_ready_trunk(tmp_path, data):
 # Continual learning
 
 def test_A10_continual_learning(tmp_path, data, monkeypatch):
-    "A generic teacher keeps its trunk and its normalisation, an expert is trained whole; also after a resume"
+    "A generic teacher and a student keep their trunk and its normalisation, an expert is trained whole; also resumed"
     import asibkd.cl.learner as learner
-    seen = {}
-    real = learner.Learner.evaluate_task
+    seen, lowest = {}, []
+    real, fisher = learner.Learner.evaluate_task, learner.fisher_diag
     def stop_once(self, t, method, teachers):
-        seen[t] = {r: m.norm for r, m in zip(method.task.roles, teachers)}
+        seen[t] = {r: m.norm for r, m in zip(method.task.roles, teachers)} | dict(student=self.student.norm)
         if t == 1 and 'stopped' not in seen:
             seen['stopped'] = True
             raise KeyboardInterrupt
         return real(self, t, method, teachers)
+    def input_of_fisher(net, x, *rest):
+        lowest.append(x.amin((0, 2, 3)))
+        return fisher(net, x, *rest)
     monkeypatch.setattr(learner.Learner, 'evaluate_task', stop_once)
-    kw = dict(cl_mode=1, method='asmb', cl_method='avgz', num_tasks=2, num_stages=1, finetune_epochs=1, replay_capacity=10,
-              epochs=1, allow_leak=1, cl_teachers='expert+generic+snapshot', use_partial_freeze=0)
-    with pytest.raises(KeyboardInterrupt): run(tmp_path, [stated()], **kw)
-    s = run(tmp_path, [stated()], **kw)
-    for t in (0, 1): assert seen[t]['generic'] == OWN and seen[t]['expert'] is None
-    assert seen[1]['snapshot'] is None
+    monkeypatch.setattr(learner, 'fisher_diag', input_of_fisher)
+    kw = dict(cl_mode=1, method='asmb', cl_method='avgz', num_tasks=2, num_stages=1, finetune_epochs=1, epochs=1,
+              replay_capacity=10, allow_leak=1, cl_teachers='expert+generic+snapshot', student_freeze_level=0,
+              lambda_ewc=.1)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path, [stated()], student=stated(2), **kw)
+    s = run(tmp_path, [stated()], student=stated(2), **kw)
+    for t in (0, 1): assert seen[t]['generic'] == seen[t]['student'] == OWN and seen[t]['expert'] is None
+    assert seen[1]['snapshot'] == OWN
     assert s['norms'] == dict(generic1=dict(mean=list(OWN.mean), std=list(OWN.std)), expert1=None)
+    assert card_norm(Path(s['run'])/'student.safetensors') == OWN
+    black = torch.tensor([-m/d for m, d in zip(*OWN)])                    # what a black pixel is to the student
+    assert lowest and all(torch.allclose(o, black, atol=1e-4) for o in lowest)

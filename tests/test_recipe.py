@@ -46,13 +46,13 @@ def test_E1_240_epochs_of_updates(monkeypatch, student, lr):
     cfg, _ = resolve(**RECIPE | dict(student_type=student))
     loop, seen = simulated(cfg), []
     monkeypatch.setattr(loops, 'train_step', lambda l: seen.append((l.opt.param_groups[0]['lr'], len(l.batch))))
-    monkeypatch.setattr(loops, 'reseed', lambda seed: None)
+    for k in ('reseed', 'seed_of'): monkeypatch.setattr(loops, k, lambda *key: None)      # time alone
     epochs = range(240) if student == 'resnet20' else (0, 149, 150, 179, 180, 209, 210, 239)
     for loop.epoch in epochs: train_epoch(loop)
     table = [(recipe_lr(e + 1, lr), b) for e in epochs for b in [64]*781 + [16]]
     assert sum(a != b for a, b in zip(seen, table, strict=True)) == 0
     g, = loop.opt.param_groups
-    assert type(loop.opt.optimizer) is torch.optim.SGD and (g['momentum'], g['weight_decay'], g['nesterov'], g['dampening']) == (.9, 5e-4, False, 0)
+    assert type(getattr(loop.opt, 'optimizer', loop.opt)) is torch.optim.SGD and (g['momentum'], g['weight_decay'], g['nesterov'], g['dampening']) == (.9, 5e-4, False, 0)
     assert precision_of(cfg) == 'no' and cfg.epochs == 240
 
 def test_E1_every_image_once_an_epoch():
@@ -112,7 +112,7 @@ def test_E1_the_last_epoch_is_the_result(tmp_path):
     seen = []
     class Watch(loops.Callback):
         def after_step(self, loop): seen.append((len(loop.batch), loop.opt.param_groups[0]['lr']))
-    s = run_experiment(**DIGITS, report_oracle=1, callbacks=[Watch()], results_dir=str(tmp_path))
+    s = run_experiment(**DIGITS | dict(student_type='mlp'), report_oracle=1, callbacks=[Watch()], results_dir=str(tmp_path))
     assert seen == [(n, .05*.1**e) for e in range(3) for n in [16]*5 + [10]]
     assert [r['lr'] for r in rows_of(s)] == [.05*.1**e for e in range(3)] and not any('val_acc' in r for r in rows_of(s))
     assert s['images']['val'] == 0 and s['notes']['val'] == 'none' and s['val_acc'] is None
@@ -133,7 +133,7 @@ def test_E1_resumes_before_the_smaller_batch(tmp_path):
 
 def test_E1_the_teacher_cache_knows_the_smaller_batch(tmp_path):
     "With a table and without: the same student; every image is looked up once an epoch"
-    kw = DIGITS | dict(method='vanilla_kd', teacher1_type='resnet8', finetune_epochs=1, epochs=2, milestones=[1])
+    kw = DIGITS | dict(method='vanilla_kd', teacher1_type='mlp', student_type='mlp', finetune_epochs=1, epochs=2, milestones=[1])
     on, off = (run_experiment(**kw, teacher_cache=c, results_dir=str(tmp_path/c)) for c in ('memory', 'off'))
     assert all(abs(a['train_loss'] - b['train_loss']) < 1e-4 for a, b in zip(rows_of(on), rows_of(off)))
     assert on['time']['teacher_images']['requested'] >= 2*90
@@ -152,3 +152,24 @@ def test_E1_what_needs_validation_is_off_or_refused(tmp_path, capsys):
 def test_E1_drop_last_of_one_image_is_refused(tmp_path):
     with pytest.raises(DataError, match='leave a last batch of one image'): run_experiment(**DIGITS | dict(batch_size=89), results_dir=str(tmp_path))
     with pytest.raises(ConfigError, match='replayed images follow whole batches'): run_experiment(**NOISE | dict(cl_mode=1, drop_last=0, student_type='mlp', teacher1_type='mlp', finetune_epochs=1, results_dir=str(tmp_path)))
+
+# Fine-tuning that was killed before its end (B5)
+
+def test_B5_finetune_killed_before_its_summary(tmp_path, monkeypatch):
+    "The same command goes on to the summary; weights of somebody else's are never written over"
+    from asibkd.run import tasks
+    kw = NOISE | dict(teacher_type='mlp', finetune_epochs=1, results_dir=str(tmp_path/'results'), finetune_ckpt1=str(tmp_path/'mlp.pth'))
+    with monkeypatch.context() as m:
+        m.setattr(tasks, 'collect_logits', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))       # trained and saved, not evaluated
+        with pytest.raises(KeyboardInterrupt): run_finetune(**kw)
+    assert (tmp_path/'mlp.pth').exists()
+    assert not run_finetune(**kw)['skipped'] and run_finetune(**kw)['skipped']
+    run, = [d for d in (tmp_path/'results').iterdir() if (d/'summary.json').exists()]
+    assert not list(run.rglob('*.pt'))
+    (tmp_path/'mine.pth').write_bytes(b'mine')
+    with monkeypatch.context() as m:                                                                        # stopped within the training
+        m.setattr(loops, 'train_step', lambda l: (_ for _ in ()).throw(KeyboardInterrupt))
+        mine = kw | dict(finetune_ckpt1=str(tmp_path/'other.pth'))
+        with pytest.raises(KeyboardInterrupt): run_finetune(**mine)
+    (tmp_path/'mine.pth').rename(tmp_path/'other.pth')
+    assert run_finetune(**mine)['skipped'] and (tmp_path/'other.pth').read_bytes() == b'mine'

@@ -77,8 +77,15 @@ def test_C1_compare_page_and_its_files(foreign):
 def test_C1_terminal(foreign):
     from asibkd.analysis.notes import run_text
     from asibkd.analysis.tables import load_summary
-    text = run_text(load_summary(foreign)); text.encode()
-    assert '\x1b' not in text and 'esc�[31mape' in text
+    raw = json.loads((foreign/'summary.json').read_text())                                              # as `run` prints it
+    for text in (run_text(load_summary(foreign)), run_text(raw)): text.encode(); assert '\x1b' not in text and 'esc�[31mape' in text
+
+def test_C1_terminal_of_a_continual_run(tmp_path):
+    "A line break in a class's name breaks no table"
+    from asibkd.analysis.cl import explain_cl, task_names
+    s = continual(); s['tasks'] = [EVIL[7:9], EVIL[9:10] + ['z']]
+    assert task_names(s) == ['esc�[31mape, half�', 'two lines|and|bars, z']
+    assert 'after 1: esc�[31mape (5), half� (5)' in explain_cl(s)
 
 def test_C1_figures_of_names():
     "A class may be called like a formula, begin with _, be long, or hold what no font has"

@@ -9,6 +9,7 @@ __all__ = ['LEAKS', 'cl_summary', 'task_names', 'r_rows', 'r_table', 'newest_onl
 # %% ../../nbs/09_analysis/01_cl.ipynb #8da5155c
 from .tables import baselines_ahead, is_cl, keeps_text, load_summary, sees_all_data, shorten
 from ..core.config import RunError
+from ..core.text import one_line
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #24a5e010
 def cl_summary(
@@ -25,7 +26,7 @@ def task_names(
     s:dict,   # Summary of a continual run
 )->list:
     "A name for each task: its classes, or the first and the last of many"
-    return [', '.join(c) if len(c) < 4 else f'{c[0]} … {c[-1]}' for c in s['tasks']]
+    return [one_line(', '.join(c) if len(c) < 4 else f'{c[0]} … {c[-1]}') for c in s['tasks']]
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #93048bb0
 def r_rows(
@@ -105,7 +106,7 @@ def memory_lines(
 )->list: # One line per task, named as in `r_table`; [] where nothing was kept
     "What the memory of the run's method held"
     s = cl_summary(summary)
-    classes = [c for t in s['tasks'] for c in t]
+    classes = [one_line(c) for t in s['tasks'] for c in t]
     def line(counts):
         kept = {c: n for c, n in zip(classes, counts) if n}
         if len(kept) <= most:

@@ -9,17 +9,18 @@ __all__ = ['student_curves', 'plot_curves', 'run_curves', 'seed_curves', 'plot_s
            'plot_information']
 
 # %% ../../nbs/09_analysis/04_figures.ipynb #16ad520c
-import json
 from pathlib import Path
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from .compare import collect, t_interval
 from .tables import is_cl, load_config, load_metrics, load_summary, shorten
 from ..core.config import RunError
+from ..core.files import FileDamaged, check_file, damaged, read_json
 from ..core.picture import COLOURS, Picture
 from ..core.text import printable
 from ..distil.metrics import confidence_bins
@@ -191,8 +192,12 @@ def load_predictions(
     f, card = Path(run)/'predictions.safetensors', Path(run)/'student.json'
     if not f.exists():
         raise RunError(f"'{f}' does not exist: this run kept no predictions. Run it again (resume=0).")
-    t = {k: v.astype('float32') if k.startswith('confidence.') else v for k, v in load_file(f).items()}
-    return pd.DataFrame(t), [printable(c) for c in json.loads(card.read_text(encoding='utf-8'))['classes']]
+    check_file(f)
+    try:
+        t = {k: v.astype('float32') if k.startswith('confidence.') else v for k, v in load_file(f).items()}
+        return pd.DataFrame(t), [printable(c) for c in read_json(card)['classes']]
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise e if isinstance(e, FileDamaged) else damaged(f, f'{type(e).__name__}: {e}') from None
 
 # %% ../../nbs/09_analysis/04_figures.ipynb #0e9ec5a0
 def confusion_table(

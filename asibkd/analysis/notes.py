@@ -14,6 +14,7 @@ from .cl import explain_cl, leak_note, r_rows
 from .tables import (
     baselines_ahead, is_cl, joined, keeps_text, result_rows, show_table, supervision_text)
 from ..core.config import near_chance
+from ..core.text import printable
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #1f2b995a
 def main_row(
@@ -170,7 +171,8 @@ def warn_seed(
 # %% ../../nbs/09_analysis/02_notes.ipynb #fbaf318e
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_no_baseline,
             warn_seed)
-TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation)   # not covered by the verdict and `explain_cl`
+# not covered by the verdict and `explain_cl`
+TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation)
 
 def warnings_of(
     s:dict,          # summary.json
@@ -214,4 +216,4 @@ def run_text(
     if 'run' in s:
         page = Path(s['run'])/'report.html'
         out.append(f"\nEverything is in {s['run']}" + (f'; to read: {page}' if page.exists() else ''))
-    return '\n'.join(out)
+    return printable('\n'.join(out))

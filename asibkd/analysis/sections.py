@@ -23,6 +23,7 @@ from .page import details, picture, section, table, text
 from .tables import cell, is_cl, joined, load_metrics, result_table
 from ..cl.methods import cl_methods
 from ..core.config import Config, RunError, fields_read_by, resolve
+from ..core.files import FileDamaged, read_json
 from ..distil import asmb, crd, multi, single    # importing them registers their methods
 from ..distil.methods import is_ours, methods
 
@@ -126,7 +127,7 @@ def env_part(
     f = Path(run)/'env.json'
     if not f.exists():
         return None
-    env = json.loads(f.read_text(encoding='utf-8'))
+    env = read_json(f, strict=False)
     env |= env.pop('versions', {})
     rows = [dict(what=k, value=str(v)) for k, v in env.items() if v is not None]
     return table(pd.DataFrame(rows), 'Environment')
@@ -245,6 +246,8 @@ def prediction_sections(
     "Confusion, calibration and disagreement"
     try:
         t, classes = load_predictions(run)
+    except FileDamaged as e:
+        return [section('Predictions', text(str(e)))]
     except RunError:
         return []
     method, teachers = s['method'], [r['key'] for r in s['rows'] if r['role'] == 'teacher']

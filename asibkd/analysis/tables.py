@@ -6,42 +6,46 @@
 __all__ = ['COLUMNS', 'CL_COLUMNS', 'FRACTIONS', 'MEASURES', 'COSTS', 'load_summary', 'load_config', 'load_metrics', 'joined',
            'shorten', 'is_cl', 'is_student', 'role_text', 'logits_text', 'weights_text', 'supervision_text',
            'sees_all_data', 'keeps_text', 'shown_number', 'shown_row', 'result_rows', 'result_table', 'cell',
-           'show_table', 'measures', 'effective_config', 'finished_runs', 'load_runs', 'baselines_ahead']
+           'show_table', 'measures', 'effective_config', 'has_results', 'read_run', 'finished_runs', 'load_runs',
+           'baselines_ahead']
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #c523c9a3
-import json
 from pathlib import Path
 
-from ..core.config import RunError
+from ..core.config import RunError, log
+from ..core.files import FileDamaged, damaged, read_json, read_jsonl
 from ..core.text import clean, escape_markdown, one_line
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #7086736a
 def load_summary(
-    run, # Run folder
+    run,          # Run folder
+    strict=False, # True: `FileDamaged` also where it was changed by hand
 )->dict: # Results: rows, verdict, times, …
-    "Read `summary.json` of a finished run; `RunError` where there is none"
+    "Read `summary.json` of a finished run; `RunError` where there is none, `FileDamaged` where it cannot be used"
     f = Path(run)/'summary.json'
     if not f.exists():
         raise RunError(f"'{f}' does not exist: '{run}' is not the folder of a finished run.")
-    return clean(json.loads(f.read_text(encoding='utf-8')))
+    s = read_json(f, strict)
+    rows = s.get('rows', [])
+    if 'rows' in s and 'method' not in s or not all(isinstance(r, dict) and {'key', 'role'} <= {*r} for r in rows):
+        raise damaged(f, "it lacks the method, or the key and role of a row")
+    return clean(s)
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #127a05d7
 def load_config(
-    run, # Run folder
+    run,          # Run folder
+    strict=False, # True: `FileDamaged` also where it was changed by hand
 )->dict: # Key → value
     "Read `config.json`: every parameter, with `auto` replaced by what the run used"
-    return clean(json.loads((Path(run)/'config.json').read_text(encoding='utf-8')))
+    return clean(read_json(Path(run)/'config.json', strict))
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #4c49c7e4
 def load_metrics(
     run, # Run folder
 )->'pd.DataFrame': # One row per epoch; empty where the run has no `metrics.jsonl`
-    "Read `metrics.jsonl` as a table"
+    "Read `metrics.jsonl` as a table; a damaged line is named and left out"
     import pandas as pd
-    f = Path(run)/'metrics.jsonl'
-    if not f.exists():
-        return pd.DataFrame()
-    t = pd.DataFrame([clean(json.loads(o)) for o in f.read_text(encoding='utf-8').splitlines() if o])
+    t = pd.DataFrame([clean(o) for o in read_jsonl(Path(run)/'metrics.jsonl', strict=False)])
     return t if 'val_acc' in t else t.assign(val_acc=float('nan'))          # a run without validation images
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
@@ -267,19 +271,49 @@ def effective_config(
     keys = dict(student_type=s['method'], teacher1_type='teacher1', teacher2_type='teacher2')
     return c | dict(dataset=s['dataset']) | {k: models[v] for k, v in keys.items() if v in models}
 
+# %% ../../nbs/09_analysis/00_tables.ipynb #c4b195ed
+def has_results(
+    run, # Run folder
+)->bool: # False: a fine-tuned teacher, or damaged, which is logged
+    "Is it a finished run whose summary can be read?"
+    try:
+        return 'rows' in load_summary(run)
+    except FileDamaged as e:
+        log.warning(f"Run '{Path(run).name}' is left out. {e}")
+        return False
+
+# %% ../../nbs/09_analysis/00_tables.ipynb #dd5a94c7
+def read_run(
+    run, # Run folder
+)->tuple: # (folder, summary, parameters); None: a fine-tuned teacher, or damaged, which is logged
+    "A run for a comparison: numbers that were damaged, or changed by hand, do not enter a mean"
+    try:
+        s, c = load_summary(run, strict=True), load_config(run, strict=True)
+        if 'rows' not in s:
+            return None
+        if not any(r['key'] == s['method'] for r in s['rows']):
+            raise damaged(Path(run)/'summary.json', f"it has no row of its method '{s['method']}'")
+        return run, s, effective_config(s, c)
+    except FileDamaged as e:
+        log.warning(f"Run '{Path(run).name}' is left out. {e}")
+
 # %% ../../nbs/09_analysis/00_tables.ipynb #7da4383d
 def finished_runs(
     *paths, # Run folders, or folders of run folders
 )->list: # of (folder, summary, parameters)
-    "The finished runs at or below `paths`, without fine-tuning-only runs and runs that were set aside (`name~1`)"
-    dirs = []
+    "The finished runs at or below `paths`; left out are damaged, fine-tuning-only and set-aside runs (`name~1`)"
+    runs = []
     for p in map(Path, paths):
-        dirs += [p] if (p/'summary.json').exists() else sorted(f.parent for f in p.glob('*/summary.json'))
-    runs = [(d, load_summary(d)) for d in dirs if '~' not in d.name]
-    out = [(d, s, effective_config(s, load_config(d))) for d, s in runs if 'rows' in s]
-    if not out:
+        dirs = [p] if (p/'summary.json').exists() else sorted(f.parent for f in p.glob('*/summary.json'))
+        found = [o for d in dirs if '~' not in d.name and (o := read_run(d))]
+        if not p.exists():
+            raise RunError(f"No finished run in '{p}': there is no such folder. Check the path.")
+        if not found:
+            log.warning(f"No finished run in '{p}'.")
+        runs += found
+    if not runs:
         raise RunError(f"No finished run in {', '.join(map(str, paths))}. Start one with `asibkd run`.")
-    return out
+    return runs
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #42e53ff1
 def load_runs(

@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_COUNTS', 'CLResult', 'Learner', 'r_line']
 
 # %% ../../nbs/07_cl/06_learner.ipynb #31034a51
-import copy, time
+import copy, os, time
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,7 +31,7 @@ from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import KDModel
 from ..models.trace import copied
 from ..trainers.build import build_student
-from ..trainers.callbacks import EmaCB, callback_states, load_callback_states, load_state
+from ..trainers.callbacks import EmaCB, callback_states, load_callback_states, read_checkpoint
 from ..trainers.loop import Callback
 from ..trainers.phases import adapt, distil, finetune, to_device
 
@@ -398,18 +398,24 @@ def save(self:Learner, t:int):
     state = dict(task=t, student=self.student.state_dict(), untrained=self.untrained.state_dict(),
                  memory=self.memory.state(), ewc=self.ewc.state(), si=si, teachers=teachers, out=vars(self.out),
                  rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks))
-    atomic_save(state, self.run/'checkpoint'/f'{self.prefix}tasks.pt')
+    f = self.run/'checkpoint'/f'{self.prefix}tasks.pt'
+    if f.exists():
+        os.replace(f, f.with_name(f'{self.prefix}before.pt'))                # should the new one be damaged
+    atomic_save(state, f)
     for f in (self.run/'checkpoint').glob(f'*{self.prefix}t{t + 1}-*.pt'):
         f.unlink()                                                           # checkpoints of finished phases
 
 # %% ../../nbs/07_cl/06_learner.ipynb #a48f94eb
 @patch
 def load(self:Learner)->int: # The task to begin with
-    "Resume after the last finished task"
-    f = None if self.run is None else self.run/'checkpoint'/f'{self.prefix}tasks.pt'
-    if f is None or not f.exists():
+    "Resume after the last finished task; where its state is damaged, after the one before"
+    if self.run is None:
         return 0
-    s = load_state(f)
+    files = [self.run/'checkpoint'/f'{self.prefix}{k}.pt' for k in ('tasks', 'before')]
+    self.run.passed |= {f.name for f in files}
+    s = next(filter(None, (read_checkpoint(self.run, f) for f in files if f.exists())), None)
+    if s is None:
+        return 0
     t = s['task']
     self.untrained.load_state_dict(s['untrained'])
     grow_head(self.student, self.width(t)).load_state_dict(s['student'])

@@ -174,7 +174,8 @@ def _photo_set(scan, classes=None):
                         f"cannot be used: move '{scan.folder.name}/' away. {LAYOUT}")
     for c in scan.files if classes is not None else ():
         if c not in classes:
-            raise DataError(f"{unknown_name(f'class in {scan.folder}:', c, classes)} Every class needs training images.")
+            unknown = unknown_name(f'class in {scan.folder}:', c, classes)
+            raise DataError(f"{unknown} Every class needs training images.")
     names = [*scan.files] if classes is None else classes
     if none := next((c for c in names if not scan.files.get(c)), None):
         there = f" There are {text}." if (text := left_out_text([scan])) else ''
@@ -197,8 +198,8 @@ def _imagefolder(cfg):
     held = {o: _photo_set(scans[o], train.classes) for o in ('val', 'test') if o in scans}
     if len(held) == 2: log.info(f"'{root}': {scans['val'].folder.name}/ is the validation set, test/ the test set.")
     if len(held) == 1:
-        log.info(f"'{root}' holds {scans[[*held][0]].folder.name}/ beside train/: it is the test set; "
-                 + (f"validation is val_frac={cfg.val_frac:g} of train/." if cfg.val_frac else "no validation (val_frac=0)."))
+        validation = f'validation is val_frac={cfg.val_frac:g} of train/' if cfg.val_frac else 'no validation'
+        log.info(f"'{root}' holds {scans[[*held][0]].folder.name}/ beside train/: it is the test set; {validation}.")
     return dict(train=train, val=held['val'] if len(held) == 2 else None, test=[*held.values()][-1])
 
 # %% ../../nbs/01_data/03_datasets.ipynb #5409be6c
@@ -207,10 +208,10 @@ def as_image_set(
 )->ImageSet:
     "An `ImageSet` from anything with images and labels"
     if isinstance(o, ImageSet): return o
-    if not (hasattr(o, '__len__') and hasattr(o, '__getitem__')):
-        raise DataError("A dataset must be map-style, with len() and [i] -> (image, label); "
-                        f"got {type(o).__name__}.")
     source, y = DatasetSource(o), stored_labels(o)
+    if y is None and len(o) >= 10_000:
+        log.info(f"Reading {len(o):,} items of {type(o).__name__} for their labels. Where they are known, "
+                 "ImageSet(DatasetSource(dataset), labels, classes) needs no reading.")
     y = as_labels(source.labels() if y is None else y, where=type(o).__name__)
     return ImageSet(source, y, class_names(o, y))
 

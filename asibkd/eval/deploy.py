@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.config import AsibError, CheckpointError, RunError
 from ..core.offline import no_downloads
-from ..core.files import atomic_path, atomic_write
+from ..core.files import atomic_path, atomic_write, read_json, read_weights
 from ..data.batches import normalise
 from ..data.images import Data, prepare_image
 from ..models.students import create_student
@@ -27,9 +27,9 @@ def save_state(
     state:dict,   # name → tensor
     path,         # A .safetensors file
 ):
-    "Write weights as safetensors (no code can be executed on loading), atomically"
+    "Write weights as safetensors (no code can be executed on loading), atomically and with a checksum"
     from safetensors.torch import save_file
-    with atomic_path(path) as tmp:
+    with atomic_path(path, checksum=True) as tmp:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, tmp)
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #8475328d
@@ -52,7 +52,7 @@ def save_student(
 ):
     "`student.safetensors` and `student.json`"
     save_state(state, Path(folder)/f'{name}.safetensors')
-    atomic_write(Path(folder)/'student.json', json.dumps(card, indent=1, ensure_ascii=False))
+    atomic_write(Path(folder)/'student.json', json.dumps(card, indent=1, ensure_ascii=False), checksum=True)
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #7102e53c
 class Preprocess:
@@ -82,18 +82,17 @@ def load_student(
     which='student',       # 'student' (validation-selected) or 'student_last'
 )->Student:
     "The trained student of a run"
-    from safetensors.torch import load_file
     weights = Path(run)/f'{which}.safetensors'
     if not weights.exists():
         raise RunError(f"'{weights}' does not exist. Is '{run}' the folder of a finished run?")
-    card = json.loads((Path(run)/'student.json').read_text(encoding='utf-8'))
+    card = read_json(Path(run)/'student.json')
     if model is None and not card['type']:
         raise AsibError("This run's student is a module of your own: pass it, load_student(run, model=MyModule()).")
     if model is None:
         with no_downloads(run, 'Pass the network: load_student(run, model=…).'):
             model = create_student(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
                                    in_chans=card['shape'][0], small_input=card['small_input']).model
-    load_into(model, load_file(weights), weights)
+    load_into(model, read_weights(weights), weights)
     return Student(model.eval(), preprocess_for(card), card['classes'])
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #cb7ec737
@@ -136,7 +135,7 @@ def export_student(
     if to not in ('pt2', 'onnx'):
         raise AsibError(f"Cannot export to '{to}'. Known: pt2, onnx.")
     student = load_student(run, model)
-    shape = json.loads((Path(run)/'student.json').read_text(encoding='utf-8'))['shape']
+    shape = read_json(Path(run)/'student.json')['shape']
     path, x = Path(path or Path(run)/f'student.{to}'), torch.randn(2, *shape)
     batch = torch.export.Dim('batch', min=1, max=65536)
     program = torch.export.export(student.model, (x,), dynamic_shapes=({0: batch},))

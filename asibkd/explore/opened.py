@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.config import Config, DataError, RunError, plugins, resolve, unknown_name
 from ..core.offline import no_downloads
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_file, read_json
 from ..core.runtime import forked_rng, pick_device
 from ..data.images import Data
 from ..data.datasets import create_data, list_datasets
@@ -151,7 +151,7 @@ def _open_teacher(run:Path, spec:TeacherSpec, summary:dict, data:Data, cfg:Confi
 # %% ../../nbs/10_explore/00_opened.ipynb #a9b4d37d
 def _open_student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
     "The student with its selected weights"
-    card = json.loads((run/'student.json').read_text(encoding='utf-8'))
+    card = read_json(run/'student.json', strict=False)
     if given is None and not card['type']:
         raise RunError("The student was a user-defined module. Pass a fresh instance: "
                        "open_run(run, student=MyModule()).")
@@ -206,6 +206,7 @@ def open_run(
     if 'rows' not in s:
         raise RunError(f"'{run}' holds a fine-tuned teacher, no student. Name the folder of a run.")
     check_plugin(run, plugin)
+    check_file(run/'config.json', strict=False)
     cfg = resolve(run/'config.json', plugin=plugin)[0]
     cfg = with_method_defaults(cfg, cfg.method)
     teachers, student = copy.deepcopy(teachers), copy.deepcopy(student)          # your modules are not changed

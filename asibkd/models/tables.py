@@ -47,6 +47,7 @@ class Table:
         path=None,            # A file of the right size; None = in memory
     ):
         self.width, self.dtype, self.path, self.disk_full = width, dtype, path, False
+        self.is_damaged = False   # was a damaged row found?
         self.words = row_words(width, dtype)
         shape = (rows, self.words)
         self.raw = np.zeros(shape, np.int32) if path is None else np.memmap(path, np.int32, 'r+', shape=shape)
@@ -95,6 +96,16 @@ def put(self:Table,
         log.warning(f"teacher_cache: '{self.path}' cannot be written ({e.strerror or e}); "
                     "rows missing there are computed.")
 
+# %% ../../nbs/02_models/07_tables.ipynb #38e45fc0
+@patch
+def warn_damaged(self:Table,
+    rows:torch.Tensor,  # (N,) rows that are to be written
+):
+    "Name a table with a row that was written, and does not match its checksum any more"
+    if not self.is_damaged and bool((self.data[rows, 0] != 0).any()):
+        self.is_damaged = True
+        log.warning(f"teacher_cache: '{self.path}' has damaged rows: the teacher computes them again.")
+
 # %% ../../nbs/02_models/07_tables.ipynb #49f24e60
 @patch
 def write(self:Table,
@@ -112,6 +123,7 @@ def write(self:Table,
     body = body.view(torch.int32)
     with self.lock:
         new = ~self.read(rows)[1]
+        self.warn_damaged(rows[new])
         raw = torch.cat([self.checksum(rows, body)[:, None], body], 1)[new]
         if not self.disk_full: self.put(rows[new].numpy(), raw.numpy())
     stored, there = self.read(rows)

@@ -16,6 +16,7 @@ from ..cl.setup import check_cl, roles_of
 from ..cl.streams import Stream, create_stream
 from ..core.config import Config, ConfigError, log
 from ..core.runtime import RunContext
+from ..core.text import one_line
 from ..data.images import Data
 from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import verdict
@@ -166,7 +167,7 @@ def run_cl(
     stream = stream_of(data, cfg)
     check_given_teachers(teachers, cfg)
     learners = create_learners(ctx, stream, teachers, student, params)
-    log.info(f"{len(stream)} tasks: " + ' | '.join(', '.join(names) for names in task_classes(stream)))
+    log.info(f"{len(stream)} tasks: " + ' | '.join(one_line(', '.join(names)) for names in task_classes(stream)))
     done = {k: l.learn() for k, l in learners.items()}
     summary = cl_summary_of(ctx, done, learners, params)
     save_cl_results(ctx.run, done, learners[key], '' if student is not None else cfg.student_type)

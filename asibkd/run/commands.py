@@ -6,7 +6,7 @@
 __all__ = ['LOOP', 'COMMANDS', 'option_words', 'bare_value', 'read_options', 'parse', 'add_option', 'add_parameters',
            'add_method_parameters', 'help_text', 'announce', 'print_run', 'cmd_run', 'cmd_baseline', 'cmd_finetune',
            'cmd_evaluate', 'print_comparison', 'cmd_loop', 'runs_options', 'cmd_compare', 'newest', 'cmd_show',
-           'cmd_report', 'cmd_export', 'cmd_explore', 'cmd_bench', 'run_command']
+           'cmd_report', 'cmd_export', 'cmd_explore', 'cmd_doctor', 'cmd_bench', 'run_command']
 
 # %% ../../nbs/11_run/08_commands.ipynb #0ee13bbf
 import argparse, contextlib, re, sys
@@ -16,8 +16,9 @@ from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layer
                                 list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve,
                                 unknown_name)
 from ..core.params import field_bounds, field_kinds
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
+from ..core.text import printable
 from .usage import ABOUT
 
 # %% ../../nbs/11_run/08_commands.ipynb #d051eb89
@@ -274,8 +275,8 @@ def newest(
     results='results', # A folder of run folders
 )->str:
     "The run folder finished last"
-    from asibkd.analysis.tables import load_summary
-    done = [f for f in Path(results).glob('*/summary.json') if 'rows' in load_summary(f.parent)]
+    from asibkd.analysis.tables import has_results
+    done = [f for f in Path(results).glob('*/summary.json') if has_results(f.parent)]
     if not done:
         raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
     return str(max(sorted(done), key=lambda f: f.stat().st_mtime).parent)
@@ -287,6 +288,8 @@ def cmd_show(argv):
     p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/')
     run = p.parse_args(argv).run or newest()
     from asibkd.analysis.tables import load_summary
+    for damage in check_folder(run, most=1_000_000, deep=False):
+        warn_once(damage)
     print_run(load_summary(run) | dict(run=run))
 
 # %% ../../nbs/11_run/08_commands.ipynb #d652ece8
@@ -336,6 +339,18 @@ def cmd_explore(argv):
     from asibkd.explore.serve import serve
     serve(run, a.port, not a.no_browser, a.plugin)
 
+# %% ../../nbs/11_run/08_commands.ipynb #3ae678f2
+def cmd_doctor(argv)->int: # 0: nothing is wrong, 1: something is
+    "asibkd doctor"
+    p = argparse.ArgumentParser('asibkd doctor', description=ABOUT['doctor'])
+    p.add_argument('path', nargs='*', default=['results'], help='run folders, folders of runs, data_root, or single files '
+                   '[results]')
+    a = p.parse_args(argv)
+    from asibkd.run.doctor import check_path, findings_text
+    found = [o for path in a.path for o in check_path(path)]
+    print(findings_text(found))
+    return int(any(o.bad for o in found))
+
 # %% ../../nbs/11_run/08_commands.ipynb #4ae06eea
 def cmd_bench(argv):
     "asibkd bench"
@@ -359,19 +374,18 @@ def cmd_bench(argv):
 # %% ../../nbs/11_run/08_commands.ipynb #caabd909
 COMMANDS = dict(run=cmd_run, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate, loop=cmd_loop,
                 compare=cmd_compare, export=cmd_export, show=cmd_show, report=cmd_report, explore=cmd_explore,
-                bench=cmd_bench)
+                doctor=cmd_doctor, bench=cmd_bench)
 
 # %% ../../nbs/11_run/08_commands.ipynb #71980d92
 def run_command(
     name:str,   # One of `COMMANDS`
     argv:list,  # The words after it
-)->int: # Exit code: 0 success, 2 refused or stopped with a message
+)->int: # Exit code: 0 success, 1 the doctor found damage, 2 refused or stopped with a message
     "Run one command; an error for the user is one line on standard error"
     try:
         if name not in COMMANDS:
             raise unknown_name('command', name, COMMANDS)
-        COMMANDS[name](argv)
-        return 0
+        return COMMANDS[name](argv) or 0
     except AsibError as e:
-        print(f'asibkd: {e}', file=sys.stderr)
+        print(f'asibkd: {printable(e)}', file=sys.stderr)
         return 2

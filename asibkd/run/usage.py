@@ -14,6 +14,7 @@ ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, b
              export="write a run's student as a program and check it", show='print the result table of a run',
              report='write the report of one or several runs again: one HTML file',
              explore='explore a run in the browser: attention, bottleneck, targets',
+             doctor='check a run folder or a folder of images, and say what to do',
              bench='measure speed on this machine, compared with common implementations')
 
 # %% ../../nbs/11_run/06_usage.ipynb #3c8b8c35

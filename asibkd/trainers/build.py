@@ -19,11 +19,11 @@ from torch import nn
 
 from ..distil import asmb, crd, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
-from ..core.files import atomic_save, read_json
+from ..core.files import atomic_save, check_weights, read_json
 from ..core.runtime import RunContext, forked_rng, pick_device, precision_of
 from ..models.cache import weights_hash
-from ..data.images import Data, ImageSet, overlap_classes, restrict
-from ..data.sources import as_image
+from ..data.images import Data, ImageSet, as_labels, overlap_classes, restrict
+from ..data.sources import DatasetSource
 from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import KDModel, spread_classes
 from ..distil.methods import check_method, create_method, list_methods
@@ -198,11 +198,11 @@ def hash_of_items(
     n=32, # Items that are read, evenly spaced
 )->str: # 8 hex digits
     "A hash of some images and labels; images that differ from read to read (augmented) are left out"
-    h = hashlib.blake2b(digest_size=4)
+    h, source = hashlib.blake2b(digest_size=4), None if isinstance(o, ImageSet) else DatasetSource(o)
     for i in torch.linspace(0, len(o) - 1, min(n, len(o))).long().tolist():
-        (a, y), (b, _) = ((o.source[int(o.ids[i])], o.y[i]) if isinstance(o, ImageSet) else o[i][:2] for _ in range(2))
-        a, b = as_image(a), as_image(b)
-        h.update(f'{int(y)}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
+        (a, y), (b, _) = ((o.source[int(o.ids[i])], o.y[i]) if source is None else source.pair(i) for _ in range(2))
+        y = int(as_labels([y], where=type(o).__name__)[0])
+        h.update(f'{y}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
     return h.hexdigest()
 
 # %% ../../nbs/06_trainers/04_build.ipynb #3d794b13
@@ -225,8 +225,9 @@ def save_teacher(
 # %% ../../nbs/06_trainers/04_build.ipynb #dfdd2e95
 def read_card(path)->dict|None: # type, dataset, classes, val_acc, split, mean, std
     "The card of one of the package's checkpoints; None where there is none"
-    if Path(path).suffix == '.safetensors':
+    if Path(path).suffix == '.safetensors' or not Path(path).is_file():
         return None
+    check_weights(path, "Fetch or save it again.")
     try:
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('asibkd')
     except Exception:
@@ -236,7 +237,7 @@ def read_card(path)->dict|None: # type, dataset, classes, val_acc, split, mean, 
 def card_norm(
     path,    # Of a checkpoint
 )->Norm|None: # None where it has no card, or one that does not say
-    "The normalisation that the weights of a checkpoint were trained with; a student's card is the student.json beside it"
+    "The normalisation that a checkpoint's weights were trained with; a student's card is the student.json beside it"
     path, beside = Path(path), Path(path).with_name('student.json')
     is_student = path.name in ('student.safetensors', 'student_last.safetensors') and beside.exists()
     card = read_json(beside) if is_student else read_card(path)
@@ -383,7 +384,10 @@ def build_teacher(
     if f:
         anew = 'name no checkpoint' if spec.ckpt else 'move the file away'
         skips = f"; finetune_epochs={epochs} is skipped because of it ({anew} to fine-tune anew)" if epochs else ''
-        log.info(f"{spec.name}: {t.name} from {f}{skips}")
+        known = spec.norm != 'auto' or t.norm or read_card(f) or card_norm(f)
+        plain = '' if known else (
+            f" (no card: images are normalised as the data; {norm_flag(spec.name)}=… if it was trained otherwise)")
+        log.info(f"{spec.name}: {t.name} from {f}{skips}{plain}")
         return t, WeightsInfo('checkpoint', Path(f).name, norm=norm_row(t))
     if epochs:
         return t, None
@@ -483,7 +487,7 @@ def build_student(
 
 # %% ../../nbs/06_trainers/04_build.ipynb #4e501e35
 def object_fingerprint(o)->str:
-    "A short name for the user's own module (its weights, its normalisation) or dataset (its length and some of its images and labels)"
+    "A short name for the user's module (weights, normalisation) or dataset (length, some images and labels)"
     if isinstance(o, str):
         return o
     if not isinstance(o, nn.Module):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['checkpoint_hint', 'check_finite', 'save_is_due', 'FiniteCB', 'LateParamsCB', 'ClipCB', 'AccumulateCB', 'CudaGraphCB',
            'MethodCB', 'is_better', 'SelectCB', 'EarlyStopCB', 'follow', 'EmaCB', 'StudentEmaCB', 'LogCB', 'ProgressCB',
-           'load_state', 'PhaseCheckpoint', 'is_plain', 'named_callbacks', 'callback_states', 'load_callback_states',
-           'CheckpointCB']
+           'read_checkpoint', 'PhaseCheckpoint', 'is_plain', 'named_callbacks', 'callback_states',
+           'load_callback_states', 'CheckpointCB']
 
 # %% ../../nbs/06_trainers/01_callbacks.ipynb #14329962
 import copy, math, time
@@ -15,8 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.config import CheckpointError, RunError, log
-from ..core.files import atomic_save
+from ..core.config import RunError, log
+from ..core.files import FileDamaged, atomic_save, read_weights, set_aside
 from ..core.runtime import progress_bar
 from .loop import Callback, FitResult, Loop, Phase, snapshot
 
@@ -347,16 +347,21 @@ class ProgressCB(Callback):
         "Done"
         self.bar.close()
 
-# %% ../../nbs/06_trainers/01_callbacks.ipynb #2c718702
-def load_state(path)->dict:
-    "Read one of our checkpoints; for a broken file the error names it"
+# %% ../../nbs/06_trainers/01_callbacks.ipynb #47f657ae
+def read_checkpoint(
+    run,       # The run folder
+    path,      # One of its checkpoints
+)->dict|None:  # None: it was damaged
+    "Read a checkpoint; a damaged one is named and set aside, and what was computed after it goes with it"
+    run.passed |= {path.name, path.name.replace('.pt', '.part.pt')}
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as e:
-        raise CheckpointError(f"Checkpoint '{path}' cannot be read ({type(e).__name__}). It was not written by this "
-                              "package, or is damaged. Remove it to repeat its phase.") from e
+        return read_weights(path, "What it held is computed again, from what came before it.")
+    except FileDamaged as e:
+        log.warning(str(e))
+        set_aside(path)
+        for f in path.parent.glob('*.pt'):
+            if f.name not in run.passed:
+                f.unlink()
 
 # %% ../../nbs/06_trainers/01_callbacks.ipynb #8118ef29
 class PhaseCheckpoint:
@@ -366,6 +371,7 @@ class PhaseCheckpoint:
         name:str, # Of the phase
     ):
         self.part = self.done = None
+        self.run = run
         if run is not None:
             self.part, self.done = (run/'checkpoint'/f'{name}{end}' for end in ('.part.pt', '.pt'))
 
@@ -377,8 +383,8 @@ class PhaseCheckpoint:
     def load(self)->tuple: # (state or None, is the phase done?)
         "The state to resume from"
         for f in (self.done, self.part):
-            if f is not None and f.exists():
-                return load_state(f), f == self.done
+            if f is not None and f.exists() and (state := read_checkpoint(self.run, f)):
+                return state, f == self.done
         return None, False
 
     def save(self,

@@ -297,7 +297,7 @@ def gate_record(
     cfg:Config,        # synergy_gate
     stage:int,         # Counted from 0
 )->dict:
-    "The gate's decision: open where the synergy's NLL is below the plain average's; unchecked without validation images"
+    "The gate's decision: open where the synergy's NLL is below the plain average's, or where nothing was compared"
     best = fitted.best
     checked = cfg.synergy_gate and 'val_nll' in best
     opens = not checked or best['val_nll'] < before['val_avg_nll']
