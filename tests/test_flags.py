@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from asibkd.core.config import CheckpointError, Config, ConfigError, RunError
-from asibkd.run.experiment import run_experiment
+from asibkd.core.config import CheckpointError, Config, ConfigError, RunError, resolve
+from asibkd.distil.idle import idle_parameters
+from asibkd.run.experiment import classes_of_run, run_experiment
 
 root = Path(__file__).parents[1]
 BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug='standard', train_per_class=8, val_frac=.25, teacher1_type='resnet8', teacher2_type='resnet14',
@@ -61,11 +62,16 @@ def test_the_table_is_complete():
         if where.startswith('nbs/'): assert (root/where).exists()
         else: assert f'def {name}(' in (root/'tests'/(f or 'test_flags.py')).read_text(encoding='utf-8'), where
 
+def read_by_method(given):
+    "Without what the method does not read: typed, it would be refused"
+    cfg = resolve(**given)[0]; idle = idle_parameters(given, cfg, classes_of_run(cfg))
+    return {k: v for k, v in given.items() if k not in idle}
+
 @functools.lru_cache(None)
 def outcome(given)->str:
     "The numbers a run leaves: its rows, its summary without times, what was open"
     with tempfile.TemporaryDirectory() as d:
-        s = run_experiment(**BASE | dict(json.loads(given)), results_dir=d)
+        s = run_experiment(**read_by_method(BASE | json.loads(given)), results_dir=d)
         rows = re.sub(r'"seconds": [\d.]+', '', (Path(s['run'])/'metrics.jsonl').read_text())
         return rows + json.dumps({k: v for k, v in s.items() if k not in ('time', 'run', 'exp_id', 'seed')})
 
@@ -79,7 +85,8 @@ def test_effect(flag):
     a, b = outcome(json.dumps(under)), outcome(json.dumps(under | {flag: value}))
     assert a != b, f'{flag}={value!r} changed nothing'
 
-def run(tmp_path, **kw): return run_experiment(**{**BASE, 'results_dir': str(tmp_path), 'num_stages': 1, **kw})
+def run(tmp_path, **kw):
+    return run_experiment(**read_by_method({**BASE, 'results_dir': str(tmp_path), 'num_stages': 1, **kw}))
 
 def test_deterministic(tmp_path):
     try:

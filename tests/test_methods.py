@@ -69,13 +69,14 @@ def teachers(tmp_path_factory):
     run_experiment(**SMALL, **keep, method='avgz', finetune_epochs=12, student_epochs_per_stage=1, results_dir=str(d))
     return dict(teacher1_ckpt=keep['finetune_ckpt1'], teacher2_ckpt=keep['finetune_ckpt2'])
 
-SMALL = dict(preset='quickstart', compare=0, report=0, device='cpu', num_stages=1, teacher_adapt_epochs=1, log_level='ERROR', crd_nce_k=256, dkd_warmup=2)
+SMALL = dict(preset='quickstart', compare=0, report=0, device='cpu', num_stages=1, teacher_adapt_epochs=1, log_level='ERROR')
+OWN = dict(crd=dict(crd_nce_k=256), dkd=dict(dkd_warmup=2))     # a parameter that a method does not read is refused
 
 @pytest.mark.parametrize('method', METHODS)
 def test_learns_on_digits(method, teachers, tmp_path):
     "Total loss falls, and the accuracy is 20 points above chance"
     epochs = 12 if method == 'at' else 6        # on maps of 8×8 its published weight of 1000 holds the labels back at first
-    s = run_experiment(**SMALL | teachers | dict(finetune_epochs=0, student_epochs_per_stage=epochs), method=method, results_dir=str(tmp_path))
+    s = run_experiment(**SMALL | OWN.get(method, {}) | teachers | dict(finetune_epochs=0, student_epochs_per_stage=epochs), method=method, results_dir=str(tmp_path))
     loss = [json.loads(o)['train_loss'] for o in (Path(s['run'])/'metrics.jsonl').read_text().splitlines() if json.loads(o)['kind'] == 'B']
     if method != 'dkd': assert loss[-1] < loss[0]
     else: assert loss[-1] < loss[1]                                                # its weights grow during the warm-up of two epochs
@@ -84,7 +85,7 @@ def test_learns_on_digits(method, teachers, tmp_path):
 @pytest.mark.parametrize('method', METHODS)
 def test_resumes(method, teachers, tmp_path):
     "Stopped within an epoch and started again: the same bits"
-    args = SMALL | teachers | dict(finetune_epochs=0, student_epochs_per_stage=2, train_per_class=20, batch_size=16, checkpoint_steps=3, method=method)
+    args = SMALL | OWN.get(method, {}) | teachers | dict(finetune_epochs=0, student_epochs_per_stage=2, train_per_class=20, batch_size=16, checkpoint_steps=3, method=method)
     def outcome(s): return {k: v for k, v in s.items() if k not in ('time', 'run')}, (Path(s['run'])/'student_last.safetensors').read_bytes()
     whole = run_experiment(**args, results_dir=str(tmp_path/'whole'))
     class Stop(Exception): pass
@@ -110,7 +111,7 @@ def test_learns_on_photographs(method, tmp_path):
     home = Path(os.environ['ASIBKD_SLOW_RESULTS']) if 'ASIBKD_SLOW_RESULTS' in os.environ else tmp_path
     s, = run_loop(method, '1', preset='method/asmb', dataset='imagefolder', data_root=str(JPEG), train_per_class=500, data_aug='standard', batch_size=64, teacher1_type='resnet20',
                   teacher2_type='resnet14', student_type='resnet8', finetune_epochs=8, finetune_lr=.01, student_lr=.01, lr_warmup_epochs=1, num_stages=1, teacher_adapt_epochs=1,
-                  student_epochs_per_stage=6, crd_nce_k=1024, dkd_warmup=2, device='cpu', results_dir=str(home), log_level='WARNING')
+                  student_epochs_per_stage=6, **OWN.get(method, {}), device='cpu', results_dir=str(home), log_level='WARNING')
     loss = [json.loads(o)['train_loss'] for o in (Path(s['run'])/'metrics.jsonl').read_text().splitlines() if json.loads(o)['kind'] == 'B']
     print(f"{method}: loss {loss[1]:.3f} → {loss[-1]:.3f}, test {100*s['test_acc_last']:.2f} %")
     assert loss[-1] < loss[1] and s['test_acc_last'] > .3

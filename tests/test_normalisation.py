@@ -265,9 +265,10 @@ def test_A10_finetuned_in_the_run_keeps_the_datas(tmp_path, data):
     assert row(s)['weights']['source'] == 'finetuned' and row(s)['weights']['norm'] is None
     assert card_norm(Path(s['run'])/'teacher1.pth') == Norm(data.mean, data.std)
     # unless the user says so: then the card says it, too
-    s = run(tmp_path, [stated()], finetune_epochs=1, teacher1_norm='0.5 / 0.25')
-    assert row(s)['weights']['norm'] == dict(mean=[.5]*3, std=[.25]*3)
-    assert card_norm(Path(s['run'])/'teacher1.pth') == Norm((.5,)*3, (.25,)*3)
+    spec = TeacherSpec('teacher1', stated(), norm='0.5 / 0.25')
+    t, info = build_teacher(spec, data, settled(data, finetune_epochs=1))
+    save_teacher(t, tmp_path/'t.pth', data, 'mine', .9)
+    assert info is None and t.norm == card_norm(tmp_path/'t.pth') == Norm((.5,)*3, (.25,)*3)
 
 def test_A10_adapted_teachers(tmp_path, data):
     "Phase A changes a part of the teachers: they keep their normalisation, in their rows, cards and the explorer"

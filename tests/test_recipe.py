@@ -152,3 +152,24 @@ def test_E1_what_needs_validation_is_off_or_refused(tmp_path, capsys):
 def test_E1_drop_last_of_one_image_is_refused(tmp_path):
     with pytest.raises(DataError, match='leave a last batch of one image'): run_experiment(**DIGITS | dict(batch_size=89), results_dir=str(tmp_path))
     with pytest.raises(ConfigError, match='replayed images follow whole batches'): run_experiment(**NOISE | dict(cl_mode=1, drop_last=0, student_type='mlp', teacher1_type='mlp', finetune_epochs=1, results_dir=str(tmp_path)))
+
+# Fine-tuning that was killed before its end (B5)
+
+def test_B5_finetune_killed_before_its_summary(tmp_path, monkeypatch):
+    "The same command goes on to the summary; weights of somebody else's are never written over"
+    from asibkd.run import tasks
+    kw = NOISE | dict(teacher_type='mlp', finetune_epochs=1, results_dir=str(tmp_path/'results'), finetune_ckpt1=str(tmp_path/'mlp.pth'))
+    with monkeypatch.context() as m:
+        m.setattr(tasks, 'collect_logits', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))       # trained and saved, not evaluated
+        with pytest.raises(KeyboardInterrupt): run_finetune(**kw)
+    assert (tmp_path/'mlp.pth').exists()
+    assert not run_finetune(**kw)['skipped'] and run_finetune(**kw)['skipped']
+    run, = [d for d in (tmp_path/'results').iterdir() if (d/'summary.json').exists()]
+    assert not list(run.rglob('*.pt'))
+    (tmp_path/'mine.pth').write_bytes(b'mine')
+    with monkeypatch.context() as m:                                                                        # stopped within the training
+        m.setattr(loops, 'train_step', lambda l: (_ for _ in ()).throw(KeyboardInterrupt))
+        mine = kw | dict(finetune_ckpt1=str(tmp_path/'other.pth'))
+        with pytest.raises(KeyboardInterrupt): run_finetune(**mine)
+    (tmp_path/'mine.pth').rename(tmp_path/'other.pth')
+    assert run_finetune(**mine)['skipped'] and (tmp_path/'other.pth').read_bytes() == b'mine'

@@ -147,6 +147,20 @@ def test_D_a_tracker_that_fails_costs_no_run(params, monkeypatch, capsys):
     s = run_experiment(**params | dict(log_level='WARNING', track='tensorboard'))
     assert len(rows(s['run'])) == 3 and capsys.readouterr().out.count('Nothing more is sent') == 1; nothing_open()
 
+def test_D_wandb_switched_off(params, wandb, monkeypatch):
+    "WANDB_MODE=disabled: nothing is sent, and a resumed run still has its id"
+    monkeypatch.setenv('WANDB_MODE', 'disabled')
+    with pytest.raises(RunError): run_experiment(**params, track='wandb', callbacks=[Killed(2, RunError('no'))])
+    f, = Path(params['results_dir']).glob('*/tracking.json'); before = f.read_text()
+    s = run_experiment(**params, track='wandb'); assert f.read_text() == before and len(rows(s['run'])) == 3
+
+def test_D_a_damaged_id_is_named(params, wandb, monkeypatch):
+    monkeypatch.setenv('WANDB_MODE', 'disabled')
+    with pytest.raises(RunError): run_experiment(**params, track='wandb', callbacks=[Killed(2, RunError('no'))])
+    f, = Path(params['results_dir']).glob('*/tracking.json'); f.write_text(f.read_text().replace('"', "'", 1))
+    with pytest.raises(RunError, match='tracking.json.*Remove it'): run_experiment(**params, track='wandb')
+    f.unlink(); run_experiment(**params, track='wandb')
+
 def test_D_without_the_package(params, monkeypatch):
     "Named before anything is trained"
     import sys

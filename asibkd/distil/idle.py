@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SWITCHES', 'narrow_parameters', 'parameters_read', 'idle_parameters', 'remedy', 'refuse_idle']
 
-# %% ../../nbs/05_distil/07_idle.ipynb #cf2289ee
-from ..core.config import Config, ConfigError, fields_read_by, log
+# %% ../../nbs/05_distil/07_idle.ipynb #b40aa3cb
+from ..core.config import Config, ConfigError, fields_read_by
 from ..core.params import Freezing
 from .methods import is_ours, with_method_defaults
 
@@ -56,20 +56,20 @@ def remedy(
             return f"it needs another {switch} (now {now}), e.g. {switch}={value}. Set that"
     return ''
 
-# %% ../../nbs/05_distil/07_idle.ipynb #e2f1f640
+# %% ../../nbs/05_distil/07_idle.ipynb #66354f0d
 def refuse_idle(
     given,    # Names that were typed
     c:Config,
     name:str, # The method, as the user knows it
     classes,  # As in `parameters_read`
     filed=(), # Names in a parameter file
-):
-    "Refuse what was typed and has no effect; warn of what is shared by several methods"
-    shared = {'teacher_adapt_epochs', *Freezing.model_fields}
+)->str: # A sentence about the others; '' if there are none
+    "Refuse what was typed and has no effect; name what is often shared by several methods"
+    frozen = {k for k in Freezing.model_fields if '_freeze' in k or '_bn_' in k}
+    shared = {'teacher_adapt_epochs', 'replay_capacity', 'replay_ratio', *frozen}
     idle = idle_parameters(given, c, classes)
     for k in (o for o in idle if o not in shared):
         way = remedy(k, c, classes) or "the method does not read it. Use another method"
         raise ConfigError(f"{k}={getattr(c, k)} has no effect with {name}: {way}, or leave {k} out.")
     rest = dict.fromkeys([*idle, *idle_parameters([k for k in filed if k not in given], c, classes)])
-    if rest:
-        log.warning(f"without effect with {name}: {', '.join(f'{k}={getattr(c, k)}' for k in rest)}")
+    return f"without effect with {name}: {', '.join(f'{k}={getattr(c, k)}' for k in rest)}" if rest else ''

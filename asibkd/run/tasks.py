@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OBJECTS', 'finetune_target', 'finetune_in_folder', 'reached_text', 'run_finetune', 'check_evaluation',
            'evaluate_single', 'evaluate_synergy', 'add_rows', 'evaluation_rows', 'run_evaluate', 'demo_run',
-           'with_defaults', 'split_list', 'shared_teachers', 'LoopPlan', 'plan_loop', 'params_of_method', 'loop_runs',
-           'LoopError', 'try_run', 'run_loop', 'compare_methods', 'cl_compare']
+           'with_defaults', 'split_list', 'shared_teachers', 'LoopPlan', 'plan_loop', 'for_others', 'params_of_method',
+           'loop_runs', 'LoopError', 'try_run', 'run_loop', 'compare_methods', 'cl_compare']
 
 # %% ../../nbs/11_run/04_tasks.ipynb #5fbaeb6d
 import json, os, re, traceback
@@ -25,15 +25,17 @@ from ..core.runfolder import Run, exp_name, setup_log, shared_table
 from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.batches import make_loader
 from ..data.datasets import create_data
+from ..distil.idle import idle_parameters, narrow_parameters
 from ..distil.methods import check_method
 from ..distil.metrics import accuracy, collect_logits
 from ..eval.evaluate import load_synergy, report_splits
 from ..models.students import create_student
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
-from .experiment import method_class, run_experiment, save_effective_config, split_given
+from .experiment import classes_of_run, method_class, run_experiment, save_effective_config, split_given
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_config,
                                    spec_of_student, teacher_specs, train_teacher)
+from ..trainers.callbacks import PhaseCheckpoint
 from ..trainers.tracking import final_numbers, tracking
 from ..trainers.phases import to_device
 
@@ -92,7 +94,8 @@ def run_finetune(
     arch, path = finetune_target(cfg)
     setup_log(cfg)
     run = Run(cfg, extra, arch, 'finetune')
-    if path.exists() and (run.finished or not (run/'config.json').exists()) and not run.unclosed:
+    trained = PhaseCheckpoint(run, 'finetune-teacher1').finished      # true of a run that was killed before its summary
+    if path.exists() and not (trained or run.unclosed):
         log.info(f"{path} exists: fine-tuning {arch} is skipped")
         return dict(type=arch, checkpoint=str(path), skipped=True)
     if not cfg.finetune_epochs:
@@ -229,7 +232,7 @@ def shared_teachers(
     "The checkpoints of this seed's teachers, shared by all methods"
     if not cfg.finetune_epochs:
         return {}
-    method_free = dict(method='teachers', **dict.fromkeys(('ce_alpha', 'kd_alpha', 'rkd_loss_weight')))
+    method_free = {k: Config.model_fields[k].default for k in narrow_parameters(cfg)} | dict(method='teachers')
     folder = Path(cfg.results_dir)/'teachers'/exp_name(cfg.model_copy(update=method_free))
     one = check_method(cfg.method).teachers_used == 'one' and cfg.teacher_type
     types = cfg.teachers or [one or cfg.teacher1_type, cfg.teacher2_type]
@@ -265,18 +268,32 @@ def plan_loop(
         raise ConfigError("The loop needs at least one method and one seed: --methods 'asmb ce' --seeds '0 1'.")
     return LoopPlan(key, names, split_list(seeds), params)
 
+# %% ../../nbs/11_run/04_tasks.ipynb #b21b764c
+def for_others(
+    plan:LoopPlan,
+    method:str,
+    params:dict,   # As `run_experiment` would get them
+)->set: # Names
+    "Parameters that this method does not read, and another of the loop does"
+    c = resolve(**params | {plan.key: method})[0]
+    alone = classes_of_run(c)
+    every = [*alone, *(method_class(m, c.cl_mode) for m in plan.methods)]
+    return {*idle_parameters(params, c, alone)} - {*idle_parameters(params, c, every)}
+
 # %% ../../nbs/11_run/04_tasks.ipynb #155da4c9
 def params_of_method(
     plan:LoopPlan,
     method:str,
 )->dict:
-    "The shared parameters without those that belong to other methods of the loop"
+    "The shared parameters without those that only other methods of the loop read"
     prefix = 'cl:' if plan.key == 'cl_method' else ''
     def special(m):
         return {*method_params[prefix + m].model_fields} if prefix + m in method_params else set()
     of_any = set().union(*map(special, plan.methods))
     shared = dict(compare=0) | plan.params
-    return {k: v for k, v in shared.items() if k in special(method) or k not in of_any}
+    mine = {k: v for k, v in shared.items() if k in special(method) or k not in of_any}
+    others = for_others(plan, method, mine)
+    return {k: v for k, v in mine.items() if k not in others}
 
 # %% ../../nbs/11_run/04_tasks.ipynb #a7ef2780
 def loop_runs(

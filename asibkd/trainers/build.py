@@ -236,7 +236,7 @@ def read_card(path)->dict|None: # type, dataset, classes, val_acc, split, mean, 
 def card_norm(
     path,    # Of a checkpoint
 )->Norm|None: # None where it has no card, or one that does not say
-    "The normalisation that the weights of a checkpoint were trained with; a student's card is the student.json beside it"
+    "The normalisation that a checkpoint's weights were trained with; a student's card is the student.json beside it"
     path, beside = Path(path), Path(path).with_name('student.json')
     is_student = path.name in ('student.safetensors', 'student_last.safetensors') and beside.exists()
     card = read_json(beside) if is_student else read_card(path)
@@ -485,7 +485,7 @@ def build_student(
 
 # %% ../../nbs/06_trainers/04_build.ipynb #4e501e35
 def object_fingerprint(o)->str:
-    "A short name for the user's own module (its weights, its normalisation) or dataset (its length and some of its images and labels)"
+    "A short name for the user's module (weights, normalisation) or dataset (length, some images and labels)"
     if isinstance(o, str):
         return o
     if not isinstance(o, nn.Module):

@@ -108,7 +108,8 @@ def start(self:TrackCB):
     is_new = not (self.run/'tensorboard').exists()
     try:
         tracker = _TRACKERS[self.to](self.run, self.step)
-        tracker.start()
+        if hasattr(tracker, 'start'):          # older versions of accelerate start it when it is made
+            tracker.start()
     except RunError:
         raise
     except Exception as e:
@@ -117,7 +118,7 @@ def start(self:TrackCB):
                        "numbers.") from e
     self.tracker = tracker
     if self.to == 'wandb':                             # it has its parameters, and keeps its id
-        atomic_write(self.run/'tracking.json', json.dumps(dict(wandb_id=tracker.tracker.id)), checksum=True)
+        atomic_write(self.run/'tracking.json', json.dumps(dict(wandb_id=tracker.init_kwargs['id'])), checksum=True)
     elif is_new:
         rows = [f'| {k} | {v} |' for k, v in shown_config(self.run).items()]
         self.log(dict(config='\n'.join(['| parameter | value |', '|---|---|', *rows])))
