@@ -343,8 +343,8 @@ def cmd_explore(argv):
 def cmd_doctor(argv)->int: # 0: nothing is wrong, 1: something is
     "asibkd doctor"
     p = argparse.ArgumentParser('asibkd doctor', description=ABOUT['doctor'])
-    p.add_argument('path', nargs='*', default=['results'], help='run folders, folders of runs, data_root, or single files '
-                   '[results]')
+    p.add_argument('path', nargs='*', default=['results'],
+                   help='run folders, folders of runs, data_root, or single files [results]')
     a = p.parse_args(argv)
     from asibkd.run.doctor import check_path, findings_text
     found = [o for path in a.path for o in check_path(path)]
