@@ -150,9 +150,20 @@ def gather(self:TensorSource,
 # %% ../../nbs/01_data/01_sources.ipynb #191ad51c
 class DatasetSource:
     "The images of a map-style Dataset `ds` of (image, label)"
-    def __init__(self, ds): self.ds, self.kept = ds, {}
+    def __init__(self, ds):
+        self.ds, self.kept = ds, {}
+        if not (hasattr(ds, '__len__') and hasattr(ds, '__getitem__')):
+            raise DataError("A dataset must be map-style, with len() and [i] -> (image, label); "
+                            f"got {type(ds).__name__}.")
+
     def __len__(self): return len(self.ds)
-    def __getitem__(self, i): return self.kept[i] if i in self.kept else as_image(self.item(i)[0])
+    def __getitem__(self, i): return self.kept[i] if i in self.kept else self.pair(i)[0]
+
+    def pair(self, i):
+        "Item `i` with its image as `as_image` makes it; an error names the item"
+        im, y = self.item(i)[:2]
+        try: return as_image(im), y
+        except DataError as e: raise DataError(f"Item {i} of the {type(self.ds).__name__}: {e}") from None
 
     def item(self, i):
         "The pair (image, label) at `i`; an error names the item"

@@ -343,12 +343,12 @@ def cmd_explore(argv):
 def cmd_doctor(argv)->int: # 0: nothing is wrong, 1: something is
     "asibkd doctor"
     p = argparse.ArgumentParser('asibkd doctor', description=ABOUT['doctor'])
-    p.add_argument('path', nargs='*', default=['results'], help='run folders, folders of runs, data_root, or single files '
-                   '[results]')
+    p.add_argument('path', nargs='*', default=['results'],
+                   help='run folders, folders of runs, data_root, or single files [results]')
     a = p.parse_args(argv)
     from asibkd.run.doctor import check_path, findings_text
     found = [o for path in a.path for o in check_path(path)]
-    print(findings_text(found))
+    print(printable(findings_text(found)))
     return int(any(o.bad for o in found))
 
 # %% ../../nbs/11_run/08_commands.ipynb #4ae06eea
