@@ -32,6 +32,7 @@ from ..models.checkpoints import load_into, load_weights
 from ..models.norm import (Norm, as_norm, has_published_head, network_norm, norm_row, note_size, read_norm,
                                  seen_by, set_norm)
 from ..models.teachers import create_teacher, models as registered
+from ..models.trace import check_batch_of_one, is_lazy
 from .callbacks import PhaseCheckpoint
 from .phases import finetune
 
@@ -481,7 +482,8 @@ def build_student(
     if cfg.student_ckpt:
         load_into(s, load_weights(cfg.student_ckpt), cfg.student_ckpt)
     give_norm(s, spec_of_student(cfg, given), data, cfg.student_ckpt, ready=cfg.student_freeze_level != -1)
-    return apply_freeze(s, level=cfg.student_freeze_level, freeze_bn=cfg.student_freeze_bn)
+    s = apply_freeze(s, level=cfg.student_freeze_level, freeze_bn=cfg.student_freeze_bn)
+    return check_batch_of_one(s, cfg.batch_size, data.shape[-1], data.shape[0], s.name)
 
 # %% ../../nbs/06_trainers/04_build.ipynb #4e501e35
 def object_fingerprint(o)->str:
@@ -490,5 +492,7 @@ def object_fingerprint(o)->str:
         return o
     if not isinstance(o, nn.Module):
         return f'{type(o).__name__}:{len(o)}:{hash_of_items(o)}'
+    if is_lazy(o):
+        return f'{type(o).__name__}:lazy'   # its weights are still to be made
     norm = network_norm(o)
     return ':'.join(filter(None, (type(o).__name__, weights_hash(o)[:8], norm and repr(tuple(norm)))))
