@@ -78,8 +78,8 @@ def test_learns_on_digits(method, teachers, tmp_path):
     epochs = 12 if method == 'at' else 6        # on maps of 8×8 its published weight of 1000 holds the labels back at first
     s = run_experiment(**SMALL | OWN.get(method, {}) | teachers | dict(finetune_epochs=0, student_epochs_per_stage=epochs), method=method, results_dir=str(tmp_path))
     loss = [json.loads(o)['train_loss'] for o in (Path(s['run'])/'metrics.jsonl').read_text().splitlines() if json.loads(o)['kind'] == 'B']
-    if method != 'dkd': assert loss[-1] < loss[0]
-    else: assert loss[-1] < loss[1]                                                # its weights grow during the warm-up of two epochs
+    if method not in ('dkd', 'camkd'): assert loss[-1] < loss[0]
+    else: assert loss[-1] < loss[1]                                                # dkd's warm-up of two epochs; camkd's first epoch has no feature term
     assert s['test_acc_last'] > .3 and s['test_acc_val_selected'] > .3
 
 @pytest.mark.parametrize('method', METHODS)
