@@ -20,6 +20,7 @@ _WHERE = {
     'models.teachers': 'register_model create_teacher list_teachers',
     'models.students': 'create_student list_students',
     'models.kdmodel': 'KDModel',
+    'data.check': 'check_data',
     'data.datasets': 'register_dataset create_data list_datasets',
     'data.images': 'Data ImageSet',
     # the parts, for loops of your own

@@ -261,3 +261,12 @@ def test_doctor_of_nothing(tmp_path):
     code, text = command('doctor', tmp_path/'nowhere')
     assert code == 2 and 'neither a folder nor a file' in text
     assert command('doctor', tmp_path)[0] == 1          # an empty folder holds no train/
+
+def test_doctor_of_another_programs_folder(tmp_path):
+    (tmp_path/'x').mkdir()
+    (tmp_path/'x'/'summary.json').write_text('{"loss": 1}')
+    code, text = command('doctor', tmp_path)
+    assert code == 0 and "another program's" in text
+    (tmp_path/'x'/'summary.json').write_text('{"kind": "dis')
+    code, text = command('doctor', tmp_path)
+    assert code == 1 and text.count('✗') == 1 and 'summary.json' in text

@@ -29,6 +29,7 @@ from ..distil.losses import certainty_weights
 from ..distil.metrics import accuracy, collect_logits
 from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import KDModel
+from ..models.trace import copied
 from ..trainers.build import build_student
 from ..trainers.callbacks import EmaCB, callback_states, load_callback_states, read_checkpoint
 from ..trainers.loop import Callback
@@ -81,7 +82,7 @@ class Learner:
         if self.cls.classifies_by_means and self.memory.capacity < n_class:
             raise ConfigError(f"replay_capacity={c.replay_capacity}: {key} classifies by the means of kept "
                               f"images and needs at least one of each of {n_class} classes.")
-        self.student = build_student(c, stream.data, copy.deepcopy(student))
+        self.student = build_student(c, stream.data, copied(student))
         grow_head(self.student, self.width(0), c.seed, 'student', keep=False)
         self.untrained = copy.deepcopy(self.student)
         to_device(ctx, self.student, self.untrained)

@@ -7,7 +7,6 @@ __all__ = ['ROLES', 'roles_of', 'refuse', 'one_shot_rules', 'role_rules', 'mask_
            'leak_of', 'used_specs', 'student_spec', 'build_first', 'first_teacher', 'limit_to_seen']
 
 # %% ../../nbs/07_cl/05_setup.ipynb #9c9329b4
-import copy
 from dataclasses import replace
 
 from torch import nn
@@ -20,6 +19,7 @@ from ..distil.methods import with_method_defaults
 from ..models.kdmodel import KDModel, spread_classes
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
+from ..models.trace import copied
 from ..trainers.build import TeacherSpec, build_teacher, dropout_of, give_norm, read_card, spec_of_student
 
 # %% ../../nbs/07_cl/05_setup.ipynb #fdc0ce0c
@@ -182,7 +182,7 @@ def build_first(
     with forked_rng(cfg.seed, 'cl', spec.name):
         if isinstance(spec.arch, nn.Module):
             return create_teacher(
-                copy.deepcopy(spec.arch), None, img_size=data.shape[-1], in_chans=data.shape[0],
+                copied(spec.arch), None, img_size=data.shape[-1], in_chans=data.shape[0],
                 dropout=dropout_of(spec.arch, cfg), use_adapter=cfg.use_distillation_adapter,
                 adapter_hidden=cfg.distill_hidden_dim, adapter_out=cfg.distill_out_dim)
         # checkpoints/{type}_ft.pth was trained on all classes: it is not loaded

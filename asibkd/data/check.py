@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.config import DataError
-from .folders import PHOTO_ENDINGS, left_out_text, require_two_classes, scan_photos, shown_path, split_folders
+from asibkd.data.folders import (PHOTO_ENDINGS, left_out_text, require_two_classes, scan_photos, shown_path,
+    split_folders)
 from .sources import FileSource
 
 # %% ../../nbs/01_data/05_check.ipynb #9472e1da
@@ -75,8 +76,8 @@ def _deep_findings(files):
     for f in files[:8]:
         with Image.open(f) as im: top = int(np.asarray(im).max())
         if 0 < top < 65536//8:
-            yield Finding('warning', f"'{shown_path(f)}' has 16 bits, but no value above {top}: it is read as nearly black.",
-                          "If white is 255 or 4095 in it, rescale the photos to 8 bits.")
+            yield Finding('warning', f"'{shown_path(f)}' has 16 bits, but no value above {top}: "
+                          "it is read as nearly black.", "If white is 255 or 4095 in it, rescale the photos to 8 bits.")
             return
 
 # %% ../../nbs/01_data/05_check.ipynb #deeeb119

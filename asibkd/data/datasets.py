@@ -18,7 +18,7 @@ from asibkd.data.folders import (LAYOUT, PHOTO_ENDINGS, left_out_text, require_t
     split_folders)
 from asibkd.data.images import (Data, ImageSet, as_labels, channel_stats, common_shape, limit_per_class, load_images,
     stratified_split)
-from .sources import DatasetSource, FileSource, class_names, stored_labels
+from .sources import DatasetSource, FileSource, class_names, refuse_clipping, stored_labels
 
 # %% ../../nbs/01_data/03_datasets.ipynb #775e3c48
 datasets = Registry('dataset')
@@ -174,7 +174,8 @@ def _photo_set(scan, classes=None):
                         f"cannot be used: move '{scan.folder.name}/' away. {LAYOUT}")
     for c in scan.files if classes is not None else ():
         if c not in classes:
-            raise DataError(f"{unknown_name(f'class in {scan.folder}:', c, classes)} Every class needs training images.")
+            unknown = unknown_name(f'class in {scan.folder}:', c, classes)
+            raise DataError(f"{unknown} Every class needs training images.")
     names = [*scan.files] if classes is None else classes
     if none := next((c for c in names if not scan.files.get(c)), None):
         there = f" There are {text}." if (text := left_out_text([scan])) else ''
@@ -207,10 +208,11 @@ def as_image_set(
 )->ImageSet:
     "An `ImageSet` from anything with images and labels"
     if isinstance(o, ImageSet): return o
-    if not (hasattr(o, '__len__') and hasattr(o, '__getitem__')):
-        raise DataError("A dataset must be map-style, with len() and [i] -> (image, label); "
-                        f"got {type(o).__name__}.")
     source, y = DatasetSource(o), stored_labels(o)
+    refuse_clipping(o)
+    if y is None and len(o) >= 10_000:
+        log.info(f"Reading {len(o):,} items of {type(o).__name__} for their labels. Where they are known, "
+                 "ImageSet(DatasetSource(dataset), labels, classes) needs no reading.")
     y = as_labels(source.labels() if y is None else y, where=type(o).__name__)
     return ImageSet(source, y, class_names(o, y))
 

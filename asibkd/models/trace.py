@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['meta_copy', 'ModuleCall', 'record_calls', 'find_logits', 'logits_of', 'trace_meta', 'pass_error', 'trace_blank',
            'trace', 'failure_at', 'ResizeInput', 'unwrapped', 'forget_pass', 'forgets', 'plain_module', 'is_lazy',
-           'init_lazy']
+           'init_lazy', 'copied', 'one_value_error', 'check_batch_of_one']
 
 # %% ../../nbs/02_models/01_trace.ipynb #7a1e0004
 import copy
@@ -231,6 +231,7 @@ def is_lazy(model:nn.Module)->bool:
     "Has it layers without shapes?"
     return any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers()))
 
+# %% ../../nbs/02_models/01_trace.ipynb #3144b13f
 def init_lazy(
     model:nn.Module, # Its lazy layers are initialised in place
     img_size=32,     # Pixels
@@ -244,4 +245,37 @@ def init_lazy(
         with torch.no_grad(): model.eval()(torch.zeros(1, in_chans, img_size, img_size))
     except Exception as e: raise pass_error(e, (in_chans, img_size, img_size), name or type(model).__name__) from e
     for m in model.modules(): m.training = modes.get(m, model.training)
+    return model
+
+# %% ../../nbs/02_models/01_trace.ipynb #661d2801
+def copied(
+    o, # A module, a list of modules, or anything else
+):
+    "A deep copy, of lazy modules too: torch cannot copy their buffers"
+    modules = [m for m in (o if isinstance(o, (list, tuple)) else [o]) if isinstance(m, nn.Module)]
+    lazy = [b for m in modules for b in m.buffers() if nn.parameter.is_lazy(b)]
+    return copy.deepcopy(o, {id(b): type(b)(device=b.device, dtype=b.dtype) for b in lazy})
+
+# %% ../../nbs/02_models/01_trace.ipynb #c4c90dfe
+def one_value_error(
+    name, # Of the model, or of what was trained
+)->ConfigError: # Ready to be raised
+    "The error for a BatchNorm layer that gets a single value per channel"
+    return ConfigError(f"{name}: BatchNorm cannot be trained on one value per channel, as a batch of one image gives it "
+                       "here. Take batch_size=2 or more, freeze BatchNorm (student_freeze_bn=1), or take a model without it.")
+
+# %% ../../nbs/02_models/01_trace.ipynb #bc1c7e5e
+def check_batch_of_one(
+    model:nn.Module,
+    batch_size:int,
+    img_size=32, # Pixels
+    in_chans=3,
+    name='',     # For the error
+)->nn.Module:
+    "Refuse batches of one image for a model whose BatchNorm needs more"
+    if batch_size > 1: return model
+    try:
+        with torch.no_grad(): meta_copy(model).train()(torch.empty(1, in_chans, img_size, img_size, device='meta'))
+    except Exception as e:   # anything else shows itself in the recorded pass
+        if 'more than 1 value per channel' in str(e): raise one_value_error(name or type(model).__name__) from e
     return model

@@ -27,6 +27,7 @@ from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, with_method_defaults
 from ..freeze import freeze_report
 from ..models.cache import is_frozen, teacher_counts
+from ..models.trace import copied, plain_module
 from .cl import CL_BASELINES, run_cl
 from .students import BASELINES, train_all
 from .summary import evaluate_all, save_results, summarise
@@ -41,10 +42,14 @@ def split_given(
 )->dict: # Parameters
     "Names among the objects become parameters"
     teachers, student = objects.get('teachers'), objects.get('student')
+    def plain(o): return plain_module(o) if isinstance(o, nn.Module) else o
     if isinstance(teachers, nn.Module):
-        objects['teachers'] = [teachers]
+        objects['teachers'] = [plain(teachers)]
+    elif teachers and any(isinstance(o, nn.Module) for o in teachers):
+        objects['teachers'] = list(map(plain, teachers))
     elif isinstance(teachers, str) or teachers and all(isinstance(o, str) for o in teachers):
         params, objects['teachers'] = params | dict(teachers=teachers), None
+    objects['student'] = plain(student)
     if isinstance(student, str):
         params, objects['student'] = params | dict(student_type=student), None
     if objects.get('train') is None:
@@ -298,7 +303,7 @@ def run_experiment(
                 run.close_up(save_report if cfg.report else None)
         else:
             with explained_stops(run, cfg):
-                copies = {k: copy.deepcopy(objects[k]) for k in ('teachers', 'student')}
+                copies = {k: copied(objects[k]) for k in ('teachers', 'student')}
                 run_in_folder(run, cfg, extra, **objects | copies, callbacks=callbacks)
         return run.summary() | dict(run=str(run.path))
 

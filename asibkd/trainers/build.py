@@ -22,8 +22,8 @@ from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.files import atomic_save, check_weights, read_json
 from ..core.runtime import RunContext, forked_rng, pick_device, precision_of
 from ..models.cache import weights_hash
-from ..data.images import Data, ImageSet, overlap_classes, restrict
-from ..data.sources import as_image
+from ..data.images import Data, ImageSet, as_labels, overlap_classes, restrict
+from ..data.sources import DatasetSource
 from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import KDModel, spread_classes
 from ..distil.methods import check_method, create_method, list_methods
@@ -32,6 +32,7 @@ from ..models.checkpoints import load_into, load_weights
 from ..models.norm import (Norm, as_norm, has_published_head, network_norm, norm_row, note_size, read_norm,
                                  seen_by, set_norm)
 from ..models.teachers import create_teacher, models as registered
+from ..models.trace import check_batch_of_one, is_lazy
 from .callbacks import PhaseCheckpoint
 from .phases import finetune
 
@@ -111,6 +112,8 @@ def settle_config(
     notes = [
         (cfg.use_amp and precision_of(cfg, device) == 'no',
          "use_amp: this CPU has no native bfloat16, the run is in float32 (type amp_dtype=bfloat16 to force it)"),
+        (cfg.milestones and cfg.lr_schedule == 'cosine',
+         f"milestones={cfg.milestones} have no effect with lr_schedule=cosine: lr_schedule=step uses them"),
         (cfg.mbm_type != 'ib_mbm', f"mbm_type='{cfg.mbm_type}' is ignored: the bridge is always ib_mbm"),
         (cfg.small_input == 'auto' and 32 < size <= 64,
          f"small_input=auto → 1 ({size} ≤ 64 pixels): networks keep full resolution in their first layers (stride 1, "
@@ -197,11 +200,11 @@ def hash_of_items(
     n=32, # Items that are read, evenly spaced
 )->str: # 8 hex digits
     "A hash of some images and labels; images that differ from read to read (augmented) are left out"
-    h = hashlib.blake2b(digest_size=4)
+    h, source = hashlib.blake2b(digest_size=4), None if isinstance(o, ImageSet) else DatasetSource(o)
     for i in torch.linspace(0, len(o) - 1, min(n, len(o))).long().tolist():
-        (a, y), (b, _) = ((o.source[int(o.ids[i])], o.y[i]) if isinstance(o, ImageSet) else o[i][:2] for _ in range(2))
-        a, b = as_image(a), as_image(b)
-        h.update(f'{int(y)}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
+        (a, y), (b, _) = ((o.source[int(o.ids[i])], o.y[i]) if source is None else source.pair(i) for _ in range(2))
+        y = int(as_labels([y], where=type(o).__name__)[0])
+        h.update(f'{y}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
     return h.hexdigest()
 
 # %% ../../nbs/06_trainers/04_build.ipynb #3d794b13
@@ -481,7 +484,8 @@ def build_student(
     if cfg.student_ckpt:
         load_into(s, load_weights(cfg.student_ckpt), cfg.student_ckpt)
     give_norm(s, spec_of_student(cfg, given), data, cfg.student_ckpt, ready=cfg.student_freeze_level != -1)
-    return apply_freeze(s, level=cfg.student_freeze_level, freeze_bn=cfg.student_freeze_bn)
+    s = apply_freeze(s, level=cfg.student_freeze_level, freeze_bn=cfg.student_freeze_bn)
+    return check_batch_of_one(s, cfg.batch_size, data.shape[-1], data.shape[0], s.name)
 
 # %% ../../nbs/06_trainers/04_build.ipynb #4e501e35
 def object_fingerprint(o)->str:
@@ -490,5 +494,7 @@ def object_fingerprint(o)->str:
         return o
     if not isinstance(o, nn.Module):
         return f'{type(o).__name__}:{len(o)}:{hash_of_items(o)}'
+    if is_lazy(o):
+        return f'{type(o).__name__}:lazy'   # its weights are still to be made
     norm = network_norm(o)
     return ':'.join(filter(None, (type(o).__name__, weights_hash(o)[:8], norm and repr(tuple(norm)))))

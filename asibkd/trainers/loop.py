@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['create_optimizer', 'create_schedule', 'Phase', 'snapshot', 'restore', 'FitResult', 'Callback', 'FunctionCB',
-           'as_callback', 'Loop', 'unprepare', 'train_step', 'shard', 'train_epoch']
+           'as_callback', 'Loop', 'unprepare', 'explained_batch_norm', 'train_step', 'shard', 'train_epoch']
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #edaec4df
+import contextlib
 from dataclasses import dataclass, field, fields, replace
 from typing import Callable
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from ..core.config import CheckpointError, Config, RunError
 from ..core.runtime import RunContext, When, reseed, seed_of
+from ..models.trace import one_value_error
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #ada98268
 def create_optimizer(
@@ -221,13 +223,24 @@ def set_lr(self:Loop,
     past = self.phase.offset + self.epoch if self.phase.span else self.epoch
     self.schedule.step_update(past*len(self.phase.loader) + step)
 
+# %% ../../nbs/06_trainers/00_loop.ipynb #b47c0002
+@contextlib.contextmanager
+def explained_batch_norm():
+    "Inside, torch's error for a batch of one image becomes one that says what to do"
+    try:
+        yield
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e):
+            raise
+        raise one_value_error('This batch') from e
+
 # %% ../../nbs/06_trainers/00_loop.ipynb #0c682f9b
 def train_step(loop:Loop):
     "One step of training: outputs, loss, backward, step"
     loop.call('before_step')
     if loop.clears:
         loop.opt.zero_grad()
-    loop.out = loop.model(loop.batch, loop.when)           # outputs and loss: dict(loss, parts)
+    with explained_batch_norm(): loop.out = loop.model(loop.batch, loop.when)   # outputs and loss: dict(loss, parts)
     loop.ctx.acc.backward(loop.out['loss']/loop.group)
     loop.call('after_backward')
     if loop.moves:

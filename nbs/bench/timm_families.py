@@ -9,25 +9,22 @@ family; the second column of FAMILIES makes it shallower, where timm's construct
 import csv, copy, logging, sys, time
 from pathlib import Path
 
-FAMILIES = dict(   # name of timm: further arguments
-    beit_base_patch16_224=dict(depth=2, embed_dim=96, num_heads=3), bat_resnext26ts={}, cait_xxs24_224=dict(depth=2),
-    caformer_s18={}, coat_lite_tiny={}, coatnet_nano_rw_224={}, convit_tiny=dict(depth=3, local_up_to_layer=2),
-    convmixer_768_32={}, convnext_atto={}, crossvit_9_240={}, cspresnet50={},
-    darknet17={}, davit_tiny=dict(depths=(1, 1, 1, 1)), deit_tiny_distilled_patch16_224=dict(depth=3),
-    densenet121=dict(growth_rate=8, block_config=(2, 2, 2, 2)), dla46_c={}, dpn48b={}, edgenext_xx_small={},
-    efficientformer_l1={}, efficientformerv2_s0={}, efficientnet_b0={}, efficientvit_b0={}, efficientvit_m0={},
-    ese_vovnet19b_slim_dw={}, eva02_tiny_patch14_224=dict(depth=3), fastvit_t8={}, fbnetc_100={},
-    focalnet_tiny_srf=dict(depths=(1, 1, 1, 1)), gcvit_xxtiny={}, gernet_s={}, ghostnet_050={}, gmixer_12_224=dict(num_blocks=3),
-    halonet26t={}, hgnetv2_b0={}, hiera_tiny_224={}, hrnet_w18_small={}, inception_next_atto={}, lambda_resnet26t={},
-    lcnet_035={}, levit_128s={}, mambaout_femto={}, maxvit_rmlp_pico_rw_256={}, mixer_s16_224=dict(num_blocks=3),
-    mobilenetv3_small_050={}, mobilenetv4_conv_small_035={}, mobileone_s0={}, mobilevit_xxs={}, mvitv2_tiny={},
-    nest_tiny={}, nf_regnet_b0={}, pit_ti_distilled_224={}, poolformer_s12={}, pvt_v2_b0={}, regnetx_002={},
-    repghostnet_050={}, repvgg_a0={}, repvit_m0_9={}, resmlp_12_224=dict(num_blocks=3), resnet10t={}, resnest14d={},
-    rexnet_100={}, selecsls42={}, sequencer2d_s=dict(layers=(1, 1, 1, 1)), shvit_s1={}, skresnet18={}, starnet_s050={},
-    swiftformer_xs={}, swin_tiny_patch4_window7_224=dict(depths=(1, 1, 1, 1), embed_dim=24),
-    swinv2_tiny_window8_256=dict(depths=(1, 1, 1, 1), embed_dim=24), tiny_vit_5m_224={}, tinynet_e={}, tnt_s_patch16_224=dict(depth=3),
-    twins_pcpvt_small=dict(depths=(1, 1, 1, 1)), vgg11={}, visformer_tiny={}, vit_tiny_patch16_224=dict(depth=3),
-    volo_d1_224=dict(layers=(1, 1, 1, 1)), xception41={}, xcit_nano_12_p16_224=dict(depth=3))
+FAMILIES = dict(   # name of timm: further arguments; first those whose size, stem or patches are awkward
+    levit_128s={}, mobileone_s0={}, gmixer_12_224={}, visformer_tiny={}, twins_pcpvt_small=dict(depths=(1, 1, 1, 1)),
+    volo_d1_224={}, sequencer2d_s=dict(layers=(1, 1, 1, 1)), pit_ti_distilled_224={}, repvit_m0_9={},
+    resmlp_12_224={}, xcit_nano_12_p16_224=dict(depth=3), mixer_s16_224={}, fastvit_t8={},
+    tiny_vit_5m_224={}, tnt_s_patch16_224=dict(depth=3), nest_tiny={}, gcvit_xxtiny={}, halonet26t={}, shvit_s1={}, repvgg_a0={},
+    mobilevit_xxs={}, efficientvit_m0={}, swiftformer_xs={}, crossvit_9_240={}, cait_xxs24_224=dict(depth=2), efficientformer_l1={},
+    efficientformerv2_s0={}, coatnet_nano_rw_224={}, convit_tiny=dict(depth=3, local_up_to_layer=2), coat_lite_tiny={},
+    davit_tiny=dict(depths=(1, 1, 1, 1)), deit_tiny_distilled_patch16_224=dict(depth=3),
+    beit_base_patch16_224=dict(depth=2, embed_dim=96, num_heads=3), convnext_atto={},
+    densenet121=dict(growth_rate=8, block_config=(2, 2, 2, 2)), dla46_c={}, edgenext_xx_small={}, efficientnet_b0={},
+    efficientvit_b0={}, ese_vovnet19b_slim_dw={}, eva02_tiny_patch14_224=dict(depth=3), fbnetc_100={},
+    focalnet_tiny_srf={}, ghostnet_050={}, hgnetv2_b0={}, inception_next_atto={}, lcnet_035={},
+    mambaout_femto={}, mobilenetv3_small_050={}, mobilenetv4_conv_small_035={}, nf_regnet_b0={}, poolformer_s12={}, pvt_v2_b0={},
+    regnetx_002={}, repghostnet_050={}, resnet10t={}, rexnet_100={}, skresnet18={}, starnet_s050={},
+    swin_tiny_patch4_window7_224=dict(depths=(1, 1, 1, 1), embed_dim=24),
+    swinv2_tiny_window8_256=dict(depths=(1, 1, 1, 1), embed_dim=24), vgg11={}, vit_tiny_patch16_224=dict(depth=3))
 COLUMNS = ['name', 'size', 'small_input', 'outcome', 'note', 'blocks', 'feat_dim', 'first_map', 'last_map', 'seconds']
 TABLE = Path(__file__).with_name('timm_families.csv')
 
