@@ -6,7 +6,7 @@ import pytest
 
 root = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-ARGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+ARGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split() + ['--host-resolver-rules=MAP evil.example 127.0.0.1']
 LONG = 90_000   # ms: two kernels start beside other tests
 
 @pytest.fixture
@@ -82,6 +82,7 @@ def test_voila(evil_run, page, shots, tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
     with serving(['asibkd.run.cli', 'explore', run, '--no-browser'], r'http://127\.0\.0\.1:\d+/\?token=\w+', env=env, cwd=tmp_path) as (p, address):
         assert page.goto(address.partition('?')[0]).url.partition('?')[0].endswith('/login')               # without the token
+        other = page.context.browser.new_page(); assert other.goto(address.replace('127.0.0.1', 'evil.example')).status == 403; other.close()   # a name that an attacker points here
         page.goto(address)
         page.locator('.asibkd-shares tbody').wait_for()
         before = {n: until(page, lambda: drawn(page, n), bool) for n in ('image', 'attention')}

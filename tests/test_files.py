@@ -99,6 +99,20 @@ def test_A6_resume_with_a_damaged_checkpoint_gives_the_same_student(tmp_path, fi
     assert any('B1.part.pt' in o for o in said) and all(v.equal(b[k]) for k, v in a.items())
     assert len(load_metrics(again)) == len(load_metrics(finished)) == 2
 
+def test_A6_a_continual_run_goes_on_from_the_task_before(tmp_path, said):
+    "The state of two tasks is damaged: the second is learnt again, and nothing differs"
+    kw = TINY | dict(method='asmb', cl_mode=1, cl_method='er', num_tasks=3, epochs=1, replay_capacity=20, exp_id='a')
+    class Stop(Exception): pass
+    def stop(row):
+        if row['phase'].startswith('t3'): raise Stop
+    whole = run_experiment(**kw, results_dir=str(tmp_path/'whole'))
+    with pytest.raises(Stop): run_experiment(**kw, results_dir=str(tmp_path/'cut'), callbacks=[stop])
+    flip(tmp_path/'cut'/'a'/'checkpoint'/'tasks.pt')
+    again = run_experiment(**kw, results_dir=str(tmp_path/'cut'))
+    assert any('tasks.pt' in o for o in said) and again['R'] == whole['R']
+    rows = [load_metrics(s['run']).drop(columns='seconds') for s in (whole, again)]
+    pd.testing.assert_frame_equal(*rows)
+
 @pytest.mark.parametrize('name', ['student.safetensors', 'student.json'])
 def test_A6_a_damaged_student_is_not_deployed(run, name):
     flip(run/name)

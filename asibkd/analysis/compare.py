@@ -313,8 +313,9 @@ def ablated_keys(
     "The named parameters, checked against those in which the runs differ"
     there, vary = parameters_of(t), varied_parameters(t)
     if 'dataset' in vary:
-        raise RunError(f"These runs are of different data ({', '.join(sorted({*t.dataset}))}), and a difference is taken "
-                       "within one dataset only. Give the runs of one.")
+        names = ', '.join(sorted({*t.dataset}))
+        raise RunError(f"These runs are of different data ({names}), and a difference is taken within one dataset only. "
+                       "Give the runs of one.")
     keys = [keys] if isinstance(keys, str) else list(keys) or vary
     for k in keys:
         if k not in there:

@@ -22,7 +22,7 @@ from .sections import (
     command_of, config_parts, env_part, figure_sections, prediction_sections, result_section, time_parts)
 from .tables import MEASURES, effective_config, joined, load_config, load_summary, sees_all_data
 from ..core.config import RunError
-from ..core.files import atomic_write, check_folder, warn_once
+from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 
 # %% ../../nbs/09_analysis/07_report.ipynb #28e915ce
 def repeat_section(
@@ -41,7 +41,7 @@ def run_page(
     s, c = load_summary(run), load_config(run)
     if 'rows' not in s:
         raise RunError("This folder holds a fine-tuned teacher, no result table. Name the folder of a run.")
-    damage = check_folder(run, most=1_000_000, deep=False)
+    damage = check_folder(run, most=QUICK_BYTES, deep=False)
     for sentence in damage:
         warn_once(sentence)
     sections = [result_section(s), *figure_sections(run, s), *prediction_sections(run, s),

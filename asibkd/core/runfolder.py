@@ -13,8 +13,8 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .config import AsibError, Config, RunError, fields_that_affect_results, log
-from .files import (SUMS, FileDamaged, append_row, atomic_path, atomic_write, check_folder, read_csv, read_json,
-                               read_jsonl, set_aside, sweep, warn_once)
+from .files import (QUICK_BYTES, SUMS, FileDamaged, append_row, atomic_path, atomic_write, check_folder,
+                               read_csv, read_json, read_jsonl, set_aside, sweep, warn_once)
 
 # %% ../../nbs/00_core/04_runfolder.ipynb #44392b23
 def exp_name(
@@ -165,7 +165,7 @@ def _settle(self:Run):
 def tidy(self:Run):
     "Remove stray temporary files, and name what is damaged"
     sweep(self.path)
-    for sentence in check_folder(self.path, most=1_000_000, deep=False):
+    for sentence in check_folder(self.path, most=QUICK_BYTES, deep=False):
         warn_once(sentence)
 
 # %% ../../nbs/00_core/04_runfolder.ipynb #88a418ca

@@ -16,7 +16,7 @@ from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layer
                                 list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve,
                                 unknown_name)
 from ..core.params import field_bounds, field_kinds
-from ..core.files import atomic_write, check_folder, warn_once
+from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
 from ..core.text import printable
 from .usage import ABOUT
@@ -288,7 +288,7 @@ def cmd_show(argv):
     p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/')
     run = p.parse_args(argv).run or newest()
     from asibkd.analysis.tables import load_summary
-    for damage in check_folder(run, most=1_000_000, deep=False):
+    for damage in check_folder(run, most=QUICK_BYTES, deep=False):
         warn_once(damage)
     print_run(load_summary(run) | dict(run=run))
 
@@ -343,12 +343,12 @@ def cmd_explore(argv):
 def cmd_doctor(argv)->int: # 0: nothing is wrong, 1: something is
     "asibkd doctor"
     p = argparse.ArgumentParser('asibkd doctor', description=ABOUT['doctor'])
-    p.add_argument('path', nargs='*', default=['results'], help='run folders, folders of runs, data_root, or single files '
-                   '[results]')
+    p.add_argument('path', nargs='*', default=['results'],
+                   help='run folders, folders of runs, data_root, or single files [results]')
     a = p.parse_args(argv)
     from asibkd.run.doctor import check_path, findings_text
     found = [o for path in a.path for o in check_path(path)]
-    print(findings_text(found))
+    print(printable(findings_text(found)))
     return int(any(o.bad for o in found))
 
 # %% ../../nbs/11_run/08_commands.ipynb #4ae06eea
