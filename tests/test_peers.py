@@ -2,6 +2,7 @@
 
 The definitions follow RepDistiller, mdistiller, logit-standardization-KD, AE-KD, CA-MKD, RKD, Mammoth, AML and pathint.
 The last part is the table of (parameter, method): a parameter has an effect on the loss, or it is refused."""
+import copy, functools
 from types import SimpleNamespace as NS
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from asibkd.cl.fisher import SI
+from asibkd.cl.fisher import EWC, SI
 from asibkd.cl.memory import ReplayBatch
 from asibkd.cl.methods import TaskContext, cl_methods
 from asibkd.core.config import Config, ConfigError, list_presets, resolve
@@ -19,6 +20,7 @@ from asibkd.distil.losses import at_loss, dkd_losses, pairwise, rkd_angle, rkd_d
 from asibkd.distil.methods import check_method, create_method, list_methods, with_method_defaults
 from asibkd.distil.multi import PooledRegressor, min_norm, weigh_entropy, weigh_min_norm
 from asibkd.distil.single import aligned, hint_pair
+from asibkd.models.kdmodel import spread_classes
 from asibkd.models.students import create_student
 from asibkd.models.teachers import create_teacher
 from asibkd.run.experiment import check_typed, run_experiment
@@ -333,3 +335,46 @@ def test_A7_a_loop_gives_each_method_what_it_reads():
     plan = plan_loop('avgz ce', '0', dict(preset='none', dkd_beta=2.))
     assert 'dkd_beta' in params_of_method(plan, 'ce')                                          # nobody reads it: the run will refuse it
     assert idle_parameters(['dkd_beta'], Config(dkd_beta=2.), map(check_method, plan.methods)) == ['dkd_beta']
+
+# --- the same for continual methods --------------------------------------------------------------------------------------
+CL_OTHER = dict(ce_alpha=.37, kd_alpha=.53, tau_start=3., tau_end=1.5, logit_standardization=True, cl_mask='ace', cl_old_kd=.3, cl_replay_ce=.2, cl_der_alpha=.7, cl_der_loss='kl', lambda_ewc=3.,
+                si_c=9., hybrid_beta=.5, feat_kd_alpha=1., rkd_loss_weight=2., synergy_ce_alpha=.9, synergy_kd_alpha=.4, use_ib=False, ib_beta=.3, dkd_beta=2., hint_beta=3.)
+
+@functools.lru_cache
+def networks():
+    torch.manual_seed(0)
+    return create_student('mlp', n_class=4, img_size=8), spread_classes(create_student('mlp', n_class=2, img_size=8), [0, 1], 4).eval()
+
+def cl_step(method, **given):
+    "The losses of one step of the second task: two new images, two replayed ones"
+    cls, (st, snapshot) = cl_methods[method], copy.deepcopy(networks())
+    torch.manual_seed(0)
+    c = with_method_defaults(Config(cl_mode=True, cl_method=method, bridge_objective='both', **given), cls)
+    x, y, new = torch.randn(4, 3, 8, 8), torch.tensor([2, 2, 0, 1]), torch.tensor([True, True, False, False])
+    stored = dict(stored=torch.randn(4, 1, 2)*~new[:, None, None], n_seen=torch.tensor([0, 0, 2, 2]), certainty=torch.ones(4))
+    if not cls.rehearses: y, new, stored = torch.tensor([2, 2, 3, 2]), torch.ones(4).bool(), {}
+    b = ReplayBatch(x, y, torch.arange(4), None, is_new=new, **stored)
+    ewc = EWC() if cls.cumulative else EWC().consolidate(st.model, {k: torch.ones_like(v) for k, v in st.model.named_parameters()})
+    si = SI(st.model); si.omega0 += 1.; si.consolidate()
+    ts = [] if cls.teachers_used == 'none' else [snapshot]
+    m = cls(c, st, ts, None, TaskContext(1, 2, ('snapshot',) if ts else (), ewc, si)).train()
+    for p in (*m.parameters(), *st.parameters()): p.data.add_(.1*torch.randn_like(p))
+    s_out, t_outs, out = st(x), [t(x) for t in ts], []
+    for phase in 'AB' if cls.adapts else 'B':
+        m.prepare(phase); torch.manual_seed(1)
+        o = (m.adapt_loss if phase == 'A' else m.loss)(b, s_out, t_outs, When(phase, stage=1, epoch=1, epochs=4))
+        out += [o['loss'].item(), *(v.item() for v in o['parts'].values())]
+    return out
+
+@pytest.mark.parametrize('method', sorted(cl_methods))
+def test_A7_continual_methods_too(method):
+    cls, base = cl_methods[method], cl_step(method)
+    for k, v in CL_OTHER.items():
+        if k == 'cl_mask' and cls.classifies_by_means: continue                               # check_cl refuses it
+        if v == cls.defaults.get(k): v = 'seen'                                              # er_ace
+        c = resolve(preset='none', cl_mode=1, num_stages=1, cl_method=method, bridge_objective='both', finetune_epochs=1, **{k: v})[0]
+        if k in parameters_read(c, [cls]):
+            assert cl_step(method, **{k: v}) != base, f'{method} says that it reads {k}; {k}={v} changed nothing'
+        else:
+            assert cl_step(method, **{k: v}) == base, f'{k}={v} has an effect on {method}, which does not name it in `reads`'
+            with pytest.raises(ConfigError, match=f'{k}=.*(has no effect|has no such term)'): check_typed(c, [k])

@@ -70,6 +70,11 @@ def test_E1_views_are_pad_4_crop_flip():
         crop = TF.crop(TF.pad(x[0], 4), dy, dx, 32, 32)
         assert torch.equal(y, TF.horizontal_flip(crop) if flip else crop)
 
+def test_E1_the_preset_says_what_differs():
+    from asibkd.core.config import PRESETS
+    text = ' '.join(o.removeprefix('# ') for o in (PRESETS/'schedule/cifar_240.yaml').read_text(encoding='utf-8').splitlines() if o.startswith('#'))
+    for said in ('What differs', 'best *test* accuracy', 'rounded constants', 'other draws', 'The last epoch is the result'): assert said in text, said
+
 def test_A11_one_process(monkeypatch, tmp_path):
     "Before any file is written, at every door"
     for k in ('WORLD_SIZE', 'OMPI_COMM_WORLD_SIZE'):

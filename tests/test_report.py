@@ -103,7 +103,8 @@ def test_a_method_with_a_required_parameter(tmp_path):
 
 def test_only_what_is_read(tmp_path):
     "A method without a bridge lists no parameter of the bridge, and three classes have no top-5"
-    three = dict(TINY, results_dir=str(tmp_path), feat_kd_alpha='1', hybrid_beta='.3')
+    shared = tmp_path/'shared.yaml'; shared.write_text('feat_kd_alpha: 1\nhybrid_beta: .3')       # typed, they would be refused
+    three = dict(TINY, _file=str(shared), results_dir=str(tmp_path))
     parts = lambda s: {t['caption']: t for o in run_page(s['run'])['sections'] for t in o['parts'] if t['kind'] == 'table'}
     kd, asmb = (parts(run_experiment(**three, method=m)) for m in ('vanilla_kd', 'asmb'))
     listed = lambda p: {r[0] for r in p['Parameters that differ from the defaults']['rows']}

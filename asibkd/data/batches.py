@@ -213,7 +213,9 @@ class Loader:
         self.stats = [torch.tensor(o, device=self.device) for o in (data.mean, data.std)]
         self.recycle = recycle if train else 0
         self.n_views = self.recycle or (None if any(self.mix) else n_views(self.aug, ds.shape))
-        if not len(ds): raise DataError(f"There are no images to load for phase '{phase}'.")
+        if not len(ds):
+            raise DataError(f"There are no images to load for phase '{phase}': the split is empty, as the validation "
+                            "split is with val_frac=0.")
         if self.aug == '1' and ds.shape[0] != 3:
             raise DataError(f"RandAugment needs 3 channels; the images have {ds.shape[0]}. "
                             "Use data_aug=standard or 0.")
@@ -311,8 +313,6 @@ def make_loader(
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill) if mix is None else mix
     batch = cfg.batch_size if train else 4*cfg.batch_size          # without gradients there is room for more
     ds, drop_last = getattr(data, split), train and cfg.drop_last
-    if split == 'val' and not len(ds):
-        raise DataError("There are no validation images (val_frac=0). Choose another split, or hold some out.")
     if train and not drop_last and len(ds) % batch == 1:
         raise DataError(f"drop_last=0: {len(ds)} images in batches of {batch} leave a last batch of one image, too "
                         "few for BatchNorm. Choose another batch_size, or drop_last=1.")

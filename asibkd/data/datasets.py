@@ -18,7 +18,7 @@ from asibkd.data.folders import (LAYOUT, PHOTO_ENDINGS, left_out_text, require_t
     split_folders)
 from asibkd.data.images import (Data, ImageSet, as_labels, channel_stats, common_shape, limit_per_class, load_images,
     stratified_split)
-from .sources import DatasetSource, FileSource, class_names, stored_labels
+from .sources import DatasetSource, FileSource, class_names, refuse_clipping, stored_labels
 
 # %% ../../nbs/01_data/03_datasets.ipynb #775e3c48
 datasets = Registry('dataset')
@@ -209,6 +209,7 @@ def as_image_set(
     "An `ImageSet` from anything with images and labels"
     if isinstance(o, ImageSet): return o
     source, y = DatasetSource(o), stored_labels(o)
+    refuse_clipping(o)
     if y is None and len(o) >= 10_000:
         log.info(f"Reading {len(o):,} items of {type(o).__name__} for their labels. Where they are known, "
                  "ImageSet(DatasetSource(dataset), labels, classes) needs no reading.")

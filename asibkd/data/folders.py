@@ -15,14 +15,15 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.config import DataError, log
+from ..core.text import one_line
 
 # %% ../../nbs/01_data/00_folders.ipynb #46a4e97b
 JPEG_ENDINGS = ('.jpg', '.jpeg', '.jpe', '.jfif', '.jif', '.pjpeg', '.pjp')
 PHOTO_ENDINGS = (*JPEG_ENDINGS, '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
 
 def shown_path(path)->str:
-    "A path as text that can be printed and stored, even if its bytes are no UTF-8"
-    return os.fsencode(path).decode('utf-8', 'replace')
+    "A path as one line that can be printed and stored, whatever its bytes are"
+    return one_line(os.fsencode(path).decode('utf-8', 'replace'))
 
 # %% ../../nbs/01_data/00_folders.ipynb #bb1fd08a
 NOT_DATA = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found', '__pycache__',
@@ -95,7 +96,7 @@ def scan_split(
         ending = os.path.splitext(e.name)[1].lower() or 'without ending'
         s.left_out[f'{ending} outside the class folders' if kind == 'file' else 'no regular file'] += 1
     for e in sorted((e for e, kind in entries if kind == 'folder'), key=lambda e: (e.is_symlink(), e.name)):
-        if e.name != shown_path(e.name):
+        if os.fsencode(e.name).decode('utf-8', 'replace') != e.name:
             raise DataError(f"The name of the class folder '{shown_path(e.path)}' is no valid UTF-8. Rename it.")
         i = _folder_id(e.path)
         if i in s.ids or i in known: s.repeated.append(e.path)
@@ -130,7 +131,8 @@ def left_out_text(
 )->str: # Empty where nothing was left out
     "What is in the folders and is not used, in a phrase"
     count = sum((s.left_out for s in scans), Counter())
-    parts = [f'{n} {ending}' for ending, n in count.most_common()]
+    parts = [f'{n} {one_line(ending)}' for ending, n in count.most_common(12)]
+    if rest := sum(count.values()) - sum(n for _, n in count.most_common(12)): parts.append(f'{rest} others')
     if links := [link for s in scans for link in s.repeated]:
         parts.append(f"{len(links)} link{'s'*(len(links) > 1)} to folders that are read already "
                      f"(first: {shown_path(links[0])})")

@@ -57,15 +57,16 @@ def switched_off(
     c:Config,
 )->set: # Names
     "Parameters of `asmb` that others leave without effect"
+    distils = c.bridge_objective == 'distil'
     frozen = [k for k in Config.model_fields if k.startswith(('teacher1_', 'teacher2_')) and '_freeze_' in k]
     frozen += ['teacher1_bn_head_only', 'teacher2_bn_head_only', 'teacher_weight_decay']
     trains = ['teacher_lr', 'mbm_lr_factor', 'synergy_kd_alpha', 'mbm_reg_lambda', 'mbm_dropout', 'ib_beta']
     rows = [(not c.use_ib, ['ib_beta', 'ib_beta_warmup_epochs', 'use_certainty_weight']),
             (not c.ib_beta, ['ib_beta_warmup_epochs']),
             (not c.teacher_adapt_epochs, [*trains, 'ib_beta_warmup_epochs', 'synergy_gate']),
-            (not c.teacher_adapt_epochs or c.bridge_objective == 'distil', ['synergy_ce_alpha', 'teacher_adapt_kd_warmup']),
-            (not (c.teacher_adapt_epochs and c.use_partial_freeze) or c.bridge_objective == 'distil', frozen),
-            (c.bridge_objective == 'distil' and not c.use_distillation_adapter, ['reg_lambda']),
+            (not c.teacher_adapt_epochs or distils, ['synergy_ce_alpha', 'teacher_adapt_kd_warmup']),
+            (not (c.teacher_adapt_epochs and c.use_partial_freeze) or distils, frozen),
+            (distils and not c.use_distillation_adapter, ['reg_lambda']),
             (not c.use_distillation_adapter, ['distill_hidden_dim', 'distill_out_dim']),
             (not c.feat_kd_alpha, ['feat_kd_norm']),
             (not (c.feat_kd_alpha or c.rkd_loss_weight), ['feat_kd_key', 'feat_kd_target']),

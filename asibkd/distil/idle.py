@@ -52,7 +52,7 @@ def remedy(
     "What to set so that the parameter has an effect; '' where no single parameter does it"
     for switch, value in SWITCHES.items():
         if k in parameters_read(c.model_copy(update={switch: value}), classes):
-            now = next(filter(lambda v: v is not None, (getattr(with_method_defaults(c, o), switch) for o in classes)), '')
+            now = getattr(with_method_defaults(c, classes[0]), switch)
             return f"it needs another {switch} (now {now}), e.g. {switch}={value}. Set that"
     return ''
 

@@ -112,6 +112,8 @@ def settle_config(
     notes = [
         (cfg.use_amp and precision_of(cfg, device) == 'no',
          "use_amp: this CPU has no native bfloat16, the run is in float32 (type amp_dtype=bfloat16 to force it)"),
+        (cfg.milestones and cfg.lr_schedule == 'cosine',
+         f"milestones={cfg.milestones} have no effect with lr_schedule=cosine: lr_schedule=step uses them"),
         (cfg.mbm_type != 'ib_mbm', f"mbm_type='{cfg.mbm_type}' is ignored: the bridge is always ib_mbm"),
         (cfg.small_input == 'auto' and 32 < size <= 64,
          f"small_input=auto → 1 ({size} ≤ 64 pixels): networks keep full resolution in their first layers (stride 1, "
