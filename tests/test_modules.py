@@ -119,7 +119,7 @@ def gray(m): return nn.Sequential(Gray(), m)
 
 
 tiny = dict(preset='quickstart', method='vanilla_kd', device='cpu', train_per_class=2, val_frac=.5, epochs=1, finetune_epochs=0, image_size=8, batch_size=4,
-            teacher1_freeze_level=-1, log_level='ERROR', report=False, use_amp=False)
+            log_level='ERROR', report=False, use_amp=False)
 
 
 @pytest.mark.parametrize('teacher,student', [('compiled', 'weight_norm'), ('half', 'lazy'), ('spectral_norm', 'part_compiled')])

@@ -314,8 +314,8 @@ def ablated_keys(
     there, vary = parameters_of(t), varied_parameters(t)
     if 'dataset' in vary:
         names = ', '.join(sorted({*t.dataset}))
-        raise RunError(f"These runs are of different data ({names}), and a difference is taken within one dataset only. "
-                       "Give the runs of one.")
+        raise RunError(f"These runs are of different data ({names}), and a difference is taken within one dataset "
+                       "only. Give the runs of one.")
     keys = [keys] if isinstance(keys, str) else list(keys) or vary
     for k in keys:
         if k not in there:

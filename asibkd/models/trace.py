@@ -261,8 +261,9 @@ def one_value_error(
     name, # Of the model, or of what was trained
 )->ConfigError: # Ready to be raised
     "The error for a BatchNorm layer that gets a single value per channel"
-    return ConfigError(f"{name}: BatchNorm cannot be trained on one value per channel, as a batch of one image gives it "
-                       "here. Take batch_size=2 or more, freeze BatchNorm (student_freeze_bn=1), or take a model without it.")
+    return ConfigError(f"{name}: BatchNorm cannot be trained on one value per channel, as a batch of one image gives "
+                       "it here. Take batch_size=2 or more, freeze BatchNorm (student_freeze_bn=1), or take a model "
+                       "without it.")
 
 # %% ../../nbs/02_models/01_trace.ipynb #bc1c7e5e
 def check_batch_of_one(
