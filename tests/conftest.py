@@ -1,22 +1,28 @@
 "Shared pieces of the tests."
-import os, subprocess, sys
+import os, sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # the tests run in parallel on two cores
 root = Path(__file__).parents[1]
+sys.path.insert(0, str(root/'tests'))
 TINY = dict(preset='quickstart', device='cpu', compare='0', train_per_class='12', finetune_epochs='1', teacher_adapt_epochs='1', student_epochs_per_stage='1', num_stages='1', log_level='WARNING', report='0')
 
 @pytest.fixture
 def tiny(tmp_path): return dict(TINY, results_dir=str(tmp_path/'results'))
 
+@pytest.fixture(scope='session')
+def door():
+    from _door import Door
+    d = Door()
+    yield d
+    d.close()
+
 @pytest.fixture
-def asibkd(tmp_path):
+def asibkd(tmp_path, door):
     "The command, in an empty folder"
-    def run(*argv, **kw):
-        return subprocess.run([sys.executable, '-m', 'asibkd.run.cli', *map(str, argv)], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)}, **kw)
-    return run
+    return lambda *argv: door(*argv, cwd=tmp_path)
 
 @pytest.fixture
 def folder(tmp_path):

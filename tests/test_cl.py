@@ -39,18 +39,18 @@ def test_every_method(method, tmp_path):
     for f in Path(s['run']).glob('*.safetensors'):
         assert all(v.equal(load_file(Path(again['run'])/f.name)[k]) for k, v in load_file(f).items()), f.name
 
-def test_kill_9_in_task_3(tmp_path):
+def test_kill_9_in_task_3(tmp_path, door):
     "R, what the memory holds, and every weight equal the uninterrupted run's"
     args = dict(preset='quickstart', device='cpu', cl_mode=1, compare=0, report=0, lambda_ewc=.4, checkpoint_steps=5, exp_id='a', train_per_class=60, epochs=10, store='both', cl_teachers='expert+snapshot')
-    def start(d): return subprocess.Popen([sys.executable, '-m', 'asibkd.run.cli', 'run', *(f'{k}={v}' for k, v in args.items()), f'results_dir={tmp_path/d}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    p = start('whole'); out = p.communicate(timeout=300)[0]; assert p.returncode == 0, out[-2000:]
+    def start(d): return door.start('run', *(f'{k}={v}' for k, v in args.items()), f'results_dir={tmp_path/d}')
+    p = start('whole'); out = ''.join(p.communicate(timeout=300)); assert p.returncode == 0, out[-2000:]
     log = tmp_path/'cut'/'a'/'metrics.jsonl'
     for phase, epoch in (('t3-A', 2), ('t3-B', random.Random(0).randint(2, 8))):                    # in the bridge, and in the student, of task 3
         p = start('cut')
         while p.poll() is None and not (log.exists() and f'"phase": "{phase}"' in (t := log.read_text()) and t.count(f'"phase": "{phase}"') >= epoch): time.sleep(.01)
         assert p.poll() is None, 'it was to be killed before its end'
         os.kill(p.pid, signal.SIGKILL); p.communicate()
-    p = start('cut'); out = p.communicate(timeout=300)[0]; assert p.returncode == 0 and 'after task 2' not in out, out[-2000:]
+    p = start('cut'); out = ''.join(p.communicate(timeout=300)); assert p.returncode == 0 and 'after task 2' not in out, out[-2000:]
     a, b = (tmp_path/d/'a' for d in ('whole', 'cut'))
     s, t = (json.loads((d/'summary.json').read_text()) for d in (a, b)); assert numbers(s) == numbers(t)
     files = {f.name for f in a.glob('*.safetensors')}; assert files == {'student.safetensors', 'memory.safetensors', 'predictions.safetensors'}

@@ -43,6 +43,7 @@ def simulated(cfg):
 @pytest.mark.parametrize('student, lr', [('resnet20', .05), ('mobilenetv2_050', .01)])
 def test_E1_240_epochs_of_updates(monkeypatch, student, lr):
     "Every update of 240 epochs: its learning rate and the size of its batch; the forward pass is left out"
+    monkeypatch.delenv('ASIBKD_TEST_AMP', raising=False)     # the recipe's own precision
     cfg, _ = resolve(**RECIPE | dict(student_type=student))
     loop, seen = simulated(cfg), []
     monkeypatch.setattr(loops, 'train_step', lambda l: seen.append((l.opt.param_groups[0]['lr'], len(l.batch))))

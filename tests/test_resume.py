@@ -1,5 +1,5 @@
 "Killed and resumed: the same bits as if nothing had happened (same machine, same thread count)."
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, signal, time
 from pathlib import Path
 
 import pytest
@@ -8,10 +8,9 @@ from safetensors.torch import load_file
 root = Path(__file__).parents[1]
 ARGS = dict(preset='quickstart', device='cpu', compare=1, train_per_class=30, finetune_epochs=2, teacher_adapt_epochs=1, student_epochs_per_stage=2, num_stages=2, checkpoint_steps=2, exp_id='a', mbm_dropout=.1, report=0)
 
-def start(results, **kw):
-    args = [f'{k}={v}' for k, v in dict(ARGS, results_dir=results, **kw).items()]
-    return subprocess.Popen([sys.executable, '-m', 'asibkd.run.cli', 'run', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a background shell hands Ctrl-C down as ignored
+@pytest.fixture
+def start(door):
+    return lambda results, **kw: door.start('run', *(f'{k}={v}' for k, v in dict(ARGS, results_dir=results, **kw).items()))
 
 def outcome(results):
     r = Path(results)/'a'
@@ -28,9 +27,9 @@ def same(a, b):
 
 @pytest.mark.parametrize('kw', [{}, dict(bridge_objective='both', feat_kd_alpha=1), dict(student_ema=.9, accumulate=2, patience=1, grad_clip_norm=1)],
                          ids=['distil', 'both', 'callbacks'])
-def test_kill_9(tmp_path, kw):
+def test_kill_9(start, tmp_path, kw):
     "kill -9 at random moments; every field of the summary outside `time` and every weight equal the uninterrupted run's"
-    p = start(tmp_path/'whole', **kw); t = time.time(); out = p.communicate(timeout=500)[0]; took = time.time() - t
+    p = start(tmp_path/'whole', **kw); t = time.time(); out = ''.join(p.communicate(timeout=500)); took = time.time() - t
     assert p.returncode == 0, out[-2000:]
     kills, rng = int(os.environ.get('ASIBKD_KILLS', 2)), random.Random(len(kw))
     work = (tmp_path/'cut'/'a'/'checkpoint')
@@ -40,16 +39,16 @@ def test_kill_9(tmp_path, kw):
         time.sleep(rng.uniform(0, .9*took/kills))
         if p.poll() is None: os.kill(p.pid, signal.SIGKILL)
         p.communicate()
-    p = start(tmp_path/'cut', **kw); out = p.communicate(timeout=500)[0]
+    p = start(tmp_path/'cut', **kw); out = ''.join(p.communicate(timeout=500))
     assert p.returncode == 0, out[-2000:]
     same(outcome(tmp_path/'whole'), outcome(tmp_path/'cut'))
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM], ids=['ctrl-c', 'sigterm'])
-def test_stopped(tmp_path, how):
+def test_stopped(start, tmp_path, how):
     "Ctrl-C, or a scheduler's SIGTERM: a sentence, not a traceback; exit code 130; the same command goes on"
     p = start(tmp_path/'r')
     while not (tmp_path/'r'/'a'/'checkpoint').exists() and p.poll() is None: time.sleep(.05)
-    p.send_signal(how); out = p.communicate(timeout=200)[0]
+    p.send_signal(how); out = ''.join(p.communicate(timeout=200))
     assert p.returncode == 130 and 'goes on from the last checkpoint' in out and 'Traceback' not in out, out[-1500:]
 
 def test_finished_run_is_not_run_again(tiny):

@@ -96,8 +96,9 @@ def test_C1_figures_of_names():
     s = continual(); n = len(EVIL); p = torch.full((n,), 1/n)
     fig = plot_memory(s); draw(fig)
     assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()][2:] == ['$\\frac{$', ' _hidden_']
-    table = pd.DataFrame({k: [.1]*3 for k in EVIL}, index=EVIL[:3])
-    by_class = pd.DataFrame({f'{m}_{EVIL[2]}': [.5]*n for m in ('mean', 'sd')}, index=EVIL)
+    names = pd.Index(EVIL, dtype=object)                     # pyarrow's strings cannot hold half a code point
+    table = pd.DataFrame([[.1]*n]*3, columns=names, index=names[:3])
+    by_class = pd.DataFrame({f'{m}_{EVIL[2]}': [.5]*n for m in ('mean', 'sd')}, index=names)
     for fig in (plot_R(s), plot_forgetting(s), plot_attention(table), plot_target(p, p, EVIL, 2), plot_class_attention(by_class), plot_image(torch.zeros(3, 8, 8, dtype=torch.uint8), EVIL[2]),
                 image_grid(torch.zeros(2, 3, 8, 8), ['$\\frac{$', '$x^$'])): draw(fig)
 
