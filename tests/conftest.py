@@ -25,6 +25,17 @@ def asibkd(tmp_path, door):
     return lambda *argv: door(*argv, cwd=tmp_path)
 
 @pytest.fixture
+def short_exam(monkeypatch):
+    "The digits with 100 test images instead of 500, where it does not matter how well they are recognised"
+    import torch
+    from asibkd.data.datasets import datasets
+    real = datasets['digits']
+    def few(cfg):
+        d = real(cfg)
+        return d | dict(test=d['test'].subset(torch.arange(100)))
+    monkeypatch.setitem(datasets, 'digits', few)
+
+@pytest.fixture
 def folder(tmp_path):
     "A small image folder with two classes: folder(train=6, test=2)"
     import numpy as np

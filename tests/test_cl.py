@@ -26,7 +26,7 @@ class StopCB(Callback):
         if loop.phase.name == 't2-B' and loop.epoch == 1: raise Stop
 
 @pytest.mark.parametrize('method', list_cl_methods())
-def test_every_method(method, tmp_path):
+def test_every_method(method, tmp_path, short_exam):
     "Learns through the door, answers both examinations, resumes to the same bits from the middle of a task"
     s = run_experiment(**SMALL, cl_method=method, results_dir=str(tmp_path/'a'), exp_id='x')
     R, told = (s['R'][method][k] for k in ('class_il', 'task_il'))

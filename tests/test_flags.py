@@ -14,6 +14,7 @@ from asibkd.distil.idle import idle_parameters
 from asibkd.run.experiment import classes_of_run, run_experiment
 
 root = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures('short_exam')
 BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug='standard', train_per_class=8, val_frac=.25, teacher1_type='resnet8', teacher2_type='resnet14',
             student_type='resnet8', finetune_epochs=1, num_stages=2, teacher_adapt_epochs=1, student_epochs_per_stage=1, bridge_objective='both', teacher_lr=.01, student_lr=.01, finetune_lr=.01,
             mbm_lr_factor=1., teacher1_freeze_level=1, ib_beta=.01, log_level='ERROR', report=0)

@@ -83,7 +83,7 @@ def test_learns_on_digits(method, teachers, tmp_path):
     assert s['test_acc_last'] > .3 and s['test_acc_val_selected'] > .3
 
 @pytest.mark.parametrize('method', METHODS)
-def test_resumes(method, teachers, tmp_path):
+def test_resumes(method, teachers, tmp_path, short_exam):
     "Stopped within an epoch and started again: the same bits"
     args = SMALL | OWN.get(method, {}) | teachers | dict(finetune_epochs=0, student_epochs_per_stage=2, train_per_class=20, batch_size=16, checkpoint_steps=3, method=method)
     def outcome(s): return {k: v for k, v in s.items() if k not in ('time', 'run')}, (Path(s['run'])/'student_last.safetensors').read_bytes()

@@ -37,19 +37,20 @@ def mine(tmp_path, monkeypatch):
     (tmp_path/'mine.py').write_text(MINE); monkeypatch.chdir(tmp_path)
     return tmp_path/'mine.py'
 
-def here(*argv): return subprocess.run([sys.executable, '-m', *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+@pytest.fixture
+def here(door): return lambda *argv: door(*argv, cwd=Path.cwd())
 
-def test_every_door(mine):
+def test_every_door(mine, here):
     "In fresh processes: a run, its help, the command its report gives, papermill"
-    r = here('asibkd.run.cli', 'run', *SHORT, '--sharpness', '3'); assert r.returncode == 0, r.stderr[-2000:]
+    r = here('run', *SHORT, '--sharpness', '3'); assert r.returncode == 0, r.stderr[-2000:]
     run, = (f.parent for f in Path('results').glob('*/summary.json')); s = json.loads((run/'summary.json').read_text())
     assert (s['method_params'], s['dataset'], s['n_class']) == ({'sharpness': 3.0}, 'colours', 3)
-    h = here('asibkd.run.cli', 'run', '--plugin=mine.py', '--help').stdout; assert 'How much the surest teacher is preferred. [2.0]' in h and 'Of method=surest' in h
+    h = here('run', '--plugin=mine.py', '--help').stdout; assert 'How much the surest teacher is preferred. [2.0]' in h and 'Of method=surest' in h
     command = html.unescape(re.search(r'asibkd (run [^<]*method=surest[^<]*)', (run/'report.html').read_text())[1])
-    again = here('asibkd.run.cli', *shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
-    same = here('asibkd.run.cli', 'run', '-f', str(run/'config.json')); assert same.returncode == 0 and 'nothing was run again' in same.stdout, same.stderr[-1000:]
-    other = here('asibkd.run.cli', 'run', '-f', str(run/'config.json'), 'seed=7'); assert other.returncode == 2 and 'seed: 42 → 7' in other.stderr
-    r = here('papermill', str(root/'nbs'/'run_experiment.ipynb'), 'out.ipynb', *(o for k in SHORT[4:] for o in ('-p', *k.split('='))), '-p', 'plugin', 'mine.py', '-p', 'method', 'surest', '-p', 'results_dir', 'pm')
+    again = here(*shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
+    same = here('run', '-f', str(run/'config.json')); assert same.returncode == 0 and 'nothing was run again' in same.stdout, same.stderr[-1000:]
+    other = here('run', '-f', str(run/'config.json'), 'seed=7'); assert other.returncode == 2 and 'seed: 42 → 7' in other.stderr
+    r = subprocess.run([sys.executable, '-m', 'papermill', str(root/'nbs'/'run_experiment.ipynb'), 'out.ipynb', *(o for k in SHORT[4:] for o in ('-p', *k.split('='))), '-p', 'plugin', 'mine.py', '-p', 'method', 'surest', '-p', 'results_dir', 'pm'], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert r.returncode == 0, r.stderr[-2000:]
     assert json.loads(next(Path('pm').glob('*/summary.json')).read_text())['method'] == 'surest'
 
