@@ -240,7 +240,7 @@ def train_step(loop:Loop):
     loop.call('before_step')
     if loop.clears:
         loop.opt.zero_grad()
-    with explained_batch_norm(): loop.out = loop.model(loop.batch, loop.when)   # outputs and loss: dict(loss, parts)
+    loop.out = loop.model(loop.batch, loop.when)           # outputs and loss: dict(loss, parts)
     loop.ctx.acc.backward(loop.out['loss']/loop.group)
     loop.call('after_backward')
     if loop.moves:
@@ -262,7 +262,7 @@ def train_epoch(loop:Loop):
     loop.when = phase.when(loop.epoch)
     loop.model.train()
     devices = [acc.device.index or 0] if acc.device.type == 'cuda' else []
-    with torch.random.fork_rng(devices=devices):
+    with explained_batch_norm(), torch.random.fork_rng(devices=devices):
         for loop.step, batch in enumerate(phase.loader.epoch(loop.epoch, loop.step), loop.step):
             loop.set_lr(loop.step)
             reseed(seed_of(seed, phase.name, loop.epoch, loop.step))
