@@ -36,7 +36,8 @@ def field_kinds(
 )->set: # {float, NoneType}
     "The types a field accepts"
     kind = field.annotation
-    return {*get_args(kind)} if get_origin(kind) in (Union, UnionType) else {kind}
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return {get_args(k)[0] if get_origin(k) is Annotated else k for k in kinds}
 
 # %% ../../nbs/00_core/00_params.ipynb #3e4f2ab9
 def plain_value(
