@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['teacher_knows', 'what_cancels', 'evidence_table', 'evidence_text', 'plot_evidence', 'evidence_hits', 'hits_text']
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #7a3730ed
+# %% ../../nbs/10_explore/02_evidence.ipynb #3ef4dc14
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ from ..ib_mbm import known_classes
 from .opened import FinishedRun
 from .plots import grouped_bars, panels
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #7c9b5b94
+# %% ../../nbs/10_explore/02_evidence.ipynb #6e30fbae
 def teacher_knows(
     o:FinishedRun,
 )->Tensor: # (M, K) bool
@@ -24,7 +24,7 @@ def teacher_knows(
     columns = [None if t.columns is None else t.columns.cpu() for t in o.teachers.values()]
     return known_classes(columns, torch.zeros(len(o.data.classes)))[:, 0] > 0
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #fbb55226
+# %% ../../nbs/10_explore/02_evidence.ipynb #4a6c7366
 def what_cancels(
     knows:Tensor, # From `teacher_knows`
 )->tuple: # evidence, reliability: bool
@@ -32,7 +32,7 @@ def what_cancels(
     sets = knows[:, knows.any(0)]
     return bool((sets == sets[:, :1]).all()), bool((sets.sum(0) <= 1).all())
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #6a21fe18
+# %% ../../nbs/10_explore/02_evidence.ipynb #2dbd8b5c
 def evidence_table(
     bridge:dict,   # What `Synergy` returns, of a batch of one
     teachers,      # Their names
@@ -46,7 +46,7 @@ def evidence_table(
     columns = {'evidence': u - u.mean(), 'share': u.softmax(-1), 'reliability': w/w.sum(), 'its classes': knows.float() @ p}
     return pd.DataFrame({k: v.tolist() for k, v in columns.items()}, index=list(teachers))
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #a933839b
+# %% ../../nbs/10_explore/02_evidence.ipynb #524504c1
 def _business(t:pd.DataFrame)->str:
     "Whose business the image is, from the evidence alone"
     share = t.share.sort_values(ascending=False)
@@ -56,7 +56,7 @@ def _business(t:pd.DataFrame)->str:
         return f'The evidence does not decide whose business this is: {parts}.'
     return f"This {'looks like' if ratio >= 9 else 'is rather'} {best}'s business: {parts}."
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #7397da4d
+# %% ../../nbs/10_explore/02_evidence.ipynb #cd86b0d3
 def _is_right(
     t:pd.DataFrame,
     knowing,      # Names of the teachers who know the true class
@@ -68,7 +68,7 @@ def _is_right(
     word = 'Right' if t.share.idxmax() in knowing else 'Wrong'
     return f" {word}: '{name}' is known to {joined(knowing)} only."
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #3e23f95e
+# %% ../../nbs/10_explore/02_evidence.ipynb #7e22bdb4
 def evidence_text(
     t:pd.DataFrame,  # From `evidence_table`
     knows:Tensor,    # From `teacher_knows`
@@ -88,7 +88,7 @@ def evidence_text(
     knowing = [] if label is None else [n for n, k in zip(t.index, knows[:, label]) if k]
     return _business(t) + ('' if label is None else _is_right(t, knowing, classes[label]))
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #0f95acfa
+# %% ../../nbs/10_explore/02_evidence.ipynb #d07f0f27
 def plot_evidence(
     t:pd.DataFrame,  # From `evidence_table`
     knows:Tensor,    # From `teacher_knows`
@@ -99,13 +99,13 @@ def plot_evidence(
     for bars in grouped_bars(ax, rows):
         if rows.size <= 12:
             ax.bar_label(bars, fmt='%.3f', fontsize=7)
-    gone = [k for k, v in zip(rows.index, what_cancels(knows)) if v]
+    names = [f'{k}\n(cancels)' if v else k for k, v in zip(rows.index, what_cancels(knows))]
+    ax.set_xticks([0, 1], names, rotation=0, ha='center')
     ax.set(ylim=(0, 1.15))
     ax.set_ylabel('share', fontsize=8)
-    ax.set_xlabel(f"{joined(gone)} {'cancels' if len(gone) == 1 else 'cancel'} here" if gone else '', fontsize=8)
     return fig
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #739cd67a
+# %% ../../nbs/10_explore/02_evidence.ipynb #a21af636
 def evidence_hits(
     t:pd.DataFrame,  # From `image_table`
     teachers,        # Their names
@@ -119,7 +119,7 @@ def evidence_hits(
     decides = knows.any(0)[label] & ~knows.all(0)[label]
     return pd.Series(knows[best, label][decides].tolist(), index=t.index[decides.numpy()], dtype=bool)
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #83e9775b
+# %% ../../nbs/10_explore/02_evidence.ipynb #38ac5260
 def hits_text(
     hits:pd.Series,  # From `evidence_hits`
     split='test',    # The images' split
