@@ -19,7 +19,7 @@ BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size
             student_type='resnet8', finetune_epochs=1, num_stages=2, teacher_adapt_epochs=1, student_epochs_per_stage=1, bridge_objective='both', teacher_lr=.01, student_lr=.01, finetune_lr=.01,
             mbm_lr_factor=1., teacher1_freeze_level=1, ib_beta=.01, log_level='ERROR', report=0)
 FEAT, WEIGH, STEP, CRD, DKD = dict(feat_kd_alpha=1.), dict(use_disagree_weight=1, disagree_lambda_high=5.), dict(lr_schedule='step'), dict(method='crd', crd_nce_k=16), dict(method='dkd', dkd_warmup=1)
-FIXED = dict(bridge_objective='distil')
+FIXED, FUSED = dict(bridge_objective='distil'), dict(bridge_objective='fuse', bridge_images='train')
 OPEN = dict(teacher1_freeze_level=-1, teacher2_freeze_level=-1)
 CL = dict(cl_mode=1, num_stages=1, num_tasks=2, epochs=1, replay_capacity=20, replay_ratio=1, student_type='mlp', teacher1_type='mlp', bridge_objective='ce', data_aug=0)
 EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50., epochs=4), dict(CL, cl_method='si', num_tasks=3, si_c=50., epochs=4)
@@ -27,7 +27,7 @@ CHANGES = dict(
     cl_mode=(1, dict(num_stages=1)), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), class_order=('9,8,7,6,5,4,3,2,1,0', CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
     cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(5., CL), cl_der_loss=('kl', CL), cl_old_kd=(9., dict(CL, teacher_adapt_epochs=4)), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
     store=('synergy', CL), lambda_ewc=(99., CL), fisher=('empirical', EWC3), fisher_n=(5, EWC3), ewc_mode=('separate', EWC3), ewc_gamma=(.1, EWC3), si_c=(5., SI3), si_xi=(9., SI3),
-    preset=('method/asmb_original', {}), method=('avgz', {}), compare=(1, {}), report_oracle=(1, {}), seed=(1, {}), batch_size=(12, {}), data_aug=('0', {}), image_size=(12, {}),
+    preset=('method/asmb_original', {}), method=('avgz', {}), compare=(1, {}), report_oracle=(1, {}), labels_per_class=(2, {}), teacher_share=(.5, {}), seed=(1, {}), batch_size=(12, {}), data_aug=('0', {}), image_size=(12, {}),
     small_input=('0', dict(student_type='resnet10t', image_size=16, method='ce')), mixup_alpha=(1., {}), cutmix_alpha_distill=(1., {}), label_smoothing=(.2, {}), overlap_pct=(0, {}), val_frac=(.5, {}), drop_last=(0, {}),
     train_per_class=(9, {}), teacher1_type=('resnet14', {}), teacher2_type=('resnet8', {}), teachers=('resnet8,resnet14,resnet8', {}), teacher_type=('resnet14', dict(method='vanilla_kd')),
     teacher1_norm=('0.2 / 0.5', {}), teacher2_norm=('0.2 / 0.5', {}), student_norm=('0.2 / 0.5', {}),
@@ -36,7 +36,7 @@ CHANGES = dict(
     teacher1_bn_head_only=(1, {}), teacher2_bn_head_only=(1, {}), teacher1_freeze_bn=(1, OPEN), teacher2_freeze_bn=(1, OPEN), student_freeze_bn=(1, {}), use_distillation_adapter=(1, {}),
     distill_hidden_dim=(8, dict(use_distillation_adapter=1)), distill_out_dim=(8, dict(use_distillation_adapter=1)),
     use_ib=(0, {}), ib_beta=(1., {}), ib_beta_warmup_epochs=(3, {}), mbm_query_dim=(8, {}), mbm_out_dim=(8, {}), mbm_r=(2, {}), mbm_n_head=(2, {}), mbm_learnable_q=(1, {}), mbm_dropout=(.5, {}),
-    synergy_head_dropout=(.5, {}), synergy_base=('none', {}), bridge_objective=('ce', {}), synergy_gate=(0, dict(synergy_base='none')), mbm_tokens=('spatial', {}),
+    synergy_head_dropout=(.5, {}), synergy_base=('none', {}), bridge_objective=('ce', {}), bridge_images=('val', FUSED), synergy_gate=(0, dict(synergy_base='none')), mbm_tokens=('spatial', {}),
     num_stages=(1, {}), teacher_adapt_epochs=(2, {}), student_epochs_per_stage=(2, {}), epochs=(1, dict(method='ce')), optimizer=('sgd', {}), momentum=(.5, dict(optimizer='sgd')),
     nesterov=(1, dict(optimizer='sgd')), teacher_lr=(.02, {}), student_lr=(.02, {}), teacher_weight_decay=(.5, OPEN), student_weight_decay=(.5, {}), mbm_lr_factor=(2., {}), ce_alpha=(1., {}), kd_alpha=(.1, {}),
     synergy_ce_alpha=(1., {}), synergy_kd_alpha=(.1, {}), teacher_adapt_kd_warmup=(0, {}), tau_start=(2., {}), tau_end=(1., {}), tau_decay_power=(3., dict(tau_end=1.)), hybrid_beta=(.5, {}),

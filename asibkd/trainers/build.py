@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distil import amalgam, asmb, crd, multi, single    # they register their methods
+from ..distil import amalgam, asmb, crd, merging, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.files import atomic_save, check_weights, read_json
-from ..core.runtime import RunContext, forked_rng, pick_device, precision_of
+from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of,
+                                 trains_teachers)
 from ..models.cache import weights_hash
 from ..data.images import Data, ImageSet, as_labels, overlap_classes, restrict
 from ..data.sources import DatasetSource
@@ -62,7 +63,7 @@ def refuse_contradictions(
          "compile=1 needs a C++ compiler on a CPU, and none was found. Install g++ (or set CXX), or leave compile=0."),
         (cfg.overlap_pct is not None and not check_method(cfg.method).allows_class_subsets,
          f"overlap_pct={cfg.overlap_pct or 0:g}: {cfg.method} needs teachers that know every class. "
-         "Use asmb, avgz, aver, ebkd, camkd, aekd or vanilla_kd."),
+         "Use asmb, avgz, wavg, best, stack, aver, ebkd, camkd, aekd or vanilla_kd."),
         (cfg.method == 'asmb' and cfg.synergy_base == 'none' and not cfg.teacher_adapt_epochs,
          "synergy_base=none with teacher_adapt_epochs=0: the student would learn from an untrained head. "
          "Raise teacher_adapt_epochs, or use synergy_base=average.")]
@@ -79,7 +80,8 @@ def settled_values(cfg:Config, device, size:int)->dict:
                tau_end=cfg.tau_start if cfg.tau_end is None else cfg.tau_end,
                use_partial_freeze=cfg.use_partial_freeze and cfg.method == 'asmb' and not cfg.cl_mode,
                student_freeze_level=level if level is not None else 0 if cfg.student_pretrained else -1,
-               mbm_type='ib_mbm', epochs=student_epochs(cfg))
+               mbm_type='ib_mbm', epochs=student_epochs(cfg), bridge_objective=objective_of(cfg),
+               synergy_base=base_of(cfg))
     if cfg.channels_last == 'auto':
         out['channels_last'] = '1' if device.type in ('cpu', 'cuda') else '0'
     if precision_of(cfg, device) == 'no':
@@ -203,7 +205,7 @@ def hash_of_items(
     h, source = hashlib.blake2b(digest_size=4), None if isinstance(o, ImageSet) else DatasetSource(o)
     for i in torch.linspace(0, len(o) - 1, min(n, len(o))).long().tolist():
         (a, y), (b, _) = ((o.source[int(o.ids[i])], o.y[i]) if source is None else source.pair(i) for _ in range(2))
-        y = int(as_labels([y], where=type(o).__name__)[0])
+        y = int(as_labels([y], where=type(o).__name__, unlabelled=isinstance(o, ImageSet))[0])
         h.update(f'{y}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
     return h.hexdigest()
 
@@ -221,7 +223,7 @@ def save_teacher(
     "A fine-tuned teacher with its card"
     seen = seen_by(model, data)
     card = dict(type=kind, dataset=data.name, classes=list(map(str, data.classes)), val_acc=val_acc,
-                split=split_of(data.train), mean=list(seen.mean), std=list(seen.std))
+                split=split_of(data.teacher), mean=list(seen.mean), std=list(seen.std))
     atomic_save(dict(model=model.state_dict(), asibkd=card), path)
 
 # %% ../../nbs/06_trainers/04_build.ipynb #dfdd2e95
@@ -261,7 +263,7 @@ def check_card(path, data:Data):
 def warn_split(name:str, path, data:Data):
     "Warn when the teacher may have been trained on the images that this run validates on"
     split = (read_card(path) or {}).get('split')
-    if split and split != split_of(data.train):
+    if split and split != split_of(data.teacher):
         log.warning(f"{name}: '{path}' was trained on another split of these images (or on other images): "
                     "this run's validation numbers may be too good.")
 
@@ -333,7 +335,7 @@ def refuse_noise(
     "`ConfigError` for a teacher without weights; where it is allowed, a warning"
     has = "a pretrained trunk with a new head" if spec.pretrained else "no weights for these classes"
     said = f"{spec.name}: {name} has {has}, so its logits are noise"
-    adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs and cfg.bridge_objective != 'distil'
+    adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs and trains_teachers(cfg)
     if adapts or cfg.allow_untrained:
         log.warning(f"{said}{' until phase A has trained it' if adapts else ''}.")
         return
@@ -438,7 +440,7 @@ def freeze_teachers(
                          freeze_bn=s.freeze_bn)
         else:
             freeze_all(t)
-        if cfg.bridge_objective == 'distil':
+        if not trains_teachers(cfg):
             t.model.requires_grad_(False)              # only adapters are trained then
         n = sum(p.numel() for p in t.parameters() if p.requires_grad)
         report(f"{s.name}: {t.name}, {n:,} of {sum(p.numel() for p in t.parameters()):,} parameters trained in phase A")
