@@ -7,7 +7,7 @@ __all__ = ['TEACHER_WIDTH', 'Tokens', 'Attend', 'IB_MBM', 'known_classes', 'mean
            'FusionHead', 'SynergyHead', 'Synergy', 'bridge_input', 'build_from_teachers']
 
 # %% ../nbs/04_ib_mbm.ipynb #04285636
-import math
+import copy, math
 
 import torch
 from fastcore.basics import patch
@@ -207,10 +207,9 @@ class FusionHead(nn.Module):
         super().__init__()
         m = len(widths) - 1
         n = sum(widths) + m*n_class
-        self.code, self.read = nn.Linear(n, d), nn.Linear(d, 2*m + n_class)
+        self.code, self.read = nn.Linear(n, d), nn.Linear(d, 2*m + n_class, bias=False)
         self.logvar = nn.Parameter(torch.zeros(d))       # of the code's noise, while it is fitted
-        nn.init.zeros_(self.read.weight)
-        nn.init.zeros_(self.read.bias)
+        nn.init.zeros_(self.read.weight)                 # no bias: whatever moves the base has its price
         for name, value in dict(temps=torch.ones(m), weights=torch.full((m,), 1/m), mean=torch.zeros(n),
                                 scale=torch.ones(n)).items():
             self.register_buffer(name, value)
@@ -285,10 +284,20 @@ class Synergy(nn.Module):
         bridge:IB_MBM,     # Features → code
         head:SynergyHead,  # Code → logits
         key='feat_2d',  # Teacher output it reads: 'feat_2d', 'distill_feat' (adapters) or 'feat_4d' (spatial)
+        asker=None,     # Copy of the student: with base 'wavg' its feature is the query, once `asked` is 1
     ):
         super().__init__()
-        self.bridge, self.head, self.key = bridge, head, key
+        self.bridge, self.head, self.key, self.asker, self.asks = bridge, head, key, asker, False
         self.register_buffer('gate', torch.ones(()))
+        if asker is not None:
+            self.register_buffer('asked', torch.zeros(()))
+            self.register_load_state_dict_post_hook(lambda m, _: setattr(m, 'asks', bool(m.asked)))
+
+    def train(self, mode=True):
+        "Training mode; the copy of the student stays in evaluation mode"
+        super().train(mode)
+        if self.asker is not None: self.asker.eval()
+        return self
 
 # %% ../nbs/04_ib_mbm.ipynb #3972a918
 @patch
@@ -306,10 +315,19 @@ def forward(self:Synergy,
     logit = torch.where(self.gate > 0, h['logit'], h.get('base', average))
     return dict(b, **h | dict(average=average, open_logit=h['logit'], logit=logit))
 
-# %% ../nbs/04_ib_mbm.ipynb #ce75a0da
-TEACHER_WIDTH = dict(feat_2d='feat_dim', distill_feat='distill_dim', feat_4d='feat4_dim') # Output → attribute
+# %% ../nbs/04_ib_mbm.ipynb #bb458701
+@patch
+def query(self:Synergy,
+    x:Tensor,   # (B, C, H, W) the images
+    s_out:dict, # The student's output for them
+)->dict: # With `feat_2d`, without gradient
+    "Who asks: the student, or its copy from the beginning of this stage"
+    if self.asks:
+        with torch.no_grad():
+            s_out = self.asker(x)
+    return {k: v.detach() for k, v in s_out.items() if torch.is_tensor(v)}
 
-# %% ../nbs/04_ib_mbm.ipynb #dcf23a93
+# %% ../nbs/04_ib_mbm.ipynb #ce75a0da
 def bridge_input(
     cfg:Config, # mbm_tokens, use_distillation_adapter
 )->str: # 'feat_2d', 'distill_feat' or 'feat_4d'
@@ -318,6 +336,8 @@ def bridge_input(
         raise ConfigError("mbm_tokens=spatial reads maps, use_distillation_adapter gives pooled features: choose one.")
     if cfg.mbm_tokens == 'spatial': return 'feat_4d'
     return 'distill_feat' if cfg.use_distillation_adapter else 'feat_2d'
+
+TEACHER_WIDTH = dict(feat_2d='feat_dim', distill_feat='distill_dim', feat_4d='feat4_dim') # Output → attribute
 
 # %% ../nbs/04_ib_mbm.ipynb #b760866d
 def build_from_teachers(
@@ -336,4 +356,5 @@ def build_from_teachers(
     base = 'wavg' if objective_of(cfg) == 'fuse' else base_of(cfg)   # fuse + average: a `FusionHead` of equal weights
     widths = [m.feat_dim for m in (*teachers, student)] if base == 'wavg' else ()
     head = SynergyHead(bridge.d, student.n_class, base, cfg.synergy_head_dropout, widths)
-    return Synergy(bridge, head, key)
+    asks = base == 'wavg' and cfg.num_stages > 1 and not cfg.mbm_learnable_q and isinstance(student, nn.Module)
+    return Synergy(bridge, head, key, copy.deepcopy(student).requires_grad_(False).eval() if asks else None)

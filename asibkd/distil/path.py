@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATH', 'pooled', 'fusion_head', 'stacked', 'fused_runs', 'run_loss', 'fit_runs', 'path_rows', 'fit_path']
 
-# %% ../../nbs/05_distil/09_path.ipynb #e14fc93d
+# %% ../../nbs/05_distil/09_path.ipynb #355999ba
 import math
 
 import torch
@@ -18,18 +18,19 @@ from .fusion import TeacherTable, fit_base, folds
 from .losses import ib_kl
 from ..ib_mbm import FusionHead, calibrated, fuse
 
-# %% ../../nbs/05_distil/09_path.ipynb #4da641cc
+# %% ../../nbs/05_distil/09_path.ipynb #b80c181b
 def pooled(
     table:TeacherTable,
 )->list: # One (N, D_t) a teacher
     "The teachers' features; maps are averaged over their positions"
     return [f.mean((2, 3)) if f.ndim == 4 else f for f in table.feats]
 
-# %% ../../nbs/05_distil/09_path.ipynb #308e4786
+# %% ../../nbs/05_distil/09_path.ipynb #de989d35
 def fusion_head(
     table:TeacherTable,
     base,        # `Base`: temperatures and weights
     d=32,        # Width of the code
+    asks=True,   # May the code read the student's feature?
 )->FusionHead:
     "A `FusionHead` that fits a table, at the start of the path"
     feats = [*pooled(table), table.student]
@@ -40,9 +41,12 @@ def fusion_head(
     spread = x.std(0)
     head.mean.copy_(x.mean(0))
     head.scale.copy_(torch.where(spread > 1e-4, 1/spread.clamp_min(1e-4), 0.))
+    if not asks:
+        end = sum(f.shape[1] for f in feats)
+        head.scale[end - feats[-1].shape[1]:end] = 0.
     return head
 
-# %% ../../nbs/05_distil/09_path.ipynb #291dd5d0
+# %% ../../nbs/05_distil/09_path.ipynb #68b5d154
 def stacked(
     head:FusionHead,
     runs:int,        # How many copies
@@ -50,7 +54,7 @@ def stacked(
     "Copies of the head's parameters, side by side"
     return {k: v.detach().expand(runs, *v.shape).clone().requires_grad_() for k, v in head.named_parameters()}
 
-# %% ../../nbs/05_distil/09_path.ipynb #108fc535
+# %% ../../nbs/05_distil/09_path.ipynb #39adfabd
 def fused_runs(
     params:dict,    # From `stacked`
     head:FusionHead,
@@ -63,11 +67,11 @@ def fused_runs(
     m = len(logp)
     mu = x @ params['code.weight'].mT + params['code.bias'][:, None]
     z = mu if noise is None else mu + (params['logvar'][:, None]/2).exp()*noise
-    a, u, delta = (z @ params['read.weight'].mT + params['read.bias'][:, None]).split([m, m, logp.shape[-1]], 2)
+    a, u, delta = (z @ params['read.weight'].mT).split([m, m, logp.shape[-1]], 2)
     w = (head.weights.clamp_min(1e-6).log() + a).softmax(2)
     return torch.vmap(lambda w, u, d: fuse(logp, w, columns, u, d))(w, u, delta), mu
 
-# %% ../../nbs/05_distil/09_path.ipynb #ffae1ba1
+# %% ../../nbs/05_distil/09_path.ipynb #61f59df9
 def run_loss(
     s:Tensor, mu:Tensor, params:dict,  # From `fused_runs`
     y:Tensor,        # (N,)
@@ -79,7 +83,7 @@ def run_loss(
     nats = ib_kl(mu, params['logvar'][:, None].expand_as(mu), 'none')
     return ((ce + betas[:, None]*nats)*use/use.sum(1, keepdim=True)).sum()
 
-# %% ../../nbs/05_distil/09_path.ipynb #ee845cde
+# %% ../../nbs/05_distil/09_path.ipynb #771771fe
 def fit_runs(
     head:FusionHead, table:TeacherTable,
     betas:Tensor, use:Tensor,  # As in `run_loss`
@@ -101,10 +105,10 @@ def fit_runs(
         opt.step()
     return {k: v.detach() for k, v in params.items()}
 
-# %% ../../nbs/05_distil/09_path.ipynb #379758f6
+# %% ../../nbs/05_distil/09_path.ipynb #c90cd823
 PATH = (math.inf, 1., .1, .01, .001)   # Prices of a nat, from the base to an almost free fusion
 
-# %% ../../nbs/05_distil/09_path.ipynb #28a0e5c2
+# %% ../../nbs/05_distil/09_path.ipynb #4e0663e8
 def path_rows(
     s:Tensor,        # (prices, folds, N, K) logits of every run
     base:Tensor,     # (N, K) those of the base
@@ -120,20 +124,21 @@ def path_rows(
                  cv_acc=(o.argmax(1) == table.y).float().mean().item(), nats=n)
             for b, o, n in zip([None, *betas], held, [0., *nats.tolist()])]
 
-# %% ../../nbs/05_distil/09_path.ipynb #44d72ccd
+# %% ../../nbs/05_distil/09_path.ipynb #66775cae
 def fit_path(
     table:TeacherTable,
     base=None,        # `Base`; None: fitted on the table
     betas=PATH,       # ∞ first
     k=5,              # Folds; as many as images where there are fewer
     seed=0,           # Of folds, first weights and noise
+    asks=True,        # As in `fusion_head`
     gate=True,        # May the base win?
     **how,            # `steps`, `lr`, `noisy` as in `fit_runs`
 )->dict: # head, beta (None = ∞), rows
     "The fusion at the price with the lowest K-fold NLL; at ∞ it is the base"
     base, prices = base or fit_base(table), [b for b in betas if b < math.inf]
     with forked_rng(seed, 'path'):
-        head = fusion_head(table, base)
+        head = fusion_head(table, base, asks=asks)
     k, n, p = min(k, len(table)), len(table), len(prices)
     if not prices or k < 2:
         return dict(head=head, beta=None, rows=[])
