@@ -95,6 +95,7 @@ class CLMethod(Method):
     classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
     makes_synergy = False           # Combines its teachers' logits into logits that a memory may store
     unused_weights = ()             # Weights without a term in this method: setting one is refused
+    unlabelled = False              # Memory and metrics of the tasks need every label
     defaults = Method.defaults | dict(
         ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
         cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='herding', store='student')
@@ -103,19 +104,10 @@ class CLMethod(Method):
         super().__init__(cfg, student, teachers, params)
         self.task = task or TaskContext()
         self.net = [student.model]              # in a list: not this method's parameters
-        columns = [t.columns for t in teachers]
-        all_known = not columns or any(c is None for c in columns)
-        # columns of the classes that at least one teacher was trained on; None = all
-        self.known_columns = None if all_known else torch.cat(columns).unique()
 
     @classmethod
     def reads(cls, c):
         return super().reads(c) - {*cls.unused_weights} | cl_parameters(cls, c)
-
-    def kd_term(self, z_s, z_t, when, weight=None, columns=None, reduction='mean')->Tensor:
-        "The KD term, on classes that some teacher was trained on: a snapshot must not rule out new classes"
-        columns = self.known_columns if columns is None else columns
-        return super().kd_term(z_s, z_t, when, weight, columns, reduction)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #a526d614
 @patch

@@ -7,7 +7,7 @@ __all__ = ['CLASS_KEYS', 'OUTSIDE', 'hash_of_items', 'split_of', 'save_teacher',
            'warn_split', 'class_names', 'classes_in', 'file_classes', 'module_classes', 'class_number', 'match_classes',
            'refuse_labels', 'refuse_unseen', 'labels_text', 'task_of', 'unknown_to_all', 'object_fingerprint']
 
-# %% ../../nbs/02_models/10_cards.ipynb #25c2be16
+# %% ../../nbs/02_models/10_cards.ipynb #91323b95
 import difflib, hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ from .kdmodel import KDModel
 from .norm import Norm, as_norm, network_norm, seen_by
 from .trace import is_lazy, plain_module
 
-# %% ../../nbs/02_models/10_cards.ipynb #0d4a10fb
+# %% ../../nbs/02_models/10_cards.ipynb #81b5e53a
 def hash_of_items(
     o,    # A dataset of (image, label)
     n=32, # Items that are read, evenly spaced
@@ -34,16 +34,16 @@ def hash_of_items(
     h, source = hashlib.blake2b(digest_size=4), None if isinstance(o, ImageSet) else DatasetSource(o)
     for i in torch.linspace(0, len(o) - 1, min(n, len(o))).long().tolist():
         (a, y), (b, _) = ((o.source[int(o.ids[i])], o.y[i]) if source is None else source.pair(i) for _ in range(2))
-        y = int(as_labels([y], where=type(o).__name__)[0])
+        y = int(as_labels([y], where=type(o).__name__, unlabelled=isinstance(o, ImageSet))[0])
         h.update(f'{y}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
     return h.hexdigest()
 
-# %% ../../nbs/02_models/10_cards.ipynb #e94957ca
+# %% ../../nbs/02_models/10_cards.ipynb #3d794b13
 def split_of(ds:ImageSet)->str: # 16 hex digits
     "A short name for a split: which images of the source, and what some of them look like"
     return hashlib.blake2b(ds.ids.numpy().tobytes(), digest_size=4).hexdigest() + hash_of_items(ds)
 
-# %% ../../nbs/02_models/10_cards.ipynb #3a25246e
+# %% ../../nbs/02_models/10_cards.ipynb #8743faa5
 def save_teacher(
     model, path, data:Data,
     kind:str,           # Architecture name
@@ -57,10 +57,10 @@ def save_teacher(
         known = dict(zip(at, labels.tolist()))
         names = [names[known[i]] if i in known else '' for i in range(model.anatomy.n_class)]
     card = dict(type=kind, dataset=data.name, classes=names, val_acc=val_acc,
-                split=split_of(data.train), mean=list(seen.mean), std=list(seen.std))
+                split=split_of(data.teacher), mean=list(seen.mean), std=list(seen.std))
     atomic_save(dict(model=model.state_dict(), asibkd=card), path)
 
-# %% ../../nbs/02_models/10_cards.ipynb #d36ee6f6
+# %% ../../nbs/02_models/10_cards.ipynb #25a39bed
 def read_card(path)->dict|None: # type, dataset, classes, val_acc, split, mean, std
     "The card of one of the package's checkpoints; None where there is none"
     if Path(path).suffix == '.safetensors' or not Path(path).is_file():
@@ -71,7 +71,7 @@ def read_card(path)->dict|None: # type, dataset, classes, val_acc, split, mean, 
     except Exception:
         return None   # `load_weights` explains what is wrong with it
 
-# %% ../../nbs/02_models/10_cards.ipynb #c84a3470
+# %% ../../nbs/02_models/10_cards.ipynb #41193e55
 def card_norm(
     path,    # Of a checkpoint
 )->Norm|None: # None where it has no card, or one that does not say
@@ -83,7 +83,7 @@ def card_norm(
         return None
     return as_norm(card['mean'], card['std'], f"the card of '{path}'")
 
-# %% ../../nbs/02_models/10_cards.ipynb #b1071e39
+# %% ../../nbs/02_models/10_cards.ipynb #3b28c143
 def check_card(
     path,         # A checkpoint
     data:Data,    # Its `classes`: what the teacher's outputs are to stand for
@@ -101,15 +101,15 @@ def check_card(
     raise CheckpointError(f"'{path}' was trained on {card['dataset']} ({first(theirs)}); this run has {data.name} "
                           f"({first(names)}). Name other weights (teacher1_ckpt=…), or move the file away.")
 
-# %% ../../nbs/02_models/10_cards.ipynb #3b85d596
+# %% ../../nbs/02_models/10_cards.ipynb #4aef40b3
 def warn_split(name:str, path, data:Data):
     "Warn when the teacher may have been trained on the images that this run validates on"
     split = (read_card(path) or {}).get('split')
-    if split and split != split_of(data.train):
+    if split and split != split_of(data.teacher):
         log.warning(f"{name}: '{path}' was trained on another split of these images (or on other images): "
                     "this run's validation numbers may be too good.")
 
-# %% ../../nbs/02_models/10_cards.ipynb #579db518
+# %% ../../nbs/02_models/10_cards.ipynb #4b8a926e
 def class_names(
     o, # What stands under 'classes', 'class_to_idx', …
 )->list|None: # In the order of the outputs; None where it is no list of names
@@ -122,7 +122,7 @@ def class_names(
     is_list = isinstance(o, (list, tuple)) and len(o) > 1 and all(isinstance(c, (str, int)) for c in o)
     return list(map(str, o)) if is_list else None
 
-# %% ../../nbs/02_models/10_cards.ipynb #9e5ad74d
+# %% ../../nbs/02_models/10_cards.ipynb #33f7206f
 CLASS_KEYS = ('classes', 'class_names', 'class_to_idx', 'idx_to_class', 'categories', 'CLASSES')
 
 def classes_in(
@@ -137,7 +137,7 @@ def classes_in(
     names = next(filter(None, map(class_names, found)), None)
     return names or (classes_in(content['meta']) if 'meta' in content else None)
 
-# %% ../../nbs/02_models/10_cards.ipynb #9e9aed66
+# %% ../../nbs/02_models/10_cards.ipynb #ce4ca31b
 def file_classes(
     path, # Of a checkpoint
 )->list|None: # None where it does not say
@@ -152,7 +152,7 @@ def file_classes(
     except CheckpointError:
         return None   # `load_weights` explains what is wrong with it
 
-# %% ../../nbs/02_models/10_cards.ipynb #571d236d
+# %% ../../nbs/02_models/10_cards.ipynb #1912d0b0
 def module_classes(
     m:nn.Module,
 )->list|None: # None where it does not say
@@ -160,7 +160,7 @@ def module_classes(
     m = m.model if isinstance(m, KDModel) else plain_module(m)
     return class_names(getattr(m, 'classes', None))
 
-# %% ../../nbs/02_models/10_cards.ipynb #442be801
+# %% ../../nbs/02_models/10_cards.ipynb #d02b5fa5
 def class_number(
     name:str,   # A class's name, or its number as a string
     classes,    # Names, as the data have them
@@ -172,7 +172,7 @@ def class_number(
         return int(name)
     raise unknown_name('class', name, classes)
 
-# %% ../../nbs/02_models/10_cards.ipynb #6d0a3206
+# %% ../../nbs/02_models/10_cards.ipynb #2eb19173
 OUTSIDE = -1   # The label of an output that stands for no class of the task
 
 def match_classes(
@@ -187,7 +187,7 @@ def match_classes(
         return at.get(name, int(name) if is_number else OUTSIDE)
     return [label(n) for n in names]
 
-# %% ../../nbs/02_models/10_cards.ipynb #253d9d10
+# %% ../../nbs/02_models/10_cards.ipynb #588980cb
 def refuse_labels(
     who:str,       # 'teacher1 (teacher1_classes)'
     names, labels, # From `match_classes`
@@ -204,7 +204,7 @@ def refuse_labels(
         raise ConfigError(f"{who}: of its classes the data have '{classes[known[0]]}' alone, so its outputs tell "
                           "nothing apart. Use another teacher, or data with more of its classes.")
 
-# %% ../../nbs/02_models/10_cards.ipynb #f7b54269
+# %% ../../nbs/02_models/10_cards.ipynb #5a5dbaba
 def refuse_unseen(
     who:str,       # 'teacher1'
     names, labels, # From `match_classes`
@@ -216,7 +216,7 @@ def refuse_unseen(
             raise unknown_name(f"class of {who}, which is to learn it from the data (else give it weights):", name,
                                classes)
 
-# %% ../../nbs/02_models/10_cards.ipynb #9ef79145
+# %% ../../nbs/02_models/10_cards.ipynb #4212ce40
 def labels_text(
     names, labels, # From `match_classes`
     classes,       # Of the data
@@ -232,7 +232,7 @@ def labels_text(
     hint = f"; did you mean '{near[0][1]}' by '{near[0][0]}'?" if near else ''
     return f"{text}; left out: {few(extra)}, which the data do not have{hint}"
 
-# %% ../../nbs/02_models/10_cards.ipynb #defa9faf
+# %% ../../nbs/02_models/10_cards.ipynb #5d7c2c5a
 def task_of(
     data:Data,   # All classes
     labels,      # Of each output, from `match_classes`
@@ -243,7 +243,7 @@ def task_of(
     part.classes = list(names or part.classes)
     return part
 
-# %% ../../nbs/02_models/10_cards.ipynb #8b444db9
+# %% ../../nbs/02_models/10_cards.ipynb #1b6bfe06
 def unknown_to_all(
     teachers,     # `KDModel`s
     n_class:int,
@@ -253,7 +253,7 @@ def unknown_to_all(
         return []
     return sorted({*range(n_class)} - {c for t in teachers for c in t.columns.tolist()})
 
-# %% ../../nbs/02_models/10_cards.ipynb #f6e9ba5c
+# %% ../../nbs/02_models/10_cards.ipynb #0a934fb2
 def object_fingerprint(o)->str:
     "A short name for the user's module (weights, normalisation, classes) or dataset (length, some images and labels)"
     if isinstance(o, str):
