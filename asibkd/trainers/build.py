@@ -22,8 +22,9 @@ from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.runtime import RunContext, forked_rng, pick_device, precision_of
 from ..data.images import Data, overlap_classes
 from ..freeze import apply_freeze, freeze_all
-from ..models.cards import (OUTSIDE, card_norm, check_card, file_classes, labels_text,
-    match_classes, module_classes, read_card, refuse_labels, refuse_unseen, task_of, unknown_to_all, warn_split)
+from asibkd.models.cards import (OUTSIDE, card_norm, check_card, file_classes, labels_text,
+    match_classes, module_classes, read_card, refuse_labels, refuse_unseen, save_teacher, task_of, unknown_to_all,
+    warn_split)
 from ..models.kdmodel import KDModel, spread_classes
 from ..distil.methods import check_method, create_method, is_ours, list_methods
 from ..models.students import create_student
@@ -49,7 +50,7 @@ def has_compiler()->bool:
     "Is there a C++ compiler for `compile=1` on a CPU?"
     return any(map(shutil.which, (os.environ.get('CXX') or 'g++', 'clang++', 'cl')))
 
-# %% ../../nbs/06_trainers/04_build.ipynb #6f686d14
+# %% ../../nbs/06_trainers/04_build.ipynb #0f572789
 def subset_methods()->str:
     "What to use instead of a method that needs teachers who know every class"
     able = [m for m in list_methods() if check_method(m).allows_class_subsets and is_ours(check_method(m))]
@@ -172,7 +173,7 @@ def norm_flag(name:str)->str: # 'teacher1_norm', 'teacher2_norm' (further teache
     "The parameter for the normalisation of a network's input"
     return f'{name}_norm' if name in ('student', 'teacher1') else 'teacher2_norm'
 
-# %% ../../nbs/06_trainers/04_build.ipynb #84513fc0
+# %% ../../nbs/06_trainers/04_build.ipynb #2ff929fe
 def named_classes(
     cfg:Config,
     n:int,      # Teachers of the run
@@ -184,7 +185,7 @@ def named_classes(
                           "for each teacher.")
     return [*(o or None for o in rows), *[None]*(n - len(rows))]
 
-# %% ../../nbs/06_trainers/04_build.ipynb #7a6bbad9
+# %% ../../nbs/06_trainers/04_build.ipynb #c81c5566
 def classes_flag(name:str)->str: # 'teacher1_classes', 'teacher2_classes' or 'teacher_classes'
     "The parameter that names what a teacher's outputs stand for"
     return f'{name}_classes' if name in ('teacher1', 'teacher2') else 'teacher_classes'
@@ -258,7 +259,7 @@ class WeightsInfo:
     outputs:list|None = None       # Label of each output, where some stand for no class of the data
     norm:dict|None = None          # mean and std that it expects; None = the data's
 
-# %% ../../nbs/06_trainers/04_build.ipynb #06484ed0
+# %% ../../nbs/06_trainers/04_build.ipynb #1e8ca4ae
 def width_error(
     t:KDModel, spec:TeacherSpec, data:Data,
 )->ConfigError: # Ready to be raised
@@ -343,7 +344,7 @@ def give_norm(
         log.info(f"{spec.name}: {m.name} is given images in its own normalisation ({m.norm}; {who}), not in the data's "
                  f"({Norm(data.mean, data.std)}); {norm_flag(spec.name)}=data keeps the data's")
 
-# %% ../../nbs/06_trainers/04_build.ipynb #8471e637
+# %% ../../nbs/06_trainers/04_build.ipynb #37b918c2
 def stated_names(
     spec:TeacherSpec,
 )->tuple: # (names or None, who says so)
@@ -352,7 +353,7 @@ def stated_names(
         return file_classes(spec.ckpt), f"'{spec.ckpt}'"
     return (module_classes(spec.arch) if isinstance(spec.arch, nn.Module) else None), 'its `classes`'
 
-# %% ../../nbs/06_trainers/04_build.ipynb #063554a8
+# %% ../../nbs/06_trainers/04_build.ipynb #9d9ecfda
 def settle_classes(
     spec:TeacherSpec, # Changed in place: `classes` and `named`
     data:Data,
@@ -401,7 +402,7 @@ def ready_teacher(
         refuse_noise(t.name, spec, cfg)
     return t, WeightsInfo('pretrained' if spec.pretrained else 'untrained', norm=norm_row(t))
 
-# %% ../../nbs/06_trainers/04_build.ipynb #ec0bcab2
+# %% ../../nbs/06_trainers/04_build.ipynb #237e821f
 def build_teacher(
     spec:TeacherSpec, # `classes` and `named` are settled in place
     data:Data, cfg:Config,
@@ -481,7 +482,7 @@ def check_plan(
         t.requires_grad_(True)
         t.frozen_modules = set()
 
-# %% ../../nbs/06_trainers/04_build.ipynb #07ad9657
+# %% ../../nbs/06_trainers/04_build.ipynb #1388d344
 def warn_unknown(
     teachers,     # `KDModel`s
     data:Data,
