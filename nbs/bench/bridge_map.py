@@ -13,7 +13,7 @@ labels a class, the setting with the best mean accuracy on validation images is 
 
 Resumable: a finished student is a row of bridge_map.csv (tuning: bridge_map_tuning.csv) and is not trained again;
 teachers are kept in results/bridge_map. Several processes may work at once: each locks the teachers' pair and seed."""
-import argparse, copy, csv, json, logging, os, time
+import argparse, csv, json, logging, math, os, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 TABLE, TUNING, WORK = HERE/'bridge_map.csv', HERE/'bridge_map_tuning.csv', HERE.parents[1]/'results'/'bridge_map'
 COLUMNS = ['data', 'setting', 'labels', 'seed', 'arm', 'choice', 'params', 'test', 'val', 'steps', 'cpu', 'teacher1',
            'teacher2', 'average', 'stages', 'outcome', 'torch']
-BUDGET = 6                                         # Settings that every arm may try
+BUDGET = 4                                         # Settings that every arm may try
 
 
 # The grid
@@ -57,7 +57,7 @@ SETTINGS = dict(
 
 COMMON = dict(teacher_cache='memory', data_aug='standard', student_type='resnet8', num_stages=2, compare=0)
 DATA = {          # parameters, labels a class (0 = all), seeds that are reported, seeds for tuning
-    'digits': (dict(dataset='digits', use_amp=0, batch_size=64, student_epochs_per_stage=15, student_lr=.01,
+    'digits': (dict(dataset='digits', use_amp=0, batch_size=64, student_epochs_per_stage=10, student_lr=.01,
                     finetune_epochs=30, finetune_lr=.003, val_frac=.1, teacher_share=.4),
                (5, 20, 50, 0), range(10), (1000, 1001)),      # 70 images a class remain for the student
     'mnist5k': (dict(dataset='mnist5k', use_amp=0, batch_size=64, student_epochs_per_stage=6, student_lr=.01,
@@ -68,14 +68,14 @@ DATA = {          # parameters, labels a class (0 = all), seeds that are reporte
                    finetune_weight_decay=.02, val_frac=.0909, teacher_share=.5),
               (5, 20, 50, 100, 0), range(5), (1000,))}
 
-KD = [dict(tau_start=t, ce_alpha=a) for t in (2, 4) for a in (.1, .5, 1)]
-BRIDGE = [dict(tau_start=t, ce_alpha=a, feat_kd_alpha=f) for t in (2, 4) for a, f in ((.1, 3), (.5, 1), (.5, 10))]
+KD = [dict(tau_start=t, ce_alpha=a) for t in (2, 4) for a in (.1, 1)]
+BRIDGE = [dict(tau_start=t, ce_alpha=a, feat_kd_alpha=f) for t in (2, 4) for a, f in ((.1, 3), (1, 3))]
 ARMS = dict(      # method, what makes the arm, its settings to choose from
-    ce=('ce', {}, [dict(student_lr=r, label_smoothing=s) for r in (.005, .01, .02) for s in (0, .1)]),
+    ce=('ce', {}, [dict(student_lr=r, label_smoothing=s) for r in (.005, .02) for s in (0, .1)]),
     best=('best', {}, KD),
     avgz=('avgz', {}, KD),
     wavg=('wavg', {}, KD),
-    camkd=('camkd', {}, [dict(tau_start=t, camkd_beta=b) for t in (2, 4) for b in (0, 5, 50)]),
+    camkd=('camkd', {}, [dict(tau_start=t, camkd_beta=b) for t in (2, 4) for b in (0, 50)]),
     uhc=('uhc', {}, KD),
     cfl=('cfl', {}, KD),
     stack=('stack', {}, KD),
@@ -324,6 +324,12 @@ def chosen(tuning:list, data)->dict:
     return {k: int(g.droplevel([0, 1]).idxmax()) for k, g in mean.groupby(['arm', 'labels'])}
 
 
+def nearest(best:dict, arm, labels)->int:
+    "The chosen setting for this number of labels, or for the nearest that was tuned; 0 without tuning"
+    def far(n): return abs(math.log((n or 10**4)/(labels or 10**4)))
+    return best[min((k for k in best if k[0] == arm), key=lambda k: far(k[1]))] if any(k[0] == arm for k in best) else 0
+
+
 def work_through(file, rows:list, jobs:int, params:dict):
     "Train what the file lacks, in units that share their teachers"
     done, units = {key_of(r) for r in read_rows(file)}, {}
@@ -527,6 +533,7 @@ def main(argv=None):
     p.add_argument('--seeds', default='', help="e.g. 0,1,2; '' = all that are reported")
     p.add_argument('--jobs', type=int, default=1, help='processes, one thread each')
     p.add_argument('--device', default='auto')
+    p.add_argument('--tuned_on', default='', choices=DATA, help='take the settings that were chosen on these data')
     p.add_argument('--untuned', action='store_true', help='setting 0 for every arm: a trial')
     p.add_argument('--plan', action='store_true', help='only count what is missing')
     o = p.parse_args(argv)
@@ -538,10 +545,10 @@ def main(argv=None):
     if o.plan:
         print(estimate(tuning, TUNING))
         return print(estimate(wanted(o.data, cells, arms, seeds, lambda a, n: [0]), TABLE))
-    if not o.untuned:
+    if not (o.untuned or o.tuned_on):
         work_through(TUNING, tuning, o.jobs, params)
-    best = {} if o.untuned else chosen(read_rows(TUNING), o.data)
-    work_through(TABLE, wanted(o.data, cells, arms, seeds, lambda a, n: [best.get((a, n), 0)]), o.jobs, params)
+    best = {} if o.untuned else chosen(read_rows(TUNING), o.tuned_on or o.data)
+    work_through(TABLE, wanted(o.data, cells, arms, seeds, lambda a, n: [nearest(best, a, n)]), o.jobs, params)
     t = load()
     m = the_map(t[t.data == o.data])
     print(m.round(2).to_string(index=False), sentence(m), sep='\n')
