@@ -95,6 +95,7 @@ class CLMethod(Method):
     classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
     makes_synergy = False           # Combines its teachers' logits into logits that a memory may store
     unused_weights = ()             # Weights without a term in this method: setting one is refused
+    unlabelled = False              # Memory and metrics of the tasks need every label
     defaults = Method.defaults | dict(
         ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
         cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., replay_policy='herding', store='student')

@@ -46,6 +46,8 @@ def one_shot_rules(c:Config)->list: # (condition, message)
             ('overlap_pct', c.overlap_pct is not None, 'classes are assigned to tasks'),
             ('mixup_alpha', c.mixup_alpha > 0, 'new and replayed images are not mixed'),
             ('cutmix_alpha_distill', c.cutmix_alpha_distill > 0, 'new and replayed images are not mixed'),
+            ('labels_per_class', c.labels_per_class > 0, 'memory and metrics of the tasks need every label'),
+            ('teacher_share', c.teacher_share > 0, 'the teachers of a task learn from its images, as the student does'),
             ('report_oracle', c.report_oracle, 'the test set is evaluated once per task'),
             ('drop_last', not c.drop_last, 'replayed images follow whole batches of new ones'),
             ('cache_views', c.cache_views > 0, 'replayed images are drawn anew in every step')]

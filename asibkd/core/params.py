@@ -197,6 +197,10 @@ class DataParams(Params):
     val_frac:float = param(0.1, "Share of the training images held out to choose checkpoints; 0 = none, and the last "
         "epoch is the result.", ge=0, lt=1)
     train_per_class:int = param(0, "Use at most this many training images per class; 0 = all.", ge=0)
+    labels_per_class:int = param(0, "Training images of each class whose labels the student's side may use; the others "
+        "only pass the teachers; 0 = all. Teachers are fine-tuned on all labels.", ge=0)
+    teacher_share:float = param(0.0, "Share of the training images that teachers are fine-tuned on and the student never "
+        "sees; 0 = both use the same images.", ge=0, lt=1)
     skip_corrupt:bool = param(False, "Drop and count images that cannot be read instead of stopping.")
 
 # %% ../../nbs/00_core/00_params.ipynb #62324d82

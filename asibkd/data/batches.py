@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader
 
 from ..core.config import DataError, unknown_name
-from ..core.runtime import forked_rng, generator, seed_of
+from ..core.runtime import UNLABELLED, forked_rng, generator, has_label, seed_of
 from .images import Data, ImageSet, is_small, one_thread, resize_and_crop
 
 # %% ../../nbs/01_data/04_batches.ipynb #31ab3e82
@@ -37,9 +37,14 @@ class Batch:
         return len(self.x)
 
     @property
-    def hard(self)->torch.Tensor: # int64 (B,)
+    def labelled(self)->torch.Tensor: # bool (B,)
+        "Which images have a label; of a mixed pair, both must have one"
+        return has_label(self.y)
+
+    @property
+    def hard(self)->torch.Tensor: # int64 (B,), `UNLABELLED` where there is no label
         "One class per image: the label, or after mixing the class with the largest weight"
-        return self.y.argmax(1) if self.y.is_floating_point() else self.y
+        return torch.where(self.labelled, self.y.argmax(1), UNLABELLED) if self.y.is_floating_point() else self.y
 
 # %% ../../nbs/01_data/04_batches.ipynb #26a37c13
 def draw_views(
@@ -125,11 +130,13 @@ def mix(
     cutmix:float,    # CutMix's α; 0 = off; takes precedence
     *key,            # Names the draw
 )->tuple: # x, and y as float (B, n_class); both unchanged when neither is on
-    "Mix a batch with itself, rolled by one"
+    "Mix a batch with itself, rolled by one; a pair with an unlabelled image has a label of zeros"
     if not (mixup or cutmix): return x, y
     from torchvision.transforms import v2
     kind, alpha = (v2.CutMix, cutmix) if cutmix else (v2.MixUp, mixup)
-    with forked_rng(*key, 'mix'): return kind(alpha=alpha, num_classes=n_class)(x, y)
+    known = has_label(y)
+    with forked_rng(*key, 'mix'): x, y = kind(alpha=alpha, num_classes=n_class)(x, y.clamp(min=0))
+    return x, y.masked_fill(~(known & known.roll(1))[:, None], 0.)
 
 # %% ../../nbs/01_data/04_batches.ipynb #ff2025f7
 def large_image_transform(
@@ -206,12 +213,13 @@ class Loader:
         num_workers=2,        # For streamed sets; never changes a result
         drop_last=None,       # None = when training
         recycle=0,            # Epoch e repeats the draws of epoch e mod `recycle`; 0 = always new ones
+        only=None,            # Positions to train on, repeated to as many steps as all have; None = all
     ):
         self.ds, self.data, self.train, self.key = ds, data, train, (seed, phase)
         self.device, self.num_workers = torch.device(device), num_workers
         self.aug, self.mix = (str(data_aug), mix) if train else ('0', (0., 0.))
         self.stats = [torch.tensor(o, device=self.device) for o in (data.mean, data.std)]
-        self.recycle = recycle if train else 0
+        self.only, self.recycle = only, recycle if train and only is None else 0
         self.n_views = self.recycle or (None if any(self.mix) else n_views(self.aug, ds.shape))
         if not len(ds):
             raise DataError(f"There are no images to load for phase '{phase}': the split is empty, as the validation "
@@ -235,9 +243,11 @@ def draw_key(self:Loader, e)->tuple:
 @patch
 def order(self:Loader, e)->torch.Tensor: # (N,) positions
     "The order of epoch `e`"
-    n = len(self.ds)
+    n, gen = len(self.ds), generator(*self.draw_key(e), 'order')
     if not self.train: return torch.arange(n)
-    return torch.randperm(n, generator=generator(*self.draw_key(e), 'order'))
+    if self.only is None: return torch.randperm(n, generator=gen)
+    k = len(self.only)
+    return torch.cat([self.only[torch.randperm(k, generator=gen)] for _ in range(-(-n//k))])[:n]
 
 # %% ../../nbs/01_data/04_batches.ipynb #9cffeab0
 @patch
@@ -300,21 +310,24 @@ def view_key(self:Loader)->tuple|None: # None where views have no number
 def make_loader(
     cfg,            # batch_size, num_workers, data_aug, drop_last, mixup_alpha, cutmix_alpha_distill, seed
     data:Data,      # The dataset
-    split:str,      # 'train', 'val' or 'test'
+    split:str,      # 'train', 'val' or 'test'; 'teacher': what teachers are fine-tuned on
     phase:str,      # Part of the key of every draw
     mix=None,       # (MixUp α, CutMix α); None = as cfg says
     device='cpu',   # Batches end up here
-    train=None,     # None = split is 'train'; False evaluates on training images
+    train=None,     # None = split is 'train' or 'teacher'; False evaluates on training images
     recycle=0,      # As `Loader` takes it
+    labelled=False, # Only the images that have a label, repeated to as many steps as all images have
 )->Loader:
     "The loader of one phase"
-    if split not in ('train', 'val', 'test'): raise unknown_name('split', split, ('train', 'val', 'test'))
-    train = split == 'train' if train is None else train
+    splits = ('train', 'val', 'test', 'teacher')
+    if split not in splits: raise unknown_name('split', split, splits)
+    train = split in ('train', 'teacher') if train is None else train
     mix = (cfg.mixup_alpha, cfg.cutmix_alpha_distill) if mix is None else mix
     batch = cfg.batch_size if train else 4*cfg.batch_size          # without gradients there is room for more
     ds, drop_last = getattr(data, split), train and cfg.drop_last
     if train and not drop_last and len(ds) % batch == 1:
         raise DataError(f"drop_last=0: {len(ds)} images in batches of {batch} leave a last batch of one image, too "
                         "few for BatchNorm. Choose another batch_size, or drop_last=1.")
+    only = data.labelled if labelled and len(data.labelled) < len(ds) else None
     return Loader(ds, data, batch, train, cfg.seed, phase, device, cfg.data_aug, mix, cfg.num_workers, drop_last,
-                  recycle)
+                  recycle, only)

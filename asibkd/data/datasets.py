@@ -14,9 +14,10 @@ import torch
 from filelock import FileLock
 
 from ..core.config import DataError, Registry, log, unknown_name
+from ..core.runtime import has_label
 from asibkd.data.folders import (LAYOUT, PHOTO_ENDINGS, left_out_text, require_two_classes, scan_photos,
     split_folders)
-from asibkd.data.images import (Data, ImageSet, as_labels, channel_stats, common_shape, limit_per_class, load_images,
+from asibkd.data.images import (Data, ImageSet, as_labels, channel_stats, common_shape, hide_labels, limit_per_class, load_images,
     stratified_split)
 from .sources import DatasetSource, FileSource, class_names, refuse_clipping, stored_labels
 
@@ -235,7 +236,7 @@ def _read_parts(cfg, train, val, test):
 def _require_all_classes(ds, classes, split):
     "Raise `DataError` if a class has no images in this split"
     if not len(ds): raise DataError(f"There are no {split} images.")
-    count = torch.bincount(ds.y, minlength=len(classes))
+    count = torch.bincount(ds.y[has_label(ds.y)], minlength=len(classes))
     if none := [f"'{classes[i]}'" for i in (count == 0).nonzero().flatten().tolist()]:
         listed = ', '.join(none[:8]) + (', …' if len(none) > 8 else '')
         raise DataError(f"{len(none)} of {len(classes)} classes have no {split} images: {listed}. "
@@ -246,10 +247,11 @@ def _limit_train(ds, cfg):
     "At most `train_per_class` training images of each class"
     k = cfg.train_per_class
     if not (k and len(ds)): return ds
-    few = ds.subset(limit_per_class(ds.y, k, cfg.seed, 'train_per_class'))
-    if n := len(ds) - len(few):
+    keep = ~has_label(ds.y)
+    keep[limit_per_class(ds.y, k, cfg.seed, 'train_per_class')] = True
+    if n := int((~keep).sum()):
         log.info(f"train_per_class={k} leaves out {n} of {len(ds)} training images; 0 takes all.")
-    return few
+    return ds.subset(keep.nonzero().flatten())
 
 # %% ../../nbs/01_data/03_datasets.ipynb #e6899239
 def _load_all(sets, shape, cfg, classes, memory_gb):
@@ -267,7 +269,7 @@ def _load_all(sets, shape, cfg, classes, memory_gb):
 def _hold_out_val(ds, cfg, n_class):
     "{'train', 'val'}: a part of the training images, by class, for validation; with `val_frac=0` none"
     if not cfg.val_frac: return dict(train=ds, val=ds.subset([]))
-    rest, held = stratified_split(ds.y, max(1, round(cfg.val_frac*len(ds))), cfg.seed, 'val')
+    rest, held = stratified_split(ds.y, max(1, round(cfg.val_frac*int(has_label(ds.y).sum()))), cfg.seed, 'val')
     if not len(held):
         raise DataError(f"{len(ds)} training images of {n_class} classes are too few to hold one out for "
                         "validation: give at least two of a class, or a validation set of your own.")
@@ -281,9 +283,23 @@ def _warn_of_nothing_to_see(mean, std):
         log.warning(f"The training images are {found}: mean {[round(m*255, 1) for m in mean]} of 255, "
                     f"deviation {[round(s*255, 1) for s in std]}. Are their values scaled as they should be?")
 
+# %% ../../nbs/01_data/03_datasets.ipynb #f9621c14
+def _share_labels(ds, cfg):
+    "{'train', 'teacher_images'}: what the student sees, with the labels it may use, and what teachers learn from"
+    labelled, teacher = has_label(ds.y).nonzero().flatten(), None
+    if cfg.teacher_share:
+        rest, part = stratified_split(ds.y, max(1, round(cfg.teacher_share*len(labelled))), cfg.seed, 'teacher')
+        teacher, ds = ds.subset(part), ds.subset(rest)
+        if 0 in (n := torch.bincount(teacher.y, minlength=int(ds.y.max()) + 1)):
+            raise DataError(f"teacher_share={cfg.teacher_share:g} leaves the teachers no image of class {n.argmin()}: "
+                            "of each class, one is the student's. Give more images.")
+    elif cfg.labels_per_class or len(labelled) < len(ds): teacher = ds.subset(labelled)
+    if cfg.labels_per_class: ds = hide_labels(ds, cfg.labels_per_class, cfg.seed, 'labels')
+    return dict(train=ds, teacher_images=teacher)
+
 # %% ../../nbs/01_data/03_datasets.ipynb #fa284af4
 def create_data(
-    cfg,             # dataset, data_root, image_size, val_frac, train_per_class, skip_corrupt, seed
+    cfg,             # dataset, data_root, image_size, val_frac, train_per_class, labels_per_class, …
     train=None,      # Your own map-style Dataset of (image, label) instead of `cfg.dataset`
     val=None,        # Your own validation set; None = split from train
     test=None,       # Your own test set
@@ -291,7 +307,7 @@ def create_data(
 )->Data:
     "Read a dataset, split it and compute its normalisation"
     sets, classes, flip, name = _read_parts(cfg, train, val, test)
-    for split, ds in sets.items(): as_labels(ds.y, len(classes), split)
+    for split, ds in sets.items(): as_labels(ds.y, len(classes), split, unlabelled=split == 'train')
     if len(sets['train']): require_two_classes(classes)
     sets['train'] = _limit_train(sets['train'], cfg)
     shape = common_shape(sets.values(), cfg.image_size, cfg.skip_corrupt)
@@ -301,5 +317,6 @@ def create_data(
     mean, std = channel_stats(sets['train'])
     _warn_of_nothing_to_see(mean, std)
     if 'val' not in sets: sets |= _hold_out_val(sets['train'], cfg, len(classes))
-    for ds in sets.values(): ds.classes = classes
+    sets |= _share_labels(sets['train'], cfg)
+    for ds in filter(None, sets.values()): ds.classes = classes
     return Data(name, **sets, classes=classes, mean=mean, std=std, shape=shape, flip=flip, notes=notes)

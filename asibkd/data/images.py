@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'as_labels', 'ImageSet', 'is_small', 'resize_and_crop', 'prepare_image', 'one_thread', 'common_shape',
-           'load_images', 'by_class', 'stratified_split', 'limit_per_class', 'channel_stats', 'Data', 'overlap_classes',
-           'restrict']
+           'load_images', 'by_class', 'stratified_split', 'limit_per_class', 'hide_labels', 'channel_stats', 'Data',
+           'overlap_classes', 'restrict']
 
 # %% ../../nbs/01_data/02_images.ipynb #d2e4ca31
 import contextlib, os
@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.config import DataError
-from ..core.runtime import generator
+from ..core.runtime import UNLABELLED, generator, has_label
 from .sources import DatasetSource, FileSource, TensorSource, as_image
 
 # %% ../../nbs/01_data/02_images.ipynb #f97221c1
@@ -26,6 +26,7 @@ def as_labels(
     y,              # N labels: list, array or tensor
     n_class=None,   # Refuse labels beyond it
     where='train',  # Named in the error
+    unlabelled=False,  # May images have the label `UNLABELLED`?
 )->torch.Tensor: # int64 (N,)
     "Labels as int64, checked: whole numbers in 0…n_class−1"
     if isinstance(y, (list, tuple)):
@@ -39,7 +40,7 @@ def as_labels(
     if y.ndim != 1 or (len(y) and y.dtype.kind not in 'biu'):
         raise DataError(f"Labels of {where} must be whole numbers, one per image; "
                         f"got {y.dtype} of shape {y.shape}. Give class numbers; names belong into `classes`.")
-    bad = np.flatnonzero((y < 0) | (y >= (n_class or np.inf)))
+    bad = np.flatnonzero((y < (UNLABELLED if unlabelled else 0)) | (y >= (n_class or np.inf)))
     if len(bad):
         top = n_class - 1 if n_class else 'n−1'
         raise DataError(f"Labels of {where} must be 0…{top}; got {y.min()}…{y.max()} "
@@ -63,14 +64,14 @@ class ImageSet:
     "Labelled images: a `source`, labels `y`, class names, and the `shape` (C, H, W) delivered to a network"
     def __init__(self,
         source,        # `TensorSource`, `DatasetSource`, `FileSource`, or a uint8 tensor (N, C, H, W)
-        y,             # N labels
+        y,             # N labels; `UNLABELLED` (−1) for an image without one
         classes=None,  # Their names; None = numbered by the labels later
         ids=None,      # Which images of the source, in this order; None = all
         shape=None,    # (C, H, W) delivered; None = not decided yet
     ):
         self.source = TensorSource(_checked(source)) if isinstance(source, torch.Tensor) else source
         self.ids = torch.arange(len(self.source)) if ids is None else torch.as_tensor(ids)
-        self.y, self.shape = as_labels(y), shape
+        self.y, self.shape = as_labels(y, unlabelled=True), shape
         self.classes = None if classes is None else list(map(str, classes))
         if len(self.y) != len(self.ids):
             raise DataError(f"{len(self.ids)} images have {len(self.y)} labels: give one label per image.")
@@ -236,8 +237,9 @@ def load_images(
 def by_class(
     y, # (N,) labels
 )->list: # A tensor of positions for each class
-    "Positions of each class, in order"
-    return list(y.argsort(stable=True).split(torch.bincount(y).tolist()))
+    "Positions of each class, in order; images without a label are in none"
+    order = y.argsort(stable=True)[int((~has_label(y)).sum()):]
+    return list(order.split(torch.bincount(y[order]).tolist()))
 
 # %% ../../nbs/01_data/02_images.ipynb #2d1e0a1b
 def _shuffled_by_class(y, *key):
@@ -250,9 +252,9 @@ def stratified_split(
     n:int, # Approximate number to hold out; at least one image of each class is held out, and one kept
     *key,  # Names the draw, e.g. seed, 'val'
 )->tuple: # Positions (rest, held out), both sorted
-    "Hold out about `n` positions, in the proportions of the classes"
-    count = torch.bincount(y)
-    share = count.double()*n/len(y)
+    "Hold out about `n` positions, in the proportions of the classes; images without a label are kept"
+    count = torch.bincount(y[has_label(y)])
+    share = count.double()*n/count.sum()
     take = share.floor().long()
     take[(share - take).argsort(descending=True, stable=True)[:n - int(take.sum())]] += 1
     take = torch.minimum(take.clamp(min=1), (count - 1).clamp(min=0)).tolist()
@@ -269,6 +271,18 @@ def limit_per_class(
 )->torch.Tensor: # Positions, sorted
     "At most `k` positions of each class"
     return torch.cat([g[:k] for g in _shuffled_by_class(y, *key)]).sort().values
+
+# %% ../../nbs/01_data/02_images.ipynb #35d8fe3b
+def hide_labels(
+    ds,    # An `ImageSet`
+    k:int, # Images of each class that keep their label; 0 = all
+    *key,  # Names the draw
+)->ImageSet:
+    "The same images; at most `k` of each class have a label, the others are `UNLABELLED`"
+    y = torch.full_like(ds.y, UNLABELLED)
+    keep = limit_per_class(ds.y, k, *key) if k else torch.arange(len(ds))
+    y[keep] = ds.y[keep]
+    return ImageSet(ds.source, y, ds.classes, ds.ids, ds.shape)
 
 # %% ../../nbs/01_data/02_images.ipynb #9daac226
 def channel_stats(
@@ -299,11 +313,22 @@ class Data:
     shape: tuple             # (C, H, W)
     flip: bool = True        # May images be mirrored?
     notes: dict = field(default_factory=dict)   # Skipped files, origin of `val`
+    teacher_images: ImageSet|None = None        # What teachers are fine-tuned on; None = train
 
     @property
     def n_class(self)->int:
         "Number of classes"
         return len(self.classes)
+
+    @property
+    def teacher(self)->ImageSet: # Every image has a label
+        "The images that teachers are fine-tuned on"
+        return self.train if self.teacher_images is None else self.teacher_images
+
+    @property
+    def labelled(self)->torch.Tensor: # Sorted
+        "Positions of the training images that have a label"
+        return has_label(self.train.y).nonzero().flatten()
 
     @property
     def small(self)->bool:
@@ -312,7 +337,8 @@ class Data:
 
     def __repr__(self):
         size, where = '×'.join(map(str, self.shape)), 'streamed' if self.train.streamed else 'in memory'
-        return (f"{self.name}: {len(self.train):,} train, {len(self.val):,} val, {len(self.test):,} test images "
+        few = f" ({len(self.labelled):,} labelled)" if len(self.labelled) < len(self.train) else ''
+        return (f"{self.name}: {len(self.train):,} train{few}, {len(self.val):,} val, {len(self.test):,} test images "
                 f"of {size} in {self.n_class} classes, {where}")
 
 # %% ../../nbs/01_data/02_images.ipynb #9ae569e8
@@ -339,11 +365,11 @@ def restrict(
     classes,     # Positions of the classes to keep
 )->Data:
     "The images of some classes, labels counted from 0 in the order of `classes`"
-    new = torch.full((data.n_class,), -1)
+    new = torch.full((data.n_class + 1,), UNLABELLED)         # the last entry: where images without a label look
     new[classes] = torch.arange(len(classes))
     names, parts = [data.classes[c] for c in classes], {}
-    for k in ('train', 'val', 'test'):
+    for k in ('train', 'val', 'test', *(() if data.teacher_images is None else ('teacher_images',))):
         ds = getattr(data, k)
-        keep = (new[ds.y] >= 0).nonzero().flatten()
+        keep = has_label(new[ds.y]).nonzero().flatten()
         parts[k] = ImageSet(ds.source, new[ds.y[keep]], names, ds.ids[keep], ds.shape)
     return replace(data, **parts, classes=names)

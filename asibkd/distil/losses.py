@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.runtime import UNLABELLED, has_label
+
 # %% ../../nbs/05_distil/00_losses.ipynb #4641df67
 def upcast(
     x:Tensor,  # Any floating type
@@ -42,15 +44,18 @@ def check_logits(
 # %% ../../nbs/05_distil/00_losses.ipynb #a8b9c3f0
 def ce_loss(
     z:Tensor,            # (B, K) logits
-    y:Tensor,            # (B,) int64 labels, or (B, K) soft labels
+    y:Tensor,            # (B,) int64 labels, or (B, K) soft labels; -1, or a row of zeros: without
     smoothing=0.,        # ε: share spread over all classes
     weight:Tensor=None,  # (B,)
     reduction='mean',    # 'mean' or 'none'
 )->Tensor:
-    "Cross-entropy, from hard or soft labels"
-    z = upcast(z)
-    if y.dtype != torch.long: y = y.to(z.dtype)
-    return reduce(F.cross_entropy(z, y, label_smoothing=smoothing, reduction='none'), weight, reduction)
+    "Cross-entropy, from hard or soft labels, averaged over the images that have one; 0 for those without"
+    z, known = upcast(z), has_label(y)
+    if y.dtype == torch.long:
+        v = F.cross_entropy(z, y, label_smoothing=smoothing, reduction='none', ignore_index=UNLABELLED)
+    else: v = torch.where(known, F.cross_entropy(z, y.to(z.dtype), label_smoothing=smoothing, reduction='none'), 0.)
+    if reduction != 'mean': return reduce(v, weight, reduction)
+    return reduce(v, weight)*(len(y)/known.sum().clamp(min=1).to(v.dtype))
 
 # %% ../../nbs/05_distil/00_losses.ipynb #1dea6a18
 def standardize_logits(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['methods', 'check_term', 'weighted', 'kd_parameters', 'Method', 'check_name', 'check_params', 'is_ours',
            'check_signature', 'check_class', 'register_method', 'list_methods', 'check_method', 'with_method_defaults',
-           'create_method', 'CE', 'VanillaKD', 'AvgZ']
+           'refuse_unlabelled', 'create_method', 'CE', 'VanillaKD', 'AvgZ']
 
 # %% ../../nbs/05_distil/02_methods.ipynb #6d096086
 import inspect, re
@@ -63,6 +63,8 @@ class Method(nn.Module):
     fits_teachers = False        # Fits something on labelled images before its first phase (`fit_teachers`)
     allows_class_subsets = True  # Can use teachers that know only some of the classes
     needs_maps = False  # Compares feature maps (`stages`, `feat_4d` of a teacher): those are never cached
+    unlabelled = True            # Can use images without a label (`batch.labelled` says which have one)
+    labels_only = False          # Learns from labels alone: its batches hold the labelled images, repeated
     defaults = dict(ce_alpha=.1, kd_alpha=.9, rkd_loss_weight=0.)   # Where the user gave no weight
 
     def __init__(self,
@@ -272,6 +274,17 @@ def with_method_defaults(
         weights |= vars(c).get('defaults', {})
     return cfg.model_copy(update={k: v for k, v in weights.items() if getattr(cfg, k) is None})
 
+# %% ../../nbs/05_distil/02_methods.ipynb #8262bfab
+def refuse_unlabelled(
+    name:str, # The method, as the user knows it
+    classes,  # Its class, and those of the baselines beside it
+    n:int,    # Training images without a label
+):
+    "Refuse a method that needs a label on every image"
+    if n and not all(cls.unlabelled for cls in classes):
+        raise ConfigError(f"{name} needs a label on every image; {n:,} training images have none. Use a method that can "
+                          "do without (asmb, avgz, vanilla_kd, …), or all labels: labels_per_class=0, unlabelled=none.")
+
 # %% ../../nbs/05_distil/02_methods.ipynb #14840f26
 def create_method(
     name:str, cfg:Config,
@@ -289,6 +302,7 @@ def create_method(
 class CE(Method):
     "The student alone: cross-entropy on the labels"
     teachers_used = 'none'
+    labels_only = True
 
     @classmethod
     def reads(cls, c):

@@ -151,6 +151,7 @@ class RKD(SingleTeacher):
 class DKD(SingleTeacher):
     "CE + warm-up · (dkd_alpha · TCKD + dkd_beta · NCKD) (Zhao et al. 2022)"
     allows_class_subsets = False
+    unlabelled = False           # it splits every output at the label
 
     @classmethod
     def reads(cls, c):

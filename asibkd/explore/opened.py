@@ -337,10 +337,12 @@ def all_logits(
     outputs:dict,       # From `image_outputs`
     bridge:dict=None,   # From `bridge_outputs`; None: without the bridge
 )->dict: # name → (K,)
-    "Logits of each teacher, of the average and the synergy, and of the student"
+    "Logits of each teacher, of the average, the constant fusion (base) and the synergy, and of the student"
     z = {n: t['logit'][0] for n, t in zip(o.teachers, outputs['teachers'])}
     if bridge is not None:
-        z |= dict(average=bridge['average'][0], synergy=bridge['open_logit'][0])
+        z |= {k: bridge[v][0] for k, v in dict(average='average', base='base', synergy='open_logit').items() if v in bridge}
+        if 'base' in z and torch.equal(z['base'], z['average']):
+            del z['base']                     # synergy_base=average, or a run of an older version
     return z | dict(student=outputs['student']['logit'][0])
 
 # %% ../../nbs/10_explore/00_opened.ipynb #2a8a3cf6
@@ -355,17 +357,20 @@ def split_outputs(o:FinishedRun, split='test', most=2000)->tuple: # As `collect_
 def image_table(
     z:dict, y:Tensor,  # From `split_outputs`
     teachers,          # Their names
-)->pd.DataFrame: # A row per image: label, each model's prediction, disagree, wrong, entropy, nats, share_<teacher>
-    "Labels, predictions, entropy, nats and attention, image by image"
-    models = [*teachers, *(k for k in ('average', 'synergy') if k in z), 'student']
+)->pd.DataFrame: # A row per image: label, each model's prediction, disagree, wrong, entropy, nats, share_<teacher>, …
+    "Labels, predictions, entropy, nats; attention, evidence (softmax) and reliability of each teacher, image by image"
+    models = [*teachers, *(k for k in ('average', 'base', 'synergy') if k in z), 'student']
     p = z['student'].softmax(1)
     t = pd.DataFrame(dict(label=y.tolist()) | {k: z[k].argmax(1).tolist() for k in models})
     t['disagree'] = t[list(teachers)].nunique(axis=1) > 1
     t['wrong'] = t.student != t.label
     t['entropy'] = (-(p*p.clamp_min(1e-12).log()).sum(1)).tolist()
     if 'nats' in z:
-        shares = {f'share_{n}': z['share'][:, i].tolist() for i, n in enumerate(teachers)}
-        t = t.assign(nats=z['nats'].tolist(), **shares)
+        t['nats'] = z['nats'].tolist()
+    for k in ('share', 'evidence', 'reliability'):
+        if k in z:
+            v = z[k].softmax(1) if k == 'evidence' else z[k]
+            t = t.assign(**{f'{k}_{n}': v[:, i].tolist() for i, n in enumerate(teachers)})
     return t
 
 # %% ../../nbs/10_explore/00_opened.ipynb #13e8ea76
@@ -391,14 +396,16 @@ def pick_images(
 def attention_by_class(
     t:pd.DataFrame,  # From `image_table`
     classes,         # Names
-)->pd.DataFrame: # Row: a class; images, nats, mean_<teacher> and sd_<teacher> of the attention
-    "Attention over the teachers, class by class"
-    shares = [c for c in t if c.startswith('share_')]
-    if not shares:
-        raise RunError("This run has no bridge, so there is no attention. Explore a run of method=asmb.")
+    of='share',      # share (attention), evidence or reliability
+)->pd.DataFrame: # Row: a class; images, nats, mean_<teacher> and sd_<teacher>
+    "Attention over the teachers (or their evidence, or reliability), class by class"
+    columns = [c for c in t if c.startswith(f'{of}_')]
+    if not columns:
+        raise RunError("This run has no bridge, so there is no attention. Explore a run of method=asmb." if of == 'share'
+                       else f"This run has no {of}: its bridge was made by an older version, or it has none.")
     g = t.groupby('label')
     out = pd.DataFrame(dict(images=g.size(), nats=g.nats.mean()))
-    for c in shares:
-        out[c.replace('share', 'mean')] = g[c].mean()
-        out[c.replace('share', 'sd')] = g[c].std()
+    for c in columns:
+        out[c.replace(of, 'mean', 1)] = g[c].mean()
+        out[c.replace(of, 'sd', 1)] = g[c].std()
     return out.set_axis([classes[i] for i in out.index])

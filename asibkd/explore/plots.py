@@ -158,13 +158,14 @@ def plot_target(
 
 # %% ../../nbs/10_explore/01_plots.ipynb #3dbbc77c
 def plot_class_attention(
-    t:pd.DataFrame,  # From `attention_by_class`
+    t:pd.DataFrame,    # From `attention_by_class`
+    what='attention',  # The quantity
 )->Figure:
-    "Mean and standard deviation of the attention over the images of each class"
+    "Mean and standard deviation of the attention (or evidence, or reliability) over the images of each class"
     teachers = [c.removeprefix('mean_') for c in t if c.startswith('mean_')]
     fig, (ax,) = panels(1, max(4., 1.2 + .4*len(t)), 3.)
     mean, sd = (t[[f'{k}_{n}' for n in teachers]].set_axis(teachers, axis=1) for k in ('mean', 'sd'))
     grouped_bars(ax, mean, sd)
-    ax.set_ylabel('attention, mean ± sd', fontsize=8)
+    ax.set_ylabel(f'{what}, mean ± sd', fontsize=8)
     ax.set_xlabel('class', fontsize=8)
     return fig

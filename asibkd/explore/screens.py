@@ -12,27 +12,30 @@ import ipywidgets as w
 from fastcore.basics import patch
 
 from ..core.config import RunError
-from ..analysis.tables import load_summary
+from ..analysis.tables import load_metrics, load_summary
+from ..analysis.bridge import path_table, plot_path, stage_sentence, stage_table
 from ..analysis.cl import explain_cl, plot_forgetting, plot_memory, plot_R
 from ..analysis.figures import disagreement_table, plot_disagreement, plot_information
 from .opened import FinishedRun, attention_by_class, image_table, open_run, split_outputs, splits_of
 from .plots import plot_class_attention
+from .evidence import evidence_hits, hits_text, teacher_knows
 from .browse import filter_runs, forgetting_by_task, plot_overlay, run_table
 from .widgets import Explorer, show_figure, flow_row, table_html
 
 # %% ../../nbs/10_explore/05_screens.ipynb #50305bea
 class BottleneckExplorer(Explorer):
-    "The information plane, attention by class, and disagreement"
+    "The path of prices or the information plane, evidence and attention by class, and disagreement"
     def __init__(self, run, most=2000, **given):  # As `SynergyExplorer`
         super().__init__()
         with self.report_errors():
             self.most = most
             self.run = run if isinstance(run, FinishedRun) else open_run(run, **given)
             self.split = w.Dropdown(options=splits_of(self.run.data), description='split')
-            self.note, self.table = w.HTML(), w.HTML()
-            self.plane, self.attention, self.disagreement = (w.Image(format='png') for _ in range(3))
-            self.children = [self.message, self.split, self.note, flow_row(self.plane, self.disagreement),
-                             flow_row(self.attention, self.table)]
+            self.note, self.table, self.hits = w.HTML(), w.HTML(), w.HTML()
+            self.plane, self.attention, self.evidence, self.disagreement = (w.Image(format='png') for _ in range(4))
+            self.hits.add_class('asibkd-hits')
+            self.children = [self.message, self.split, self.note, flow_row(self.plane, self.disagreement), self.hits,
+                             flow_row(self.evidence, self.attention, self.table)]
             self.on_change(self.update_split, self.split)
             self.show_training()
             self.update_split()
@@ -40,11 +43,26 @@ class BottleneckExplorer(Explorer):
 # %% ../../nbs/10_explore/05_screens.ipynb #a7ff8b01
 @patch
 def show_training(self:BottleneckExplorer):
-    "The information plane, from the training log: the same for both splits"
+    "The path of prices, or the information plane from the training log: the same for both splits"
+    if not path_table(self.run.summary).empty:
+        show_figure(plot_path(self.run.summary), self.plane)
+        self.note.value = stage_sentence(stage_table(self.run.summary, load_metrics(self.run.path)))
+        return
     try:
         show_figure(plot_information(self.run.path), self.plane)
     except RunError as e:
         self.note.value = html.escape(str(e), quote=False)
+
+# %% ../../nbs/10_explore/05_screens.ipynb #cca17fb3
+@patch
+def update_evidence(self:BottleneckExplorer, t):
+    "Evidence class by class, and how often it is right; hidden where the bridge gives none"
+    o, has = self.run, any(c.startswith('evidence_') for c in t)
+    self.evidence.layout.display = None if has else 'none'
+    self.hits.value = html.escape(hits_text(evidence_hits(t, o.teachers, teacher_knows(o)), self.split.value))
+    if has:
+        by_class = attention_by_class(t, o.data.classes, 'evidence')
+        show_figure(plot_class_attention(by_class, 'evidence'), self.evidence)
 
 # %% ../../nbs/10_explore/05_screens.ipynb #5f6aa1d9
 @patch
@@ -58,6 +76,7 @@ def update_split(self:BottleneckExplorer):
     by_class = attention_by_class(t, o.data.classes)
     show_figure(plot_class_attention(by_class), self.attention)
     self.table.value = table_html(by_class.round(4))
+    self.update_evidence(t)
 
 # %% ../../nbs/10_explore/05_screens.ipynb #fbc3315d
 class CLExplorer(Explorer):

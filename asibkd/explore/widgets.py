@@ -18,6 +18,7 @@ from .opened import (FILTERS, FinishedRun, all_logits, attention_table, bridge_o
                                    image_table, list_views, open_run, pick_images, soft_target, split_outputs,
                                    splits_of, top_classes)
 from .plots import plot_attention, plot_code, plot_image, plot_target
+from .evidence import evidence_table, evidence_text, plot_evidence, teacher_knows
 
 # %% ../../nbs/10_explore/04_widgets.ipynb #60b08efa
 class Explorer(w.VBox):
@@ -100,7 +101,7 @@ def table_html(
 
 # %% ../../nbs/10_explore/04_widgets.ipynb #e9bc14d3
 class SynergyExplorer(Explorer):
-    "One image: every model's top-5 classes, the attention, the code and its cost, and the student's target"
+    "One image: top-5 classes, evidence and attention of the teachers, the code and its cost, the student's target"
     def __init__(self,
         run,        # A run folder, or what `open_run` returned
         most=2000,  # Images of a split that the filters cover: every network computes each of them once
@@ -144,15 +145,17 @@ def make_controls(self:SynergyExplorer):
 @patch
 def arrange(self:SynergyExplorer):
     "The layout; a page may style the parts by their class, `asibkd-image` and so on"
-    self.image, self.attention, self.code, self.target = (w.Image(format='png') for _ in range(4))
-    self.top, self.shares, self.count = w.HTML(), w.HTML(), w.HTML()
-    for name in ('image', 'attention', 'code', 'target', 'top', 'shares'):
+    self.image, self.attention, self.code, self.target, self.evidence = (w.Image(format='png') for _ in range(5))
+    self.top, self.shares, self.count, self.business, self.reliance = (w.HTML() for _ in range(5))
+    for name in ('image', 'attention', 'code', 'target', 'evidence', 'top', 'shares', 'business', 'reliance'):
         getattr(self, name).add_class(f'asibkd-{name}')
     images = flow_row(w.VBox([self.split, self.filter, self.label]),
                           w.VBox([self.position, self.number, self.view]))
     controls = flow_row(w.VBox([self.toward_mean, self.query_scale]), w.VBox([self.tau, self.beta, self.gate]))
-    figures = flow_row(w.VBox([self.attention, self.shares]), self.code, self.target)
-    self.children = [self.message, images, self.count, flow_row(self.image, self.top), controls, figures]
+    self.trust = w.VBox([self.evidence, self.reliance])
+    figures = flow_row(self.trust, w.VBox([self.attention, self.shares]), self.code, self.target)
+    seen = flow_row(self.image, w.VBox([self.business, self.top]))
+    self.children = [self.message, images, self.count, seen, controls, figures]
 
 # %% ../../nbs/10_explore/04_widgets.ipynb #f30632ed
 @patch
@@ -199,6 +202,19 @@ def update_outputs(self:SynergyExplorer):
     show_figure(plot_image(self.outputs['image'], title), self.image)
     self.update_bridge()
 
+# %% ../../nbs/10_explore/04_widgets.ipynb #b0718563
+@patch
+def update_evidence(self:SynergyExplorer):
+    "Whose business is the image? Nothing is shown where the bridge gives no evidence"
+    o, x = self.run, self.outputs
+    knows = teacher_knows(o)
+    t = evidence_table(self.bridge, list(o.teachers), knows)
+    self.trust.layout.display = 'none' if t.empty else None
+    self.business.value = f'<p style="max-width:44em">{html.escape(evidence_text(t, knows, x["label"], o.data.classes))}</p>'
+    if not t.empty:
+        self.reliance.value = table_html(t.round(4))
+        show_figure(plot_evidence(t, knows), self.evidence)
+
 # %% ../../nbs/10_explore/04_widgets.ipynb #1c5af053
 @patch
 def update_bridge(self:SynergyExplorer):
@@ -209,6 +225,7 @@ def update_bridge(self:SynergyExplorer):
     # Numbers first: they are cheap
     self.shares.value = table_html(table.round(4))
     self.top.value = table_html(top_classes(all_logits(o, x, s), o.data.classes), str(o.data.classes[x['label']]))
+    self.update_evidence()
     show_figure(plot_attention(table, maps, x['image']), self.attention)
     show_figure(plot_code(s['mu'][0], s['logvar'][0]), self.code)
     self.update_target()
@@ -218,7 +235,8 @@ def update_bridge(self:SynergyExplorer):
 def update_target(self:SynergyExplorer):
     "Another target: two softmaxes"
     o, s, c, tau = self.run, self.bridge, self.run.cfg, self.tau.value
-    teacher, own = s['open_logit' if self.gate.value else 'average'][0], self.outputs['student']['logit'][0]
+    closed = s.get('base', s['average'])       # what the synergy starts from
+    teacher, own = (s['open_logit'] if self.gate.value else closed)[0], self.outputs['student']['logit'][0]
     target = soft_target(teacher, s['average'][0], tau, c.kd_alpha, self.beta.value, c.logit_standardization)
     student = soft_target(own, own, tau, standardize=c.logit_standardization)
     show_figure(plot_target(target, student, o.data.classes, self.outputs['label']), self.target)

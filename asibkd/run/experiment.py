@@ -24,7 +24,7 @@ from ..core.runfolder import Run, environment, setup_log
 from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.datasets import create_data
 from ..distil.idle import refuse_idle
-from ..distil.methods import check_method, methods, with_method_defaults
+from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
 from ..freeze import freeze_report
 from ..models.cache import is_frozen, teacher_counts
 from ..models.trace import copied, plain_module
@@ -162,11 +162,14 @@ def open_context(
     teacher_counts.clear()
     acc = create_accelerator(cfg)
     data = create_data(cfg, train, val, test)
+    key, n = 'cl_method' if cfg.cl_mode else 'method', len(data.train) - len(data.labelled)
+    refuse_unlabelled(f'{key}={getattr(cfg, key)}', classes_of_run(cfg), n)
     cfg = settle_config(cfg, data)
     save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
     precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
     log.info(f"{run.path}: {data.name}, "
-             f"{len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images, "
+             f"{len(data.train)} train{f' ({len(data.labelled)} labelled)' if n else ''}, "
+             f"{len(data.val)} validation, {len(data.test)} test images, "
              f"{data.n_class} classes, {data.shape}; {acc.device}, {precision}")
     return RunContext(cfg, data, acc, run, tuple(callbacks))
 

@@ -203,7 +203,7 @@ def hash_of_items(
     h, source = hashlib.blake2b(digest_size=4), None if isinstance(o, ImageSet) else DatasetSource(o)
     for i in torch.linspace(0, len(o) - 1, min(n, len(o))).long().tolist():
         (a, y), (b, _) = ((o.source[int(o.ids[i])], o.y[i]) if source is None else source.pair(i) for _ in range(2))
-        y = int(as_labels([y], where=type(o).__name__)[0])
+        y = int(as_labels([y], where=type(o).__name__, unlabelled=isinstance(o, ImageSet))[0])
         h.update(f'{y}'.encode() + (a.numpy().tobytes() if torch.equal(a, b) else b''))
     return h.hexdigest()
 
@@ -221,7 +221,7 @@ def save_teacher(
     "A fine-tuned teacher with its card"
     seen = seen_by(model, data)
     card = dict(type=kind, dataset=data.name, classes=list(map(str, data.classes)), val_acc=val_acc,
-                split=split_of(data.train), mean=list(seen.mean), std=list(seen.std))
+                split=split_of(data.teacher), mean=list(seen.mean), std=list(seen.std))
     atomic_save(dict(model=model.state_dict(), asibkd=card), path)
 
 # %% ../../nbs/06_trainers/04_build.ipynb #dfdd2e95
@@ -261,7 +261,7 @@ def check_card(path, data:Data):
 def warn_split(name:str, path, data:Data):
     "Warn when the teacher may have been trained on the images that this run validates on"
     split = (read_card(path) or {}).get('split')
-    if split and split != split_of(data.train):
+    if split and split != split_of(data.teacher):
         log.warning(f"{name}: '{path}' was trained on another split of these images (or on other images): "
                     "this run's validation numbers may be too good.")
 

@@ -189,10 +189,12 @@ def to_device(ctx:RunContext, *modules):
 def train_loader(
     ctx:RunContext,
     name:str,       # Of the phase: key of the order and the augmentation
+    labelled=False, # Only the labelled images, as `make_loader` takes it
 ):
     "Shuffled training images for phase A or B"
     mix = (ctx.cfg.mixup_alpha, ctx.cfg.cutmix_alpha_distill)
-    return make_loader(ctx.cfg, ctx.data, 'train', name, mix=mix, device=ctx.acc.device, recycle=ctx.cfg.cache_views)
+    return make_loader(ctx.cfg, ctx.data, 'train', name, mix=mix, device=ctx.acc.device, recycle=ctx.cfg.cache_views,
+                       labelled=labelled)
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #2a713d16
 def teacher_fns(
@@ -208,13 +210,13 @@ def finetune(
     model,             # A wrapped teacher, nothing of it frozen
     ctx:RunContext,
     name='teacher1',   # Its phase is `finetune-<name>`
-    loader=None,       # Default: the shuffled training images
+    loader=None,       # Default: the teachers' training images, shuffled
 )->FitResult: # The model holds its validation-selected weights
     "Cross-entropy (or CutMix) for `finetune_epochs`; the selected epoch's weights are put back"
     cfg, data, acc = ctx.cfg, ctx.data, ctx.acc
     to_device(ctx, model)
     alpha = cfg.finetune_cutmix_alpha or (1. if cfg.finetune_use_cutmix else 0.)
-    loader = loader or make_loader(cfg, data, 'train', f'finetune-{name}', mix=(0., alpha), device=acc.device)
+    loader = loader or make_loader(cfg, data, 'teacher', f'finetune-{name}', mix=(0., alpha), device=acc.device)
     validate = validator(model, val_loader(ctx), acc)
     groups = [dict(params=model.parameters(), lr=cfg.finetune_lr, weight_decay=cfg.finetune_weight_decay)]
     phase = Phase(f'finetune-{name}', FinetuneStep(model, cfg), groups, loader, cfg.finetune_epochs, validate,
@@ -346,7 +348,7 @@ def distil(
     method.prepare('B')
     for t in teachers:
         t.eval()
-    loader = loader or train_loader(ctx, f'B{stage + 1}')
+    loader = loader or train_loader(ctx, f'B{stage + 1}', method.labels_only)
     test = make_loader(cfg, data, 'test', 'test', device=acc.device) if cfg.report_oracle else None
     validate = validator(student, val_loader(ctx), acc, test)
     step = DistilStep(student, teachers, method, cfg.debug_verbose, teacher_fns(loader, ctx, method))
