@@ -43,6 +43,8 @@ def test_map_finds_what_was_planted(tmp_path):
     assert abs(m.difference['specialists'] - 2) < .4 > m.half.max() and (m.holm >= m.p).all() and (m.seeds == 10).all()
     assert abs(m.difference - m.vs_wavg).max() < 1e-9
     assert 'wins 1, loses 1, 1 are undecided' in study.sentence(study.the_map(t))
+    parts = study.parts(t).set_index('asmb minus')
+    assert parts.outcome['ce'] == 'better' and parts.points['wavg'].startswith('+0.') and len(study.means(t)) == 3
     for fig in (study.plot_map(m.reset_index()), study.plot_arms(t)):
         assert 0 < len(fig._repr_png_()) < 40_000
 

@@ -59,7 +59,7 @@ COMMON = dict(teacher_cache='memory', data_aug='standard', student_type='resnet8
 DATA = {          # parameters, labels a class (0 = all), seeds that are reported, seeds for tuning
     'digits': (dict(dataset='digits', use_amp=0, batch_size=64, student_epochs_per_stage=10, student_lr=.01,
                     finetune_epochs=30, finetune_lr=.003, val_frac=.1, teacher_share=.4),
-               (5, 20, 50, 0), range(10), (1000, 1001)),      # 70 images a class remain for the student
+               (5, 10, 20, 0), range(10), (1000, 1001)),      # all = 70: there are no 100
     'mnist5k': (dict(dataset='mnist5k', use_amp=0, batch_size=64, student_epochs_per_stage=6, student_lr=.01,
                      finetune_epochs=15, finetune_lr=.003, val_frac=.1, teacher_share=.4),
                 (5, 20, 100, 0), range(10), (1000, 1001)),
@@ -100,7 +100,7 @@ def read_rows(file)->list:
         return [r for r in csv.DictReader(f) if r['torch']]
 
 
-def add_row(file, row:dict):
+def add_row(file, row:dict, columns=COLUMNS):
     "Append one row; other processes may do the same"
     from filelock import FileLock
     WORK.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def add_row(file, row:dict):
         with open(file, 'a', newline='') as f:
             if torn:
                 f.write('\n')
-            w = csv.DictWriter(f, COLUMNS, lineterminator='\n')
+            w = csv.DictWriter(f, columns, lineterminator='\n')
             if new:
                 w.writeheader()
             w.writerow(row)
@@ -146,7 +146,7 @@ def images_of(t:Teacher, data, seed):
         ds.y = wrong_labels(ds.y, t.wrong, data.n_class, seed)
     if t.share < 1:
         ds = ds.subset(torch.cat([g[:max(2, round(t.share*len(g)))] for g in by_class(ds.y)]))
-    seen = replace(data, train=ds, teacher=ds, val=ds.subset([]))
+    seen = replace(data, train=ds, teacher_images=ds, val=ds.subset([]))
     if t.overlap < 0:
         return seen, None
     classes = overlap_classes(data.n_class, t.overlap, seed)[t.which]
@@ -180,7 +180,8 @@ def get_teacher(t:Teacher, ctx, name):
         if file.exists():
             net.load_state_dict(torch.load(file, weights_only=True))
         else:
-            finetune(net, ctx.but(data=seen, callbacks=()), name)
+            epochs = round(ctx.cfg.finetune_epochs/t.share)               # as many steps on fewer images
+            finetune(net, ctx.but(data=seen, cfg=ctx.cfg.model_copy(update=dict(finetune_epochs=epochs))), name)
             torch.save(net.state_dict(), file.with_suffix('.tmp'))
             file.with_suffix('.tmp').rename(file)
     to_device(ctx, finish())
@@ -447,6 +448,40 @@ def stage_gains(t):
     return pd.DataFrame(rows)
 
 
+def means(t):
+    "Mean test accuracy of every arm, one row per cell"
+    m = t.pivot_table(index=['data', 'setting', 'labels'], columns='arm', values='test').reset_index()
+    names = ['setting', 'labels', *(a for a in ARMS if a in m)]
+    return m[names].replace(dict(labels={0: 'all'})).round(2)
+
+
+def parts(t, ours='asmb'):
+    "`asmb` minus each other arm over the whole map: mean over the cells of a seed, paired over seeds"
+    import pandas as pd
+    from asibkd.analysis.compare import outcome, paired
+    rows = []
+    for data, g in t.groupby('data'):
+        test = g.pivot_table(index=['seed', 'setting', 'labels'], columns='arm', values='test')
+        for arm in (a for a in ARMS if a in test and a != ours and ours in test):
+            d = (test[ours] - test[arm]).dropna().groupby('seed').mean()
+            mean, half, n = paired(d, 0*d)
+            rows.append({'data': data, 'asmb minus': arm, 'points': f'{mean:+.2f} ± {half:.2f}', 'seeds': n,
+                         'outcome': outcome(mean, half, n)})
+    return pd.DataFrame(rows)
+
+
+def settings_table(tuning:list):
+    "What was chosen for each arm, by labels a class"
+    import pandas as pd
+    out = []
+    for data in dict.fromkeys(r['data'] for r in tuning):
+        best = chosen(tuning, data)
+        for arm in dict.fromkeys(a for a, _ in best):
+            said = {n: ', '.join(f'{k} {v}' for k, v in ARMS[arm][2][c].items()) for (a, n), c in best.items() if a == arm}
+            out.append(dict(data=data, arm=arm) | {str(n or 'all'): v for n, v in sorted(said.items())})
+    return pd.DataFrame(out).fillna('')
+
+
 # Figures
 
 def plot_map(m, title=''):
@@ -473,7 +508,7 @@ def plot_map(m, title=''):
     return fig
 
 
-def plot_arms(t, arms=('ce', 'best', 'avgz', 'wavg', 'stack', 'asmb')):
+def plot_arms(t, title='', arms=('ce', 'best', 'avgz', 'wavg', 'stack', 'asmb')):
     "Student accuracy against labels a class, one panel for each pair of teachers"
     from asibkd.core.picture import Picture
     rows = [s for s in SETTINGS if s in {*t.setting}]
@@ -489,6 +524,7 @@ def plot_arms(t, arms=('ce', 'best', 'avgz', 'wavg', 'stack', 'asmb')):
         ax.spines[['top', 'right']].set_visible(False)
         if not i:
             ax.set_ylabel('student, test accuracy (%)')
+    fig.suptitle(title, fontsize=10)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=len(arms), fontsize=8)
     return fig
 
