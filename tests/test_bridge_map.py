@@ -105,5 +105,5 @@ def test_cells_and_plan():
     assert len(grid) == 20 and study.read_cells('specialists:20,equal:all', 'digits') == [('specialists', 20), ('equal', 0)]
     with pytest.raises(SystemExit, match='specialists'):
         study.read_cells('specialist:20', 'digits')
-    todo = study.wanted('digits', grid, study.ARMS, range(10), lambda a, n: [0])
+    todo = study.wanted('digits', grid, study.GRID, range(10), lambda a, n: [0])
     assert len(todo) == 10*(20*10 + 4) and len({study.key_of(r) for r in todo}) == len(todo)

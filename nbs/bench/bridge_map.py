@@ -81,8 +81,10 @@ ARMS = dict(      # method, what makes the arm, its settings to choose from
     stack=('stack', {}, KD),
     asmb_no_ib=('asmb', dict(use_ib=0), BRIDGE),
     asmb_no_feature=('asmb', dict(feat_kd_alpha=0), KD),
-    asmb=('asmb', {}, BRIDGE))
-OURS, LABELS_ONLY = ('asmb', 'asmb_no_ib', 'asmb_no_feature'), ('ce',)
+    asmb=('asmb', {}, BRIDGE),
+    asmb_no_query=('asmb', dict(mbm_learnable_q=1), BRIDGE))
+GRID = [a for a in ARMS if a != 'asmb_no_query']    # the others only where --arms names them
+OURS, LABELS_ONLY = tuple(a for a in ARMS if a.startswith('asmb')), ('ce',)
 
 
 # Rows
@@ -573,7 +575,7 @@ def main(argv=None):
     p.add_argument('--untuned', action='store_true', help='setting 0 for every arm: a trial')
     p.add_argument('--plan', action='store_true', help='only count what is missing')
     o = p.parse_args(argv)
-    cells, arms = read_cells(o.cells, o.data), [*filter(None, o.arms.split(','))] or [*ARMS]
+    cells, arms = read_cells(o.cells, o.data), [*filter(None, o.arms.split(','))] or GRID
     seeds = [int(s) for s in o.seeds.split(',') if s] or [*DATA[o.data][2]]
     params = dict(device=o.device) | (dict(data_root=o.data_root) if o.data_root else {})
     every = [(s, n) for s in SETTINGS for n in dict.fromkeys(n for _, n in cells)]    # tuned over all teachers
