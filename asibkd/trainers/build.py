@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distil import asmb, crd, multi, single    # they register their methods
+from ..distil import asmb, crd, merging, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.files import atomic_save, check_weights, read_json
 from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of,
@@ -63,7 +63,7 @@ def refuse_contradictions(
          "compile=1 needs a C++ compiler on a CPU, and none was found. Install g++ (or set CXX), or leave compile=0."),
         (cfg.overlap_pct is not None and not check_method(cfg.method).allows_class_subsets,
          f"overlap_pct={cfg.overlap_pct or 0:g}: {cfg.method} needs teachers that know every class. "
-         "Use asmb, avgz, aver, ebkd, camkd, aekd or vanilla_kd."),
+         "Use asmb, avgz, wavg, best, stack, aver, ebkd, camkd, aekd or vanilla_kd."),
         (cfg.method == 'asmb' and cfg.synergy_base == 'none' and not cfg.teacher_adapt_epochs,
          "synergy_base=none with teacher_adapt_epochs=0: the student would learn from an untrained head. "
          "Raise teacher_adapt_epochs, or use synergy_base=average.")]
