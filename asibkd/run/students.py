@@ -50,10 +50,10 @@ def add(self:TrainResult,
         self.best, self.val_acc = fitted.state['student'], val_acc
     return self
 
-# %% ../../nbs/11_run/00_students.ipynb #3dd8cfd4
+# %% ../../nbs/11_run/00_students.ipynb #4e086eaf
 IMAGES = dict(train='labelled training images', val='validation images')   # What a fusion is fitted on
 
-# %% ../../nbs/11_run/00_students.ipynb #eaddb2b9
+# %% ../../nbs/11_run/00_students.ipynb #45c628ca
 def fit_fusion(
     key:str, teachers,
     method:Method,   # One with `fits_teachers`
@@ -137,15 +137,16 @@ def logit_targets(
 BASELINES = ('ce', 'vanilla_kd', 'avgz')                # Trained beside the method with `compare=1`
 MERGING_BASELINES = ('ce', 'best', 'avgz', 'wavg')      # … where teachers differ in classes or labels are few
 
-# %% ../../nbs/11_run/00_students.ipynb #d7e0e840
+# %% ../../nbs/11_run/00_students.ipynb #5c52fcbb
 def baselines_of(
     cfg:Config,
     teachers=(),   # The wrapped teachers, where they are known
+    data=None,     # `Data`, likewise
 )->tuple: # Names of methods
     "The baselines of a run: merging different teachers, or with few labels, has stronger ones"
-    few = cfg.labels_per_class or cfg.teacher_share or getattr(cfg, 'unlabelled', '')
-    named = [getattr(cfg, k, None) for k in ('teacher1_classes', 'teacher2_classes', 'teacher_classes')]
-    differ = cfg.overlap_pct is not None or any(named) or any(t.columns is not None for t in teachers)
+    few = cfg.labels_per_class or cfg.teacher_share or data and len(data.labelled) < len(data.train)
+    named = cfg.teacher1_classes or cfg.teacher2_classes or cfg.teacher_classes
+    differ = cfg.overlap_pct is not None or named or any(t.columns is not None for t in teachers)
     return MERGING_BASELINES if few or differ else BASELINES
 
 # %% ../../nbs/11_run/00_students.ipynb #1319ed42
@@ -158,7 +159,7 @@ def train_baselines(
 )->dict: # key → TrainResult
     "Labels alone, the best single teacher, the averaged logits, …: each from the same initial student"
     results = {}
-    for key in baselines_of(ctx.cfg, teachers):
+    for key in baselines_of(ctx.cfg, teachers, ctx.data):
         if key == ctx.cfg.method:
             continue
         log.info(f"baseline {key}")
@@ -188,7 +189,7 @@ def train_all(
     results[cfg.method].logits = logit_targets(cfg, gates, one, method)
     return results, method, gates
 
-# %% ../../nbs/11_run/00_students.ipynb #4c2f8c2b
+# %% ../../nbs/11_run/00_students.ipynb #c2b654b7
 def look_ahead(
     teachers, specs,
     ctx:RunContext,
