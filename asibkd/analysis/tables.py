@@ -88,16 +88,16 @@ def role_text(
     return f"student: {row['key']}" if is_student(row) else row['role']
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #e291352d
-_LOGITS = dict(teachers='teacher logits', average='averaged logits', synergy='synergy logits')
+_LOGITS = dict(teachers='teacher', average='averaged', base='weighted')
 
 def logits_text(
-    stages, # Target of each stage: labels, teacher1, teachers, average or synergy
+    stages, # Target of each stage: labels, teacher1, teachers, average, weighted, stacked, base or synergy
 )->str:
     "The logits (or labels) a student was trained on"
-    first = stages[0]
-    if len(set(stages)) == 1:
-        return _LOGITS.get(first, first if first == 'labels' else f'{first} logits')
-    return 'averaged, later synergy logits' if first == 'average' else 'synergy, later averaged logits'
+    first, *later = dict.fromkeys(_LOGITS.get(k, k) for k in stages)
+    if later:
+        return f'{first}, later {later[0]} logits'
+    return first if first == 'labels' else f'{first} logits'
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #efaae524
 _SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pretrained='pretrained',
@@ -116,7 +116,7 @@ def weights_text(
     return _SOURCES.get(source, source) + of + norm
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #ae639119
-_OBJECTIVES = dict(distil='averaged logits', ce='labels', both='labels + averaged logits')
+_OBJECTIVES = dict(distil='averaged logits', ce='labels', both='labels + averaged logits', fuse='labels, held out')
 
 def supervision_text(
     row:dict, # Row of a summary

@@ -53,7 +53,7 @@ def show_training(self:BottleneckExplorer):
     except RunError as e:
         self.note.value = html.escape(str(e), quote=False)
 
-# %% ../../nbs/10_explore/05_screens.ipynb #cca17fb3
+# %% ../../nbs/10_explore/05_screens.ipynb #8d8bbc6d
 @patch
 def update_evidence(self:BottleneckExplorer, t):
     "Evidence class by class, and how often it is right; hidden where the bridge gives none"

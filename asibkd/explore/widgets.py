@@ -202,7 +202,7 @@ def update_outputs(self:SynergyExplorer):
     show_figure(plot_image(self.outputs['image'], title), self.image)
     self.update_bridge()
 
-# %% ../../nbs/10_explore/04_widgets.ipynb #b0718563
+# %% ../../nbs/10_explore/04_widgets.ipynb #6c48fcd3
 @patch
 def update_evidence(self:SynergyExplorer):
     "Whose business is the image? Nothing is shown where the bridge gives no evidence"
@@ -210,10 +210,11 @@ def update_evidence(self:SynergyExplorer):
     knows = teacher_knows(o)
     t = evidence_table(self.bridge, list(o.teachers), knows)
     self.trust.layout.display = 'none' if t.empty else None
-    self.business.value = f'<p style="max-width:44em">{html.escape(evidence_text(t, knows, x["label"], o.data.classes))}</p>'
     if not t.empty:
         self.reliance.value = table_html(t.round(4))
         show_figure(plot_evidence(t, knows), self.evidence)
+    words = html.escape(printable(evidence_text(t, knows, x['label'], o.data.classes)), quote=False)
+    self.business.value = f'<p style="max-width:44em">{words}</p>'
 
 # %% ../../nbs/10_explore/04_widgets.ipynb #1c5af053
 @patch
