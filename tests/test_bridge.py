@@ -13,8 +13,8 @@ from asibkd.core.runtime import FOREIGN, When, base_of, objective_of
 from asibkd.distil.asmb import refuse_bridge
 from asibkd.distil.fusion import Base, TeacherTable, fit_base
 from asibkd.distil.methods import create_method
-from asibkd.distil.path import PATH, fit_path
-from asibkd.ib_mbm import calibrated, fuse
+from asibkd.distil.path import PATH, asked, fit_path
+from asibkd.ib_mbm import calibrated, energy, fuse
 from asibkd.run.experiment import run_experiment
 
 def by_hand(logits, temps, w, u, delta, known):
@@ -88,10 +88,10 @@ def table(n, seed=0, student=2.):
         logits[t, :, c] = (1. + t)*(torch.randn(len(y), 3, generator=g) + 3*nn.functional.one_hot((y - c[0]) % 3, 3)*own[:, None])
         feats.append(torch.randn(len(y), 5, generator=g))
     f = torch.randn(len(y), 4, generator=g) + (y > 2)[:, None]*torch.tensor([student, 0, 0, 0])
-    return TeacherTable(logits, feats, y, columns, f)
+    return TeacherTable(logits, feats, y, columns, f, torch.randn(len(y), 6, generator=g))
 
 def scored(head, t):
-    with torch.no_grad(): o = head(t.feats, t.student, t.logits, t.columns)
+    with torch.no_grad(): o = head(t.feats, asked(t), t.logits, t.columns)
     return o, (o['logit'].argmax(1) == t.y).float().mean().item()
 
 def test_the_first_point_is_wavg_to_the_bit():
@@ -100,7 +100,15 @@ def test_the_first_point_is_wavg_to_the_bit():
     path = fit_path(t, base, PATH[:1])
     o, _ = scored(path['head'], exam)
     assert path['beta'] is None and torch.equal(o['base'], base(exam.logits, exam.columns))
-    assert torch.allclose(o['logit'], o['base'], atol=1e-5) and not o['evidence'].any() and not o['delta'].any()
+    assert torch.allclose(o['logit'], o['base'], atol=1e-5) and not o['delta'].any()
+    assert torch.equal(o['evidence'], energy(exam.logits, path['head'].temps, exam.columns))
+
+def test_energy_by_hand():
+    z = torch.tensor([[[1., 2., FOREIGN]], [[FOREIGN, 0., 4.]]])
+    e = energy(z, torch.tensor([1., 2.]), [torch.tensor([0, 1]), torch.tensor([1, 2])])
+    assert torch.allclose(e, torch.tensor([[log(exp(1) + exp(2)), log(1 + exp(2))]]))
+    logp = calibrated(z, torch.tensor([1., 2.]), [torch.tensor([0, 1]), torch.tensor([1, 2])])
+    assert torch.allclose((logp + e.T[..., None])[1, 0, 1:], torch.tensor([0., 2.]), atol=1e-6)          # z/T again
 
 def test_the_path_opens_with_labels_and_not_without():
     exam = table(100, 1)

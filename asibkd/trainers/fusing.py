@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'RowLoader', 'TableStep', 'training_table', 'fit_code', 'prices', 'known_part', 'base_for', 'fusion_record',
            'fusion_text', 'use_fusion', 'fuse_teachers']
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #9e68e688
+# %% ../../nbs/06_trainers/07_fusing.ipynb #e046c1b6
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..core.config import Config, log
-from ..core.runtime import RunContext, generator, seed_of
+from ..core.runtime import RunContext, base_of, generator, seed_of
 from ..data.batches import make_loader
 from ..distil.fusion import Base, TeacherTable, collect_table, fit_base
 from ..distil.methods import Method
@@ -26,13 +26,13 @@ from .loop import Phase
 from .phases import adapt_groups, checked_loss, teacher_fns
 from .tables import bridge_images, fitting_table
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #539481c5
+# %% ../../nbs/06_trainers/07_fusing.ipynb #33385cc8
 @dataclass
 class Rows:
     "A batch of table rows"
     idx:Tensor # (B,)
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #1d7e528d
+# %% ../../nbs/06_trainers/07_fusing.ipynb #4db3ae9d
 class RowLoader:
     "Shuffled rows of a table; the order of an epoch depends on nothing but the key"
     def __init__(self,
@@ -54,7 +54,7 @@ class RowLoader:
         for i in range(start, len(self)):
             yield Rows(order[i*self.batch_size:(i + 1)*self.batch_size])
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #c5055766
+# %% ../../nbs/06_trainers/07_fusing.ipynb #9ea50248
 class TableStep(nn.Module):
     "Phase A's loss on rows of a table: the bridge learns to rebuild the base"
     def __init__(self,
@@ -71,7 +71,7 @@ class TableStep(nn.Module):
         t_outs = [dict(logit=z[rows], feat_2d=f[rows], columns=c) for z, f, c in zip(t.logits, t.feats, t.columns)]
         return checked_loss(self.method, 'adapt_loss', batch, s_out, t_outs, when, ())
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #47bde20d
+# %% ../../nbs/06_trainers/07_fusing.ipynb #d48f4d6c
 def training_table(
     student, teachers,
     method:Method, ctx:RunContext,
@@ -86,7 +86,7 @@ def training_table(
     fn = teacher_fns(loader, ctx, method)
     return collect_table(student, teachers, loader, teacher_fns=[fn(t) for t in teachers], autocast=ctx.acc.autocast)
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #7382ce8c
+# %% ../../nbs/06_trainers/07_fusing.ipynb #ee9e28b0
 def fit_code(
     table:TeacherTable,  # Of all training images
     method:Method, ctx:RunContext,
@@ -100,14 +100,14 @@ def fit_code(
                   kind='A', stage=stage, offset=stage*n, total=cfg.num_stages*n)
     return fit(phase, ctx)
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #435419f7
+# %% ../../nbs/06_trainers/07_fusing.ipynb #bbf1ccc6
 def prices(cfg:Config)->tuple: # ∞ first
     "The path of β of a run"
     if not cfg.teacher_adapt_epochs:
         return PATH[:1]
     return PATH if cfg.ib_beta == 'auto' else (PATH[0], cfg.ib_beta)
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #d75a41e5
+# %% ../../nbs/06_trainers/07_fusing.ipynb #e2872b5d
 def known_part(
     table:TeacherTable,
 )->TeacherTable:
@@ -115,18 +115,18 @@ def known_part(
     known = table.judged().any(0)
     return table if known.all() else table.subset(known)
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #3df76a1a
+# %% ../../nbs/06_trainers/07_fusing.ipynb #756ad319
 def base_for(
     table,        # `TeacherTable` of labelled images, or None
     cfg:Config,
     m:int,        # Teachers
 )->Base:
     "What the fusion starts as: fitted, or T = 1 and equal weights"
-    if table is None or not len(table) or cfg.synergy_base != 'wavg':
+    if table is None or not len(table) or base_of(cfg) != 'wavg':
         return Base(torch.ones(m), torch.full((m,), 1/m))
     return fit_base(table)
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #d4a55a95
+# %% ../../nbs/06_trainers/07_fusing.ipynb #86e96650
 def fusion_record(
     path:dict,           # From `fit_path`
     table:TeacherTable,  # The labelled images
@@ -143,7 +143,7 @@ def fusion_record(
                 beta=path['beta'], path=path['rows'], images=images, temps=head.temps.tolist(),
                 weights=head.weights.tolist())
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #066deb09
+# %% ../../nbs/06_trainers/07_fusing.ipynb #1c8fb891
 def fusion_text(g:dict)->str: # From `fusion_record`
     "What the path found, for the log"
     on = f"{g['images']['n']} {dict(train='labelled training', val='validation')[g['images']['split']]} images"
@@ -154,7 +154,7 @@ def fusion_text(g:dict)->str: # From `fusion_record`
     return (f"gate open at β = {g['beta']:g}: the synergy is the target ({base}; left-out images with it: NLL "
             f"{g['synergy_nll']:.4f}, accuracy {g['synergy_acc']:.4f}; {on})")
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #c6773efb
+# %% ../../nbs/06_trainers/07_fusing.ipynb #6a482496
 def use_fusion(
     synergy,      # `Synergy` with base wavg
     head,         # `FusionHead` from `fit_path`
@@ -164,12 +164,13 @@ def use_fusion(
     "Put a fitted fusion into the bridge"
     synergy.head.fusion.load_state_dict(head.state_dict())
     synergy.gate.fill_(float(opened))
-    if synergy.asker is not None and asks is not None:
-        synergy.asker.load_state_dict(asks.state_dict())
-        synergy.asked.fill_(1.)
-        synergy.asks = True
+    if synergy.asker is not None:
+        synergy.asks = opened and asks is not None
+        synergy.asked.fill_(float(synergy.asks))
+        if asks is not None:
+            synergy.asker.load_state_dict(asks.state_dict())
 
-# %% ../../nbs/06_trainers/07_fusing.ipynb #e55e6f1f
+# %% ../../nbs/06_trainers/07_fusing.ipynb #ff1d9024
 def fuse_teachers(
     student, teachers, method:Method, ctx:RunContext,
     stage=0,
@@ -182,17 +183,18 @@ def fuse_teachers(
     table = None
     if fitting is not None:
         table = known_part(fitting_table(student, teachers, fitting[0], ctx)).to(ctx.acc.device)
-    base = base_for(table and replace(table), cfg, len(teachers)).to(ctx.acc.device)
+    seen = training_table(student, teachers, method, ctx).to(ctx.acc.device) if cfg.teacher_adapt_epochs else None
+    base = base_for(table, cfg, len(teachers)).to(ctx.acc.device)
     synergy.head.fusion.temps.copy_(base.temps)
     synergy.head.fusion.weights.copy_(base.weights)
     if cfg.teacher_adapt_epochs:
-        fit_code(training_table(student, teachers, method, ctx), method, ctx, stage)
+        fit_code(seen, method, ctx, stage)
     if table is None or not len(table):
         log.info(f"stage {stage + 1}: no labelled images to fit a fusion on: the teachers' mean is the target")
         synergy.gate.fill_(0.)
         return dict(stage=stage + 1, gate=False, checked=False, path=[], beta=None, images=None)
     path = fit_path(table, base, prices(cfg), seed=seed_of(cfg.seed, 'path', stage), gate=cfg.synergy_gate,
-                    asks=asks is not None, noisy=cfg.use_ib)
+                    asks=asks is not None, seen=seen, noisy=cfg.use_ib)
     use_fusion(synergy, path['head'], path['beta'] is not None, asks)
     record = fusion_record(path, table, fitting[1], cfg, stage, cfg.teacher_adapt_epochs)
     log.info(f"stage {stage + 1}: {fusion_text(record)}")
