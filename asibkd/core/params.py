@@ -292,7 +292,7 @@ class Bridge(Params):
     synergy_base:Literal['auto', 'wavg', 'average', 'none'] = bridge_param('auto', "The synergy starts as: wavg, the "
         "best constant fusion of calibrated teachers; average, their mean; none, a free head (as in the original code); "
         "auto: wavg with the objective fuse, else average.")
-    bridge_objective:Literal['auto', 'fuse', 'distil', 'ce', 'both'] = bridge_param('distil', "fuse: fit the fusion on "
+    bridge_objective:Literal['auto', 'fuse', 'distil', 'ce', 'both'] = bridge_param('auto', "fuse: fit the fusion on "
         "labelled images; distil: match the average of the teachers' soft logits; ce: predict the labels; both: distil "
         "+ ce; auto: fuse, or distil with adapters, spatial tokens and in continual learning.")
     bridge_images:Literal['auto', 'train', 'val'] = bridge_param('auto', "Images that fit the fusion: the labelled "
