@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEACHER_WIDTH', 'Tokens', 'Attend', 'IB_MBM', 'known_classes', 'mean_logits', 'average_logits', 'calibrated', 'fuse',
-           'SynergyHead', 'Synergy', 'bridge_input', 'build_from_teachers']
+           'FusionHead', 'SynergyHead', 'Synergy', 'bridge_input', 'build_from_teachers']
 
 # %% ../nbs/04_ib_mbm.ipynb #04285636
 import math
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from .core.config import Config, ConfigError
-from .core.runtime import FOREIGN
+from .core.runtime import FOREIGN, base_of, objective_of
 
 # %% ../nbs/04_ib_mbm.ipynb #76d1050a
 class Tokens(nn.Module):
@@ -196,40 +196,69 @@ def fuse(
     s = s if delta is None else s + delta.float()
     return s if every else s.masked_fill(total == 0, FOREIGN)
 
+# %% ../nbs/04_ib_mbm.ipynb #261570eb
+class FusionHead(nn.Module):
+    "Reliability, evidence and correction of a calibrated fusion, read from a code"
+    def __init__(self,
+        widths,      # Of the teachers' features, and of the student's
+        n_class:int, # K
+        d=32,        # Width of the code
+    ):
+        super().__init__()
+        m = len(widths) - 1
+        n = sum(widths) + m*n_class
+        self.code, self.read = nn.Linear(n, d), nn.Linear(d, 2*m + n_class)
+        self.logvar = nn.Parameter(torch.zeros(d))       # of the code's noise, while it is fitted
+        nn.init.zeros_(self.read.weight)
+        nn.init.zeros_(self.read.bias)
+        for name, value in dict(temps=torch.ones(m), weights=torch.full((m,), 1/m), mean=torch.zeros(n),
+                                scale=torch.ones(n)).items():
+            self.register_buffer(name, value)
+
+    def inputs(self,
+        feats,        # The teachers' features, (B, D_t) each
+        f_s:Tensor,   # (B, D_s) the student's
+        logp:Tensor,  # (M, B, K) from `calibrated`
+    )->Tensor: # (B, n), standardised
+        "Everything that is known about an image, in one row"
+        x = torch.cat([*(f.float() for f in feats), f_s.float(), *logp.clamp_min(-20)], 1)
+        return (x - self.mean)*self.scale
+
+# %% ../nbs/04_ib_mbm.ipynb #28361e97
+@patch
+def forward(self:FusionHead,
+    feats, f_s,     # As in `inputs`
+    logits:Tensor,  # (M, B, K) the teachers' logits
+    columns=None,   # As in `known_classes`
+)->dict: # logit, base, delta (B, K) · evidence, reliability (B, M)
+    "The formula: the calibrated fusion with constant weights, and the same moved by what the code says"
+    logp = calibrated(logits, self.temps, columns)
+    m = len(logp)
+    a, u, delta = self.read(self.code(self.inputs(feats, f_s, logp))).split([m, m, logp.shape[-1]], 1)
+    w = (self.weights.clamp_min(1e-6).log() + a).softmax(1)
+    return dict(logit=fuse(logp, w, columns, u, delta), base=fuse(logp, self.weights, columns), evidence=u,
+                reliability=w, delta=delta)
+
 # %% ../nbs/04_ib_mbm.ipynb #417ab3c1
 class SynergyHead(nn.Module):
-    "From the code z (and the teachers' logits) to synergy logits"
+    "From the code z (and the teachers' outputs) to synergy logits"
     def __init__(self,
         d:int,            # Width of z
         n_class:int,      # K
         base='average',   # 'wavg', 'average' or 'none'
         dropout=0.,       # Between the two layers
-        n_teacher=2,      # M, for base 'wavg'
+        widths=(),        # Of the teachers' features and of the student's, for base 'wavg'
     ):
         super().__init__()
         self.base = base
         self.hidden = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Dropout(dropout))
         self.recon = nn.Linear(d, n_class)
-        opened = dict(none={}, average=dict(delta=n_class), wavg=dict(delta=n_class, evidence=n_teacher))[base]
-        for name, width in opened.items():
-            setattr(self, name, nn.Linear(d, width))
-            nn.init.zeros_(getattr(self, name).weight)
-            nn.init.zeros_(getattr(self, name).bias)
         if base == 'wavg':
-            self.register_buffer('temps', torch.ones(n_teacher))
-            self.register_buffer('weights', torch.full((n_teacher,), 1/n_teacher))
-
-# %% ../nbs/04_ib_mbm.ipynb #c45275ae
-@patch
-def weighted_fusion(self:SynergyHead,
-    h:Tensor, share:Tensor, logits:Tensor, columns=None,  # As in `forward`; h = hidden(z)
-)->dict: # logit, base, delta (B, K) · evidence, reliability (B, M)
-    "The formula: the calibrated fusion with constant weights, and moved by attention, u and δ"
-    logp = calibrated(logits, self.temps, columns)
-    w = self.weights*share.float()
-    u, delta = self.evidence(h).float(), self.delta(h).float()
-    return dict(logit=fuse(logp, w, columns, u, delta), base=fuse(logp, self.weights, columns),
-                evidence=u, reliability=w/w.sum(1, keepdim=True), delta=delta)
+            self.fusion = FusionHead(widths, n_class)
+        if base == 'average':
+            self.delta = nn.Linear(d, n_class)
+            nn.init.zeros_(self.delta.weight)
+            nn.init.zeros_(self.delta.bias)
 
 # %% ../nbs/04_ib_mbm.ipynb #a0f4cbdc
 @patch
@@ -238,18 +267,16 @@ def forward(self:SynergyHead,
     share:Tensor,  # (B, M) attention by teacher
     logits:Tensor, # (M, B, K) the teachers' logits
     columns=None,  # As in `mean_logits`
-)->dict: # logit, base, recon, delta (B, K) · evidence, reliability (B, M)
-    "Synergy logits with their parts, and logits rebuilt from the code alone"
+    feats=(), f_s=None,  # Features of the teachers and the student, for base 'wavg'
+)->dict: # logit, recon: (B, K); with 'wavg' everything that `FusionHead` returns
+    "Synergy logits, and logits rebuilt from the code alone"
     h = self.hidden(z)
     recon = self.recon(h).float()
     if self.base == 'wavg':
-        return dict(self.weighted_fusion(h, share, logits, columns), recon=recon)
-    average, share = mean_logits(logits, columns=columns), share.float()
-    parts = dict(recon=recon, base=average, evidence=torch.zeros_like(share), reliability=share)
+        return dict(self.fusion(feats, f_s, logits, columns), recon=recon)
     if self.base == 'none':
-        return dict(parts, logit=recon, delta=torch.zeros_like(recon))
-    delta = self.delta(h).float()
-    return dict(parts, logit=mean_logits(logits, share.T, columns) + delta, delta=delta)
+        return dict(logit=recon, recon=recon)
+    return dict(logit=mean_logits(logits, share.float().T, columns) + self.delta(h).float(), recon=recon)
 
 # %% ../nbs/04_ib_mbm.ipynb #970d2fd1
 class Synergy(nn.Module):
@@ -273,9 +300,11 @@ def forward(self:Synergy,
     logits = torch.stack([o['logit'] for o in t_outs]).float()
     columns = [o.get('columns') for o in t_outs]
     b = self.bridge([o[self.key] for o in t_outs], s_out['feat_2d'])
-    h = self.head(b['z'], b['share'], logits, columns)
-    return dict(b, **h | dict(average=mean_logits(logits, columns=columns), open_logit=h['logit'],
-                              logit=torch.where(self.gate > 0, h['logit'], h['base'])))
+    feats = [o['feat_2d'] for o in t_outs] if self.head.base == 'wavg' else ()
+    h = self.head(b['z'], b['share'], logits, columns, feats, s_out['feat_2d'])
+    average = mean_logits(logits, columns=columns)
+    logit = torch.where(self.gate > 0, h['logit'], h.get('base', average))
+    return dict(b, **h | dict(average=average, open_logit=h['logit'], logit=logit))
 
 # %% ../nbs/04_ib_mbm.ipynb #ce75a0da
 TEACHER_WIDTH = dict(feat_2d='feat_dim', distill_feat='distill_dim', feat_4d='feat4_dim') # Output → attribute
@@ -304,5 +333,7 @@ def build_from_teachers(
                           ('Use mbm_tokens=pooled.' if key == 'feat_4d' else 'Build it with an adapter.'))
     bridge = IB_MBM(dims, student.feat_dim, cfg.mbm_query_dim, cfg.mbm_out_dim, cfg.mbm_r, cfg.mbm_n_head,
                     cfg.mbm_learnable_q, cfg.mbm_dropout, cfg.use_ib)
-    head = SynergyHead(bridge.d, student.n_class, cfg.synergy_base, cfg.synergy_head_dropout, len(dims))
+    base = 'wavg' if objective_of(cfg) == 'fuse' else base_of(cfg)   # fuse + average: a `FusionHead` of equal weights
+    widths = [m.feat_dim for m in (*teachers, student)] if base == 'wavg' else ()
+    head = SynergyHead(bridge.d, student.n_class, base, cfg.synergy_head_dropout, widths)
     return Synergy(bridge, head, key)

@@ -19,7 +19,7 @@ BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size
             student_type='resnet8', finetune_epochs=1, num_stages=2, teacher_adapt_epochs=1, student_epochs_per_stage=1, bridge_objective='both', teacher_lr=.01, student_lr=.01, finetune_lr=.01,
             mbm_lr_factor=1., teacher1_freeze_level=1, ib_beta=.01, log_level='ERROR', report=0)
 FEAT, WEIGH, STEP, CRD, DKD = dict(feat_kd_alpha=1.), dict(use_disagree_weight=1, disagree_lambda_high=5.), dict(lr_schedule='step'), dict(method='crd', crd_nce_k=16), dict(method='dkd', dkd_warmup=1)
-FIXED = dict(bridge_objective='distil')
+FIXED, FUSED = dict(bridge_objective='distil'), dict(bridge_objective='fuse', bridge_images='train')
 OPEN = dict(teacher1_freeze_level=-1, teacher2_freeze_level=-1)
 CL = dict(cl_mode=1, num_stages=1, num_tasks=2, epochs=1, replay_capacity=20, replay_ratio=1, student_type='mlp', teacher1_type='mlp', bridge_objective='ce', data_aug=0)
 EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50., epochs=4), dict(CL, cl_method='si', num_tasks=3, si_c=50., epochs=4)
@@ -36,7 +36,7 @@ CHANGES = dict(
     teacher1_bn_head_only=(1, {}), teacher2_bn_head_only=(1, {}), teacher1_freeze_bn=(1, OPEN), teacher2_freeze_bn=(1, OPEN), student_freeze_bn=(1, {}), use_distillation_adapter=(1, {}),
     distill_hidden_dim=(8, dict(use_distillation_adapter=1)), distill_out_dim=(8, dict(use_distillation_adapter=1)),
     use_ib=(0, {}), ib_beta=(1., {}), ib_beta_warmup_epochs=(3, {}), mbm_query_dim=(8, {}), mbm_out_dim=(8, {}), mbm_r=(2, {}), mbm_n_head=(2, {}), mbm_learnable_q=(1, {}), mbm_dropout=(.5, {}),
-    synergy_head_dropout=(.5, {}), synergy_base=('none', {}), bridge_objective=('ce', {}), synergy_gate=(0, dict(synergy_base='none')), mbm_tokens=('spatial', {}),
+    synergy_head_dropout=(.5, {}), synergy_base=('none', {}), bridge_objective=('ce', {}), bridge_images=('val', FUSED), synergy_gate=(0, dict(synergy_base='none')), mbm_tokens=('spatial', {}),
     num_stages=(1, {}), teacher_adapt_epochs=(2, {}), student_epochs_per_stage=(2, {}), epochs=(1, dict(method='ce')), optimizer=('sgd', {}), momentum=(.5, dict(optimizer='sgd')),
     nesterov=(1, dict(optimizer='sgd')), teacher_lr=(.02, {}), student_lr=(.02, {}), teacher_weight_decay=(.5, OPEN), student_weight_decay=(.5, {}), mbm_lr_factor=(2., {}), ce_alpha=(1., {}), kd_alpha=(.1, {}),
     synergy_ce_alpha=(1., {}), synergy_kd_alpha=(.1, {}), teacher_adapt_kd_warmup=(0, {}), tau_start=(2., {}), tau_end=(1., {}), tau_decay_power=(3., dict(tau_end=1.)), hybrid_beta=(.5, {}),

@@ -36,7 +36,8 @@ def field_kinds(
 )->set: # {float, NoneType}
     "The types a field accepts"
     kind = field.annotation
-    return {*get_args(kind)} if get_origin(kind) in (Union, UnionType) else {kind}
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return {get_args(k)[0] if get_origin(k) is Annotated else k for k in kinds}
 
 # %% ../../nbs/00_core/00_params.ipynb #3e4f2ab9
 def plain_value(
@@ -266,7 +267,8 @@ class Bridge(Params):
     mbm_type:str = bridge_param('ib_mbm', "Accepted for old configs; the bridge is always ib_mbm.",
         affects_result=False)
     use_ib:bool = bridge_param(True, "Bottleneck on; off = the same bridge, deterministic, β = 0.")
-    ib_beta:float = bridge_param(0.001, "Price β of one nat through the bottleneck.", ge=0)
+    ib_beta:Annotated[float, Field(ge=0)] | Literal['auto'] = bridge_param('auto', "Price β of one nat through the "
+        "bottleneck; auto: with the objective fuse the best of ∞, 1, .1, .01, .001, else 0.001.")
     ib_beta_warmup_epochs:int = bridge_param(0, "Raise β linearly from 0 over this many adaptation epochs.", ge=0)
     mbm_query_dim:int = bridge_param(0, "Width of the attention query; 0 = the student's feature width.", ge=0)
     mbm_out_dim:int = bridge_param(0, "Width of the bridge's output z; 0 = the query width.", ge=0)
@@ -277,12 +279,16 @@ class Bridge(Params):
     mbm_tokens:Literal['pooled', 'spatial'] = bridge_param('pooled', "pooled: one token per teacher; spatial: one "
         "token per position of its feature map.")
     synergy_head_dropout:float = bridge_param(0.0, "Dropout inside the synergy head.", ge=0, lt=1)
-    synergy_base:Literal['average', 'none'] = bridge_param('average', "average: the synergy logits start as the "
-        "teachers' average; none: an unconstrained head, as in the original code.")
-    bridge_objective:Literal['distil', 'ce', 'both'] = bridge_param('distil', "distil: match the average of the "
-        "teachers' soft logits; ce: predict the labels; both: the sum.")
-    synergy_gate:bool = bridge_param(True, "Use the synergy logits only if their validation NLL is below that of the "
-        "plain average.")
+    synergy_base:Literal['auto', 'wavg', 'average', 'none'] = bridge_param('auto', "The synergy starts as: wavg, the "
+        "best constant fusion of calibrated teachers; average, their mean; none, a free head (as in the original code); "
+        "auto: wavg with the objective fuse, else average.")
+    bridge_objective:Literal['auto', 'fuse', 'distil', 'ce', 'both'] = bridge_param('distil', "fuse: fit the fusion on "
+        "labelled images; distil: match the average of the teachers' soft logits; ce: predict the labels; both: distil "
+        "+ ce; auto: fuse, or distil with adapters, spatial tokens and in continual learning.")
+    bridge_images:Literal['auto', 'train', 'val'] = bridge_param('auto', "Images that fit the fusion: the labelled "
+        "training images, or the validation split; auto: train where no teacher has learnt from them.")
+    synergy_gate:bool = bridge_param(True, "Use the synergy logits only if their NLL on held-out images is below "
+        "that of what they start as.")
 
 # %% ../../nbs/00_core/00_params.ipynb #a6564342
 class Adaptation(Params):

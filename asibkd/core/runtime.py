@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COUNTS', 'FOREIGN', 'UNLABELLED', 'seed_of', 'generator', 'reseed', 'forked_rng', 'set_deterministic',
            'seed_everything', 'pick_device', 'cpu_has_bf16', 'precision_of', 'get_amp_components', 'refuse_processes',
-           'create_accelerator', 'When', 'tau_at', 'beta_at', 'eval_mode', 'has_label', 'RunContext', 'watched',
-           'progress_bar']
+           'create_accelerator', 'When', 'tau_at', 'beta_at', 'objective_of', 'base_of', 'trains_teachers', 'eval_mode',
+           'has_label', 'RunContext', 'watched', 'progress_bar']
 
 # %% ../../nbs/00_core/05_runtime.ipynb #f16cce3c
 import contextlib, hashlib, os, sys, warnings
@@ -183,11 +183,37 @@ def beta_at(
     cfg:Config, # `use_ib`, `ib_beta`, `ib_beta_warmup_epochs`
     epoch,      # Adaptation epochs done so far, over all stages
 )->float:
-    "β at this epoch: the price of one nat through the bottleneck"
+    "β at this epoch: the price of one nat through the bottleneck, .001 where none was given"
     if not cfg.use_ib:
         return 0.
     warm = min(epoch/cfg.ib_beta_warmup_epochs, 1) if cfg.ib_beta_warmup_epochs else 1
-    return cfg.ib_beta*warm
+    return (.001 if cfg.ib_beta == 'auto' else cfg.ib_beta)*warm
+
+# %% ../../nbs/00_core/05_runtime.ipynb #d6d3c9a6
+def objective_of(
+    cfg:Config, # `bridge_objective` and what decides where it is auto
+)->str: # 'fuse', 'distil', 'ce' or 'both'
+    "What phase A trains"
+    if cfg.bridge_objective != 'auto':
+        return cfg.bridge_objective
+    on_images = cfg.cl_mode or cfg.use_distillation_adapter or cfg.mbm_tokens == 'spatial'
+    return 'distil' if on_images else 'fuse'
+
+# %% ../../nbs/00_core/05_runtime.ipynb #71b0b758
+def base_of(
+    cfg:Config, # `synergy_base`, and `bridge_objective` where it is auto
+)->str: # 'wavg', 'average' or 'none'
+    "What the synergy starts as"
+    if cfg.synergy_base != 'auto':
+        return cfg.synergy_base
+    return 'wavg' if objective_of(cfg) == 'fuse' else 'average'
+
+# %% ../../nbs/00_core/05_runtime.ipynb #62dcc859
+def trains_teachers(
+    cfg:Config, # As in `objective_of`
+)->bool:
+    "Does phase A train the unfrozen part of the teachers?"
+    return objective_of(cfg) in ('ce', 'both')
 
 # %% ../../nbs/00_core/05_runtime.ipynb #a5b00011
 @contextlib.contextmanager

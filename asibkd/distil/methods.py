@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from torch import nn, Tensor
 
 from ..core.config import ALIASES, Config, ConfigError, Registry, method_params, unknown_name
-from ..core.runtime import When, tau_at
+from ..core.runtime import When, base_of, objective_of, tau_at
 from .losses import ce_loss, kd_loss
 from ..ib_mbm import average_logits
 
@@ -60,7 +60,6 @@ class Method(nn.Module):
     "Base of every method"
     teachers_used = 'all'        # 'all', 'one' or 'none': the others' outputs are not computed
     adapts = False               # Has a phase A (`adapt_loss`)
-    fits_teachers = False        # Fits something on labelled images before its first phase (`fit_teachers`)
     allows_class_subsets = True  # Can use teachers that know only some of the classes
     needs_maps = False  # Compares feature maps (`stages`, `feat_4d` of a teacher): those are never cached
     unlabelled = True            # Can use images without a label (`batch.labelled` says which have one)
@@ -106,14 +105,6 @@ def prepare(self:Method,
 @patch
 def after_step(self:Method):
     "Called after every step of the optimiser"
-
-# %% ../../nbs/05_distil/02_methods.ipynb #9f58852c
-@patch
-def fit_teachers(self:Method,
-    table,  # `TeacherTable`: the teachers' logits and features, and the labels
-)->str: # One line for the log
-    "Every method with `fits_teachers` defines this; it must be deterministic: a resumed run calls it again"
-    raise NotImplementedError(f"{type(self).__name__} has fits_teachers=True and must define fit_teachers(table).")
 
 # %% ../../nbs/05_distil/02_methods.ipynb #607323f4
 @patch
@@ -272,7 +263,8 @@ def with_method_defaults(
     cls, weights = check_method(method) if isinstance(method, str) else method, {}
     for c in reversed(cls.__mro__):
         weights |= vars(c).get('defaults', {})
-    return cfg.model_copy(update={k: v for k, v in weights.items() if getattr(cfg, k) is None})
+    chosen = {k: v for k, v in weights.items() if getattr(cfg, k) is None}
+    return cfg.model_copy(update=chosen | dict(bridge_objective=objective_of(cfg), synergy_base=base_of(cfg)))
 
 # %% ../../nbs/05_distil/02_methods.ipynb #8262bfab
 def refuse_unlabelled(

@@ -21,7 +21,7 @@ from ..cl.methods import check_cl_method, cl_methods
 from ..core.config import Config, ConfigError, RunError, config_layers, log, read_yaml, resolve
 from ..core.files import atomic_write
 from ..core.runfolder import Run, environment, setup_log
-from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
+from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic, trains_teachers
 from ..data.datasets import create_data
 from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
@@ -209,7 +209,7 @@ def changes_teachers(
 )->bool:
     "Will phase A change the weights of the teachers?"
     adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs
-    return bool(adapts and cfg.bridge_objective != 'distil' and not all(map(is_frozen, teachers)))
+    return bool(adapts and trains_teachers(cfg) and not all(map(is_frozen, teachers)))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #b5d0c22b
 COLUMNS_OF_A_RUN = ('method', 'dataset', 'seed', 'val_acc', 'test_acc_val_selected', 'test_acc_last', 'train_acc',

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distil import asmb, crd, multi, single    # they register their methods
+from ..distil import asmb, crd, merging, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.files import atomic_save, check_weights, read_json
-from ..core.runtime import RunContext, forked_rng, pick_device, precision_of
+from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of,
+                                 trains_teachers)
 from ..models.cache import weights_hash
 from ..data.images import Data, ImageSet, as_labels, overlap_classes, restrict
 from ..data.sources import DatasetSource
@@ -62,7 +63,7 @@ def refuse_contradictions(
          "compile=1 needs a C++ compiler on a CPU, and none was found. Install g++ (or set CXX), or leave compile=0."),
         (cfg.overlap_pct is not None and not check_method(cfg.method).allows_class_subsets,
          f"overlap_pct={cfg.overlap_pct or 0:g}: {cfg.method} needs teachers that know every class. "
-         "Use asmb, avgz, aver, ebkd, camkd, aekd or vanilla_kd."),
+         "Use asmb, avgz, wavg, best, stack, aver, ebkd, camkd, aekd or vanilla_kd."),
         (cfg.method == 'asmb' and cfg.synergy_base == 'none' and not cfg.teacher_adapt_epochs,
          "synergy_base=none with teacher_adapt_epochs=0: the student would learn from an untrained head. "
          "Raise teacher_adapt_epochs, or use synergy_base=average.")]
@@ -79,7 +80,8 @@ def settled_values(cfg:Config, device, size:int)->dict:
                tau_end=cfg.tau_start if cfg.tau_end is None else cfg.tau_end,
                use_partial_freeze=cfg.use_partial_freeze and cfg.method == 'asmb' and not cfg.cl_mode,
                student_freeze_level=level if level is not None else 0 if cfg.student_pretrained else -1,
-               mbm_type='ib_mbm', epochs=student_epochs(cfg))
+               mbm_type='ib_mbm', epochs=student_epochs(cfg), bridge_objective=objective_of(cfg),
+               synergy_base=base_of(cfg))
     if cfg.channels_last == 'auto':
         out['channels_last'] = '1' if device.type in ('cpu', 'cuda') else '0'
     if precision_of(cfg, device) == 'no':
@@ -333,7 +335,7 @@ def refuse_noise(
     "`ConfigError` for a teacher without weights; where it is allowed, a warning"
     has = "a pretrained trunk with a new head" if spec.pretrained else "no weights for these classes"
     said = f"{spec.name}: {name} has {has}, so its logits are noise"
-    adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs and cfg.bridge_objective != 'distil'
+    adapts = check_method(cfg.method).adapts and cfg.teacher_adapt_epochs and trains_teachers(cfg)
     if adapts or cfg.allow_untrained:
         log.warning(f"{said}{' until phase A has trained it' if adapts else ''}.")
         return
@@ -438,7 +440,7 @@ def freeze_teachers(
                          freeze_bn=s.freeze_bn)
         else:
             freeze_all(t)
-        if cfg.bridge_objective == 'distil':
+        if not trains_teachers(cfg):
             t.model.requires_grad_(False)              # only adapters are trained then
         n = sum(p.numel() for p in t.parameters() if p.requires_grad)
         report(f"{s.name}: {t.name}, {n:,} of {sum(p.numel() for p in t.parameters()):,} parameters trained in phase A")

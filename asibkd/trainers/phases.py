@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.config import Config, RunError, log
-from ..core.runtime import RunContext
+from ..core.runtime import RunContext, trains_teachers
 from ..data.batches import make_loader
 from ..models.cache import LiveTeacher, get_teacher_fn, maybe_compile
 from ..distil.losses import ce_loss, kd_loss
@@ -248,7 +248,7 @@ def synergy_validator(
 # %% ../../nbs/06_trainers/03_phases.ipynb #f121c2c8
 def unfreeze_for_adaptation(teachers, method:Method)->bool: # Are the teachers' networks themselves trained?
     "With the objective `distil`, only the teachers' adapters are trained"
-    if method.cfg.bridge_objective != 'distil':
+    if trains_teachers(method.cfg):
         return any(p.requires_grad for t in teachers for p in t.model.parameters())
     for t in teachers:
         t.model.requires_grad_(False)
@@ -277,7 +277,7 @@ def adapt_phase(
     if val is not None:
         validate = synergy_validator(step, val, ctx.acc, cfg.tau_start, teacher_fns(val, ctx, method))
     changing = {f'teacher{i + 1}': t for i, t in enumerate(teachers) if moves or t.adapter is not None}
-    select = 'val_recon' if cfg.bridge_objective == 'distil' else 'val_nll'
+    select = 'val_nll' if trains_teachers(cfg) else 'val_recon'
     return Phase(name, step, adapt_groups(teachers, method, cfg), loader, n, validate, dict(method=method, **changing),
                  select, best='min', optimizer='adam', kind='A', stage=stage, offset=stage*n, total=cfg.num_stages*n)
 
@@ -318,7 +318,7 @@ def adapt(
     fitted = fit(phase, ctx)
     restore(phase.keep, fitted.state)
     record = gate_record(fitted, before, cfg, stage)
-    if not record['gate'] and cfg.bridge_objective != 'distil':
+    if not record['gate'] and trains_teachers(cfg):
         restore(phase.keep, weights)
     method.synergy.gate.fill_(float(record['gate']))
     log.info(f"{name or f'stage {stage + 1}'}: {gate_text(record)}")
