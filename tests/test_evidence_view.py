@@ -31,11 +31,11 @@ def test_the_screen_says_whose_business_an_image_is(specialists):
     "Words, numbers and bars agree with each other and with what the teachers know, image after image"
     from asibkd.explore.opened import open_run
     from asibkd.explore.widgets import SynergyExplorer
-    from asibkd.explore.evidence import evidence_hits, evidence_table, teacher_knows
+    from asibkd.explore.evidence import evidence_table, hits_by_image, teacher_knows
     o = open_run(specialists, device='cpu')
     e, knows = SynergyExplorer(o, most=60), teacher_knows(o)
     assert not e.message.value and (knows.sum(0) == 1).all()
-    hits, seen = evidence_hits(e.table, o.teachers, knows), set()
+    hits, seen = hits_by_image(e.table, o.teachers, knows), set()
     for i in range(20):
         e.position.value = i
         t, words = evidence_table(e.bridge, o.teachers, knows), re.sub('<.*?>', '', e.business.value)
@@ -106,10 +106,10 @@ def test_the_report_shows_the_bridge(tmp_path):
     from asibkd.analysis.notes import run_text
     outlook = dict(teachers=dict(teacher1=.38, teacher2=.44), average=.76, wavg=.77, best=.44, images=180, gain_of_weighting=.01, gain_of_learning=.045, sentence='Averaging costs 1.0 point here.')
     images = dict(train=700, val=60, test=500, labelled=50, teacher=400)
-    text, s = reported(tmp_path/'new', gates=[OPEN, CLOSED], outlook=outlook, images=images)
+    text, s = reported(tmp_path/'new', gates=[OPEN, CLOSED], outlook=outlook, images=images, evidence=dict(right=.93, images=500))
     for word in ('Averaging costs 1.0 point here.', 'Predicted gain of weighting: +1.0 points; predicted gain of learning: +4.5 points.', 'optimal constant weights (wavg)', 'Stage by stage',
                  '60 labelled training images', '0.61', 'The path of prices', 'temperature T', 'From stage 1 to stage 2', '700 training (50 with a label), 400 for the teachers only', 'CLOSED in stage 2 (1 of 2)',
-                 'calibrated constant fusion', 'MORE LABELS FOR VALIDATION'): assert word in text, word
+                 'calibrated constant fusion', 'On 93.0 % of 500 test images', 'MORE LABELS FOR VALIDATION'): assert word in text, word
     assert text.index('Averaging costs') < text.rindex('Learning curves')
     said = run_text(s)
     for word in ('Outlook before training: Averaging costs', 'the path ends at β = 0.1', 'the path stays at β = ∞', 'MORE LABELS'): assert word in said, word
@@ -131,12 +131,12 @@ def real(tmp_path_factory):
 
 def test_a_real_run_has_all_of_it(real):
     from asibkd.analysis.bridge import path_table, stage_table
-    from asibkd.analysis.notes import gate_lines, image_counts
+    from asibkd.analysis.notes import gate_lines, count_text
     from asibkd.analysis.tables import load_metrics
     from asibkd.explore.widgets import SynergyExplorer
     t, stages = path_table(real), stage_table(real, load_metrics(real['run']))
     assert t.groupby('stage').chosen.sum().tolist() == [1, 1] and t.β.iloc[0] == '∞' and (t.NLL > 0).all()
-    assert stages['student val %'].notna().all() and len(gate_lines(real)) == 2 and 'with a label' in image_counts(real)
+    assert stages['student val %'].notna().all() and len(gate_lines(real)) == 2 and 'with a label' in count_text(real)
     text = Path(real['run'], 'report.html').read_text(encoding='utf-8')
     for word in ('The bridge', 'The path of prices', 'Outlook'): assert word in text, word
     e = SynergyExplorer(real['run'])

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distil import asmb, crd, merging, multi, single    # they register their methods
+from ..distil import amalgam, asmb, crd, merging, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.files import atomic_save, check_weights, read_json
 from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of,
