@@ -255,7 +255,7 @@ def image_outputs(
                         teachers=[t(x) for t in o.teachers.values()])
     return o.cached(('image', split, i, view), compute)
 
-# %% ../../nbs/10_explore/00_opened.ipynb #3bdc1ed9
+# %% ../../nbs/10_explore/00_opened.ipynb #650e0ac1
 _FUSION = ('evidence', 'reliability', 'base', 'delta')     # what only a head with `synergy_base=wavg` gives
 
 def with_its_parts(
@@ -360,7 +360,8 @@ def split_outputs(o:FinishedRun, split='test', most=2000)->tuple: # As `collect_
     "Logits of every model on (the first `most`) images of a split, computed once"
     def compute():
         models = o.teachers | dict(student=o.student)
-        z, y = collect_logits(models, _loader(o, split, most), o.synergy, list(o.teachers), 'student')
+        def base(_, bridged): return {} if bridged is None else dict(base=bridged['base'])
+        z, y = collect_logits(models, _loader(o, split, most), o.synergy, list(o.teachers), 'student', extra=base)
         return with_its_parts(o, z), y
     return o.cached(('split', split, most), compute)
 
