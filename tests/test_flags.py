@@ -52,6 +52,7 @@ ELSEWHERE = dict(
     compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
     checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/05_runtime.ipynb', track='test_tracking.py::test_D_tensorboard_once_after_resume',
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01_data/04_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image',
+    teacher1_classes='test_merge.py::test_specialists_by_parameter', teacher2_classes='test_merge.py::test_specialists_by_parameter', teacher_classes='test_merge.py::test_three_of_any_overlap',
     teacher1_ckpt='test_checkpoints', teacher2_ckpt='test_checkpoints', teacher_ckpts='test_checkpoints', teacher_ckpt='test_checkpoints', student_ckpt='test_checkpoints', finetune_ckpt1='test_checkpoints',
     finetune_ckpt2='test_checkpoints', teacher1_pretrained='test_pretrained', teacher2_pretrained='test_pretrained', student_pretrained='test_pretrained', amp_dtype='test_precision',
     grad_scaler_init_scale='test_precision', channels_last='test_precision', eval_mode='nbs/11_run/04_tasks.ipynb', ckpt_path='nbs/11_run/04_tasks.ipynb', mbm_ckpt='nbs/11_run/04_tasks.ipynb', head_ckpt='nbs/08_eval/00_evaluate.ipynb')

@@ -27,12 +27,13 @@ from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
 from ..freeze import freeze_report
 from ..models.cache import is_frozen, teacher_counts
+from ..models.cards import object_fingerprint
 from ..models.trace import copied, plain_module
 from .cl import CL_BASELINES, run_cl
 from .students import BASELINES, train_all
 from .summary import evaluate_all, save_results, summarise
-from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, object_fingerprint,
-                                   settle_config, teacher_specs, train_teacher)
+from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, settle_config,
+                                   teacher_specs, train_teacher, warn_unknown)
 from ..trainers.tracking import final_numbers, tracking
 
 # %% ../../nbs/11_run/03_experiment.ipynb #f06571d6
@@ -185,6 +186,7 @@ def prepare_teachers(
     built = [build_teacher(s, data, cfg) for s in specs]
     teachers = [t for t, _ in built]
     check_plan(student, teachers, specs, cfg, extra, data.train.y)
+    warn_unknown(teachers, data)
     infos = [info or train_teacher(t, s, ctx) for (t, info), s in zip(built, specs)]
     freeze_teachers(teachers, specs, cfg)
     return teachers, infos
