@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'untrained_networks', 'untrained_run', 'FinishedRun', 'splits_of', 'check_plugin', 'open_run', 'list_views',
-           'image_outputs', 'with_its_parts', 'mean_query', 'bridge_outputs', 'attention_table', 'soft_target',
-           'top_classes', 'all_logits', 'split_outputs', 'image_table', 'pick_images', 'attention_by_class']
+           'image_outputs', 'mean_query', 'bridge_outputs', 'attention_table', 'soft_target', 'top_classes',
+           'all_logits', 'split_outputs', 'image_table', 'pick_images', 'attention_by_class']
 
 # %% ../../nbs/10_explore/00_opened.ipynb #30f663be
 import copy, json, sys
@@ -258,18 +258,6 @@ def image_outputs(
                         teachers=[t(x) for t in o.teachers.values()])
     return o.cached(('image', split, i, view), compute)
 
-# %% ../../nbs/10_explore/00_opened.ipynb #650e0ac1
-_FUSION = ('evidence', 'reliability', 'base', 'delta')     # what only a head with `synergy_base=wavg` gives
-
-def with_its_parts(
-    o:FinishedRun,
-    outputs:dict,  # Of the bridge, or from `collect_logits`
-)->dict:
-    "The outputs without evidence, reliability and constant fusion where the run's head has none"
-    if o.synergy is not None and o.synergy.head.base == 'wavg':
-        return outputs
-    return {k: v for k, v in outputs.items() if k not in _FUSION}
-
 # %% ../../nbs/10_explore/00_opened.ipynb #37006997
 def _loader(o:FinishedRun, split, most)->Loader:
     "The first `most` images of a split, in order"
@@ -298,7 +286,7 @@ def bridge_outputs(
     if toward_mean:
         q = torch.lerp(q, mean_query(o, split).to(q).expand_as(q), toward_mean)
     with torch.inference_mode():
-        return with_its_parts(o, o.synergy(dict(feat_2d=scale*q), outputs['teachers']))
+        return o.synergy(dict(feat_2d=scale*q), outputs['teachers'])
 
 # %% ../../nbs/10_explore/00_opened.ipynb #af573830
 def attention_table(
@@ -363,9 +351,8 @@ def split_outputs(o:FinishedRun, split='test', most=2000)->tuple: # As `collect_
     "Logits of every model on (the first `most`) images of a split, computed once"
     def compute():
         models = o.teachers | dict(student=o.student)
-        def base(_, bridged): return {} if bridged is None else dict(base=bridged['base'])
-        z, y = collect_logits(models, _loader(o, split, most), o.synergy, list(o.teachers), 'student', extra=base)
-        return with_its_parts(o, z), y
+        def base(_, bridged): return dict(base=bridged['base']) if 'base' in (bridged or ()) else {}
+        return collect_logits(models, _loader(o, split, most), o.synergy, list(o.teachers), 'student', extra=base)
     return o.cached(('split', split, most), compute)
 
 # %% ../../nbs/10_explore/00_opened.ipynb #44ddf33a
