@@ -63,7 +63,8 @@ def _untrained_summary(run:Path, cfg:Config, data:Data, teachers:dict, student, 
                  test_acc_last=0.) for k, role in roles.items()]
     return dict(exp_id=run.name, kind='distil', method='asmb', dataset=data.name, seed=cfg.seed, rows=rows,
                 images={k: len(getattr(data, k)) for k in ('train', 'val', 'test')},
-                weights=dict.fromkeys(teachers, asdict(WeightsInfo('finetuned'))))
+                weights={n: asdict(WeightsInfo('finetuned', classes=None if t.columns is None else t.columns.tolist()))
+                         for n, t in teachers.items()})
 
 # %% ../../nbs/10_explore/00_opened.ipynb #5f449047
 def untrained_run(
@@ -168,16 +169,16 @@ def splits_of(data:Data)->list:
     return [k for k in ('test', 'val') if len(getattr(data, k))]
 
 # %% ../../nbs/10_explore/00_opened.ipynb #d40f39bb
-def _open_data(s:dict, cfg:Config, train=None, val=None, test=None)->Data:
+def _open_data(s:dict, cfg:Config, train=None, val=None, test=None, unlabelled=None)->Data:
     "The images of a run, checked against its summary"
     if train is None and (s['dataset'] != cfg.dataset or cfg.dataset not in list_datasets()):
         raise RunError(f"The images were a user-defined dataset ({s['dataset']}). "
                        "Pass it again: open_run(run, train=…, test=…).")
-    data = create_data(cfg, train, val, test)
+    data = create_data(cfg, train, val, test, unlabelled=unlabelled)
     sizes = {k: len(getattr(data, k)) for k in s['images']}
     if sizes != s['images']:
         raise RunError(f"The images have changed since the run: it had {s['images']}, here are {sizes}. "
-                       f"Restore data_root='{cfg.data_root}'.")
+                       f"Restore data_root='{cfg.data_root}', or pass again what the run was given (unlabelled=…).")
     return data
 
 # %% ../../nbs/10_explore/00_opened.ipynb #a276f5bf
@@ -198,6 +199,7 @@ def open_run(
     run,                               # Its folder
     teachers=None, student=None,       # Your own modules, if the run used any
     train=None, val=None, test=None,   # Your own datasets, likewise
+    unlabelled=None,                   # Your own images without labels, likewise
     device='auto',                     # Where to compute
     plugin='',                         # Your own Python file(s), if the run used any: those it names are not run
 )->FinishedRun:
@@ -214,7 +216,7 @@ def open_run(
     cfg = with_method_defaults(cfg, cfg.method)
     teachers, student = copy.deepcopy(teachers), copy.deepcopy(student)          # your modules are not changed
     with no_downloads(run, 'Get them first, or pass them: open_run(run, teachers=[…], student=…, train=…, test=…).'):
-        data = _open_data(s, cfg, train, val, test)
+        data = _open_data(s, cfg, train, val, test, unlabelled)
         ts = {o.name: _open_teacher(run, o, s, data, cfg) for o in teacher_specs(cfg, teachers, data.n_class)}
         st, bridge = _open_student(run, data, cfg, student), run/'bridge.safetensors'
     synergy = load_synergy(list(ts.values()), st, cfg, bridge) if bridge.exists() else None
