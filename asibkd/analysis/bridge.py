@@ -15,19 +15,18 @@ from .page import picture, section, table, text
 from .tables import joined, load_metrics
 from ..core.picture import COLOURS, Picture
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #aed666e3
+# %% ../../nbs/09_analysis/07_bridge.ipynb #d1671c32
 def outlook_table(
     s:dict, # summary.json
 )->pd.DataFrame: # what, accuracy in per cent; empty for a run without an outlook
     "What each teacher and each fusion reaches on labelled images before any student is trained"
     o = s.get('outlook') or {}
-    named = [*(o.get('teachers') or {}).items(),
-             *((k, o.get(v)) for k, v in dict(average='average', wavg='wavg').items())]
-    names = dict(average="the teachers' average", wavg='optimal constant weights (wavg)')
+    named = [*(o.get('teachers') or {}).items(), *((k, o.get(k)) for k in ('average', 'wavg', 'stack'))]
+    names = dict(average="the teachers' average", wavg='optimal constant weights (wavg)', stack='stacked regression (stack)')
     rows = [dict(what=names.get(k, k), accuracy=round(100*v, 2)) for k, v in named if isinstance(v, (int, float))]
     return pd.DataFrame(rows, columns=['what', 'accuracy']).rename(columns=dict(accuracy='accuracy %'))
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #72c8d8de
+# %% ../../nbs/09_analysis/07_bridge.ipynb #65aaea6f
 def outlook_section(
     s:dict, # summary.json
 )->dict: # Without parts where there was no outlook
@@ -37,7 +36,9 @@ def outlook_section(
         return section('Outlook')
     gains = [(k, o.get(f'gain_of_{k}')) for k in ('weighting', 'learning')]
     words = '; '.join(f'predicted gain of {k}: {100*v:+.1f} points' for k, v in gains if v is not None)
-    caption = f"Before training, on {o['images']:,} labelled images" if isinstance(o.get('images'), int) else 'Before training'
+    caption = 'Before training'
+    if 'fitted_on' in o:
+        caption += f", fitted on {o['fitted_on']:,} labelled images and measured on {o['images']:,}"
     return section('Outlook', text(o.get('sentence', ''), words and f'{words[0].upper()}{words[1:]}.'), table(t, caption))
 
 # %% ../../nbs/09_analysis/07_bridge.ipynb #44b6746e

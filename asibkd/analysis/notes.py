@@ -24,7 +24,7 @@ def main_row(
     "The row of the run's main method"
     return next(r for r in s['rows'] if r['key'] == s['method'])
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #11f804ae
+# %% ../../nbs/09_analysis/02_notes.ipynb #005f9b39
 def count_text(
     s:dict, # summary.json
 )->str:
@@ -111,14 +111,14 @@ def warn_untrained(
     return (f"UNTRAINED TEACHER, or one hardly above chance ({100/s['n_class']:.1f} %): {joined(low)}. "
             "Its logits are noise. Fine-tune it (finetune_epochs) or give it weights.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #2eb6f644
+# %% ../../nbs/09_analysis/02_notes.ipynb #857ba3b2
 def price_text(
     beta, # A number; None (JSON has no infinity) or inf for the first point of the path
 )->str:
     "β as a reader sees it"
     return '∞' if beta is None or float(beta) == float('inf') else f'{float(beta):g}'
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #37450db9
+# %% ../../nbs/09_analysis/02_notes.ipynb #564ac7c4
 def path_ends(
     gate:dict, # A stage's record, with a `path`
 )->tuple: # The first row of its path, and the chosen one
@@ -126,7 +126,7 @@ def path_ends(
     path = gate['path']
     return path[0], next(r for r in path if price_text(r['beta']) == price_text(gate['beta']))
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #29f15e49
+# %% ../../nbs/09_analysis/02_notes.ipynb #9ea30d41
 def bridge_images_text(
     gate:dict, # A stage's record, with a `path`
 )->str:
@@ -152,7 +152,7 @@ def warn_gate(
     return shut + ("on validation images the bridge's logits were no better than the teachers' plain average, so "
                    "the student was trained on the average there.")
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #41c2512c
+# %% ../../nbs/09_analysis/02_notes.ipynb #355c1bc0
 def _path_line(g:dict)->str:
     "What a stage's path measured, and where it ends"
     start, end = path_ends(g)
@@ -171,8 +171,8 @@ def gate_lines(
     def line(g):
         if g.get('path'):
             return _path_line(g)
-        if g['synergy_nll'] is None:
-            return 'synergy gate off (no validation images)'
+        if g.get('synergy_nll') is None:
+            return 'synergy gate off (no images to compare on)'
         state = 'off (synergy_gate=0)' if not g.get('checked', True) else 'open' if g['gate'] else 'closed'
         return f"synergy gate {state} (validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})"
     return [f"stage {g['stage']}: {line(g)}" for g in s.get('gates', ())]
@@ -199,7 +199,7 @@ def warn_no_validation(
         return ''
     return "NO VALIDATION IMAGES (val_frac=0): every result is that of the last epoch; nothing was selected."
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #743368f5
+# %% ../../nbs/09_analysis/02_notes.ipynb #ca1e6388
 def warn_labels(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -240,7 +240,7 @@ def warnings_of(
     "All warnings that apply to this run"
     return [text for warn in which if (text := warn(s))]
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #d8e23e20
+# %% ../../nbs/09_analysis/02_notes.ipynb #e69c22ef
 def outlook_lines(
     s:dict, # summary.json
 )->list: # One sentence, or []

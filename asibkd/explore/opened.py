@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'untrained_networks', 'untrained_run', 'FinishedRun', 'splits_of', 'check_plugin', 'open_run', 'list_views',
-           'image_outputs', 'mean_query', 'bridge_outputs', 'attention_table', 'soft_target', 'top_classes',
-           'all_logits', 'split_outputs', 'image_table', 'pick_images', 'attention_by_class']
+           'query_output', 'image_outputs', 'mean_query', 'bridge_outputs', 'attention_table', 'soft_target',
+           'top_classes', 'all_logits', 'split_outputs', 'image_table', 'pick_images', 'attention_by_class']
 
 # %% ../../nbs/10_explore/00_opened.ipynb #30f663be
 import copy, json, sys
@@ -47,8 +47,8 @@ def untrained_networks(
     student = build_student(cfg, data)
     synergy = build_from_teachers(list(teachers.values()), student, cfg)
     with forked_rng(cfg.seed, 'untrained'):
-        for p in synergy.parameters():
-            nn.init.normal_(p, std=.3)
+        for name, p in synergy.named_parameters():
+            nn.init.normal_(p, std=.1 if 'fusion' in name else .3)     # its evidence shall not saturate
     for m in (*teachers.values(), student, synergy):
         m.eval()
     return teachers, student, synergy
@@ -239,13 +239,22 @@ def list_views(data:Data)->list: # [(its name on the screen, its number for `app
              for flip in range(1 + data.flip) for dy in range(k) for dx in range(k)]
     return sorted(views, key=lambda v: v[0] != 'as it is')
 
+# %% ../../nbs/10_explore/00_opened.ipynb #daa64c52
+def query_output(o:FinishedRun,
+    x:Tensor,    # (B, C, H, W), normalised images
+    s_out:dict,  # The student's output for them
+)->dict: # With `feat_2d` and `logit`
+    "The output that the bridge's query comes from: the student's, or that of its copy from the last stage's start"
+    query = getattr(o.synergy, 'query', None)
+    return s_out if query is None else query(x, s_out)
+
 # %% ../../nbs/10_explore/00_opened.ipynb #bc3d48e9
 def image_outputs(
     o:FinishedRun,
     i:int,         # Position in the split
     split='test',
     view=None,     # Number from `list_views`; None = as it is
-)->dict: # image uint8 (C, H, W), label, student and teachers: their outputs, of a batch of one
+)->dict: # image uint8 (C, H, W), label; outputs of student, query and teachers, of a batch of one
     "The outputs of every network for one image, computed once"
     ds = getattr(o.data, split)
     if not 0 <= i < len(ds):
@@ -256,7 +265,8 @@ def image_outputs(
             im = apply_views(im, torch.tensor([view]), padding(o.data.shape))
         x = normalise(im.to(o.device), o.data.mean, o.data.std)
         with torch.inference_mode():
-            return dict(image=im[0], label=int(ds.y[i]), student=o.student(x),
+            s_out = o.student(x)
+            return dict(image=im[0], label=int(ds.y[i]), student=s_out, query=query_output(o, x, s_out),
                         teachers=[t(x) for t in o.teachers.values()])
     return o.cached(('image', split, i, view), compute)
 
@@ -270,7 +280,8 @@ def _loader(o:FinishedRun, split, most)->Loader:
 def mean_query(o:FinishedRun, split='test', most=2000)->Tensor: # (D,)
     "The student's feature, averaged over (the first `most`) images"
     def compute():
-        return predict(lambda b: o.student(b.x)['feat_2d'], _loader(o, split, most).epoch(0))[0].mean(0)
+        def feature(b): return query_output(o, b.x, o.student(b.x))['feat_2d']
+        return predict(feature, _loader(o, split, most).epoch(0))[0].mean(0)
     return o.cached(('mean', split, most), compute)
 
 # %% ../../nbs/10_explore/00_opened.ipynb #c31c5b55
@@ -284,11 +295,11 @@ def bridge_outputs(
     "The bridge for one image, with a changed query"
     if o.synergy is None:
         raise RunError(f"Method {o.cfg.method} has no bridge. Explore a run of method=asmb.")
-    q = outputs['student']['feat_2d']
+    q = outputs['query']['feat_2d']
     if toward_mean:
         q = torch.lerp(q, mean_query(o, split).to(q).expand_as(q), toward_mean)
     with torch.inference_mode():
-        return o.synergy(dict(feat_2d=scale*q), outputs['teachers'])
+        return o.synergy(outputs['query'] | dict(feat_2d=scale*q), outputs['teachers'])
 
 # %% ../../nbs/10_explore/00_opened.ipynb #af573830
 def attention_table(
