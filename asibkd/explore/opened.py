@@ -239,14 +239,13 @@ def list_views(data:Data)->list: # [(its name on the screen, its number for `app
              for flip in range(1 + data.flip) for dy in range(k) for dx in range(k)]
     return sorted(views, key=lambda v: v[0] != 'as it is')
 
-# %% ../../nbs/10_explore/00_opened.ipynb #daa64c52
+# %% ../../nbs/10_explore/00_opened.ipynb #f6274784
 def query_output(o:FinishedRun,
     x:Tensor,    # (B, C, H, W), normalised images
     s_out:dict,  # The student's output for them
 )->dict: # With `feat_2d` and `logit`
     "The output that the bridge's query comes from: the student's, or that of its copy from the last stage's start"
-    query = getattr(o.synergy, 'query', None)
-    return s_out if query is None else query(x, s_out)
+    return s_out if o.synergy is None else o.synergy.query(x, s_out)
 
 # %% ../../nbs/10_explore/00_opened.ipynb #bc3d48e9
 def image_outputs(
@@ -266,12 +265,7 @@ def image_outputs(
         x = normalise(im.to(o.device), o.data.mean, o.data.std)
         with torch.inference_mode():
             s_out = o.student(x)
-<<<<<<< HEAD
             return dict(image=im[0], label=int(ds.y[i]), student=s_out, query=query_output(o, x, s_out),
-=======
-            asks = {} if o.synergy is None else dict(query=o.synergy.query(x, s_out))
-            return dict(asks, image=im[0], label=int(ds.y[i]), student=s_out,
->>>>>>> origin/main
                         teachers=[t(x) for t in o.teachers.values()])
     return o.cached(('image', split, i, view), compute)
 
@@ -285,13 +279,8 @@ def _loader(o:FinishedRun, split, most)->Loader:
 def mean_query(o:FinishedRun, split='test', most=2000)->Tensor: # (D,)
     "The student's feature, averaged over (the first `most`) images"
     def compute():
-<<<<<<< HEAD
         def feature(b): return query_output(o, b.x, o.student(b.x))['feat_2d']
         return predict(feature, _loader(o, split, most).epoch(0))[0].mean(0)
-=======
-        def query(b): return o.synergy.query(b.x, o.student(b.x))['feat_2d']
-        return predict(query, _loader(o, split, most).epoch(0))[0].mean(0)
->>>>>>> origin/main
     return o.cached(('mean', split, most), compute)
 
 # %% ../../nbs/10_explore/00_opened.ipynb #c31c5b55
@@ -305,11 +294,7 @@ def bridge_outputs(
     "The bridge for one image, with a changed query"
     if o.synergy is None:
         raise RunError(f"Method {o.cfg.method} has no bridge. Explore a run of method=asmb.")
-<<<<<<< HEAD
     q = outputs['query']['feat_2d']
-=======
-    q = outputs.get('query', outputs['student'])['feat_2d']
->>>>>>> origin/main
     if toward_mean:
         q = torch.lerp(q, mean_query(o, split).to(q).expand_as(q), toward_mean)
     with torch.inference_mode():
