@@ -199,7 +199,7 @@ def warn_no_validation(
         return ''
     return "NO VALIDATION IMAGES (val_frac=0): every result is that of the last epoch; nothing was selected."
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #ca1e6388
+# %% ../../nbs/09_analysis/02_notes.ipynb #cc24ae1f
 def warn_labels(
     s:dict, # summary.json
 )->str: # A sentence, or ''
@@ -208,7 +208,7 @@ def warn_labels(
     if 'labelled' not in n or n['val'] <= n['labelled']:
         return ''
     return (f"MORE LABELS FOR VALIDATION than for training: the epochs were chosen on {n['val']:,} labelled images, "
-            f"the student was trained with {n['labelled']:,}. Lower val_frac for a fair account of what few labels can do.")
+            f"the student was trained with {n['labelled']:,}. Lower val_frac for a fair account of few labels.")
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #a8a0afb7
 def warn_no_baseline(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['teacher_knows', 'what_cancels', 'evidence_table', 'evidence_ratio', 'evidence_text', 'plot_evidence', 'hits_by_image']
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #306ef166
+# %% ../../nbs/10_explore/02_evidence.ipynb #d1c652e6
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ from ..ib_mbm import known_classes
 from .opened import FinishedRun
 from .plots import grouped_bars, panels
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #7c9b5b94
+# %% ../../nbs/10_explore/02_evidence.ipynb #6e30fbae
 def teacher_knows(
     o:FinishedRun,
 )->Tensor: # (M, K) bool
@@ -25,7 +25,7 @@ def teacher_knows(
     columns = [None if t.columns is None else t.columns.cpu() for t in o.teachers.values()]
     return known_classes(columns, torch.zeros(len(o.data.classes)))[:, 0] > 0
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #fbb55226
+# %% ../../nbs/10_explore/02_evidence.ipynb #4a6c7366
 def what_cancels(
     knows:Tensor, # From `teacher_knows`
 )->tuple: # evidence, reliability: bool
@@ -33,21 +33,22 @@ def what_cancels(
     sets = knows[:, knows.any(0)]
     return bool((sets == sets[:, :1]).all()), bool((sets.sum(0) <= 1).all())
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #6a21fe18
+# %% ../../nbs/10_explore/02_evidence.ipynb #81fc2692
 def evidence_table(
     bridge:dict,   # What `Synergy` returns, of a batch of one
     teachers,      # Their names
     knows:Tensor,  # From `teacher_knows`
 )->pd.DataFrame: # Row: a teacher; evidence (nats, mean 0), share (its softmax), reliability, its classes
-    "Evidence and reliability of each teacher, and the synergy's probability of the classes it knows; empty without evidence"
+    "Evidence and reliability of each teacher, and the synergy's probability of its classes; empty without evidence"
     if bridge.get('evidence') is None:
         return pd.DataFrame()
     u, w = (bridge[k][0].float().cpu() for k in ('evidence', 'reliability'))
     p = bridge['open_logit'][0].float().cpu().softmax(-1)
-    columns = {'evidence': u - u.mean(), 'share': u.softmax(-1), 'reliability': w/w.sum(), 'its classes': knows.float() @ p}
+    columns = {'evidence': u - u.mean(), 'share': u.softmax(-1), 'reliability': w/w.sum(),
+               'its classes': knows.float() @ p}
     return pd.DataFrame({k: v.tolist() for k, v in columns.items()}, index=list(teachers))
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #b359e64f
+# %% ../../nbs/10_explore/02_evidence.ipynb #ec3ecc11
 def evidence_ratio(
     t:pd.DataFrame, # From `evidence_table`, of two teachers or more
 )->float:
@@ -55,7 +56,7 @@ def evidence_ratio(
     first, second = t.share.nlargest(2)
     return first/max(second, 1e-12)
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #94925bbf
+# %% ../../nbs/10_explore/02_evidence.ipynb #3d3bd0cf
 def _business(t:pd.DataFrame)->str:
     "Whose business the image is, from the evidence alone"
     ratio, best = evidence_ratio(t), t.share.idxmax()
@@ -64,7 +65,7 @@ def _business(t:pd.DataFrame)->str:
         return f'The evidence does not decide whose business this is: {parts}.'
     return f"This {'looks like' if ratio >= 9 else 'is rather'} {best}'s business: {parts}."
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #0b1eb2cf
+# %% ../../nbs/10_explore/02_evidence.ipynb #8007898c
 def _is_right(
     t:pd.DataFrame,
     knowing,      # Names of the teachers who know the true class
@@ -78,7 +79,7 @@ def _is_right(
         return f' {only}'
     return f" {'Right' if t.share.idxmax() in knowing else 'Wrong'}: {only}"
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #3e23f95e
+# %% ../../nbs/10_explore/02_evidence.ipynb #7e22bdb4
 def evidence_text(
     t:pd.DataFrame,  # From `evidence_table`
     knows:Tensor,    # From `teacher_knows`
@@ -98,7 +99,7 @@ def evidence_text(
     knowing = [] if label is None else [n for n, k in zip(t.index, knows[:, label]) if k]
     return _business(t) + ('' if label is None else _is_right(t, knowing, classes[label]))
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #e9ca2b5d
+# %% ../../nbs/10_explore/02_evidence.ipynb #d07f0f27
 def plot_evidence(
     t:pd.DataFrame,  # From `evidence_table`
     knows:Tensor,    # From `teacher_knows`
@@ -115,7 +116,7 @@ def plot_evidence(
     ax.set_ylabel('share', fontsize=8)
     return fig
 
-# %% ../../nbs/10_explore/02_evidence.ipynb #e850bbd1
+# %% ../../nbs/10_explore/02_evidence.ipynb #f8b30341
 def hits_by_image(
     t:pd.DataFrame,  # From `image_table`
     teachers,        # Their names

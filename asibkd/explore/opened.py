@@ -239,7 +239,7 @@ def list_views(data:Data)->list: # [(its name on the screen, its number for `app
              for flip in range(1 + data.flip) for dy in range(k) for dx in range(k)]
     return sorted(views, key=lambda v: v[0] != 'as it is')
 
-# %% ../../nbs/10_explore/00_opened.ipynb #f6274784
+# %% ../../nbs/10_explore/00_opened.ipynb #863ede1f
 def query_output(o:FinishedRun,
     x:Tensor,    # (B, C, H, W), normalised images
     s_out:dict,  # The student's output for them
@@ -355,7 +355,8 @@ def all_logits(
     "Logits of each teacher, of the average, the constant fusion (base) and the synergy, and of the student"
     z = {n: t['logit'][0] for n, t in zip(o.teachers, outputs['teachers'])}
     if bridge is not None:
-        z |= {k: bridge[v][0] for k, v in dict(average='average', base='base', synergy='open_logit').items() if v in bridge}
+        named = dict(average='average', base='base', synergy='open_logit')
+        z |= {k: bridge[v][0] for k, v in named.items() if v in bridge}
     return z | dict(student=outputs['student']['logit'][0])
 
 # %% ../../nbs/10_explore/00_opened.ipynb #2a8a3cf6
@@ -415,8 +416,9 @@ def attention_by_class(
     "Attention over the teachers (or their evidence, or reliability), class by class"
     columns = [c for c in t if c.startswith(f'{of}_')]
     if not columns:
-        raise RunError("This run has no bridge, so there is no attention. Explore a run of method=asmb." if of == 'share'
-                       else f"This run has no {of}: its bridge was made by an older version, or it has none.")
+        if of == 'share':
+            raise RunError("This run has no bridge, so there is no attention. Explore a run of method=asmb.")
+        raise RunError(f"This run has no {of}: only a bridge with synergy_base=wavg gives it.")
     g = t.groupby('label')
     out = pd.DataFrame(dict(images=g.size(), nats=g.nats.mean()))
     for c in columns:

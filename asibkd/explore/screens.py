@@ -53,14 +53,15 @@ def show_training(self:BottleneckExplorer):
     except RunError as e:
         self.note.value = html.escape(str(e), quote=False)
 
-# %% ../../nbs/10_explore/05_screens.ipynb #f3c9b9fd
+# %% ../../nbs/10_explore/05_screens.ipynb #584d9f4e
 @patch
 def update_evidence(self:BottleneckExplorer, t):
     "Evidence class by class, and how often it is right; hidden where the bridge gives none"
     o, has = self.run, any(c.startswith('evidence_') for c in t)
     self.evidence.layout.display = None if has else 'none'
     hits = hits_by_image(t, o.teachers, teacher_knows(o))
-    self.hits.value = evidence_sentence(dict(right=hits.mean(), images=len(hits)), self.split.value) if len(hits) else ''
+    score = dict(right=hits.mean(), images=len(hits)) if len(hits) else None
+    self.hits.value = evidence_sentence(score, self.split.value)
     if has:
         by_class = attention_by_class(t, o.data.classes, 'evidence')
         show_figure(plot_class_attention(by_class, 'evidence'), self.evidence)

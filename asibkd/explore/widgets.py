@@ -202,7 +202,7 @@ def update_outputs(self:SynergyExplorer):
     show_figure(plot_image(self.outputs['image'], title), self.image)
     self.update_bridge()
 
-# %% ../../nbs/10_explore/04_widgets.ipynb #96c3edaf
+# %% ../../nbs/10_explore/04_widgets.ipynb #6c48fcd3
 @patch
 def update_evidence(self:SynergyExplorer):
     "Whose business is the image? Nothing is shown where the bridge gives no evidence"
