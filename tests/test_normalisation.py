@@ -24,8 +24,8 @@ from asibkd.models.teachers import models, register_model
 from asibkd.models.zoo import create_zoo
 from asibkd.run.experiment import run_experiment
 from asibkd.run.tasks import run_evaluate
-from asibkd.trainers.build import (TeacherSpec, build_student, build_teacher, card_norm, object_fingerprint,
-                                   save_teacher, settle_config)
+from asibkd.models.cards import card_norm, object_fingerprint, save_teacher
+from asibkd.trainers.build import TeacherSpec, build_student, build_teacher, settle_config
 
 OWN = Norm((.2, .5, .7), (.1, .3, .6))
 BASE = dict(preset='none', dataset='digits', image_size=8, train_per_class=6, val_frac=.3, batch_size=16, device='cpu',

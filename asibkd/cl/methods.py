@@ -104,19 +104,10 @@ class CLMethod(Method):
         super().__init__(cfg, student, teachers, params)
         self.task = task or TaskContext()
         self.net = [student.model]              # in a list: not this method's parameters
-        columns = [t.columns for t in teachers]
-        all_known = not columns or any(c is None for c in columns)
-        # columns of the classes that at least one teacher was trained on; None = all
-        self.known_columns = None if all_known else torch.cat(columns).unique()
 
     @classmethod
     def reads(cls, c):
         return super().reads(c) - {*cls.unused_weights} | cl_parameters(cls, c)
-
-    def kd_term(self, z_s, z_t, when, weight=None, columns=None, reduction='mean')->Tensor:
-        "The KD term, on classes that some teacher was trained on: a snapshot must not rule out new classes"
-        columns = self.known_columns if columns is None else columns
-        return super().kd_term(z_s, z_t, when, weight, columns, reduction)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #a526d614
 @patch

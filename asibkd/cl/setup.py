@@ -16,11 +16,12 @@ from .streams import Stream, grow_head
 from ..core.config import CheckpointError, Config, ConfigError
 from ..core.runtime import forked_rng
 from ..distil.methods import with_method_defaults
+from ..models.cards import read_card
 from ..models.kdmodel import KDModel, spread_classes
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from ..models.trace import copied
-from ..trainers.build import TeacherSpec, build_teacher, dropout_of, give_norm, read_card, spec_of_student
+from ..trainers.build import TeacherSpec, build_teacher, dropout_of, give_norm, spec_of_student
 
 # %% ../../nbs/07_cl/05_setup.ipynb #fdc0ce0c
 ROLES = ('expert', 'generic', 'snapshot', 'ema')

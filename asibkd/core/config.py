@@ -102,12 +102,19 @@ class Config(*GROUPS[::-1]):   # reversed: pydantic collects fields from the las
     def _level(cls, v):
         return int(v) if isinstance(v, str) and v.lstrip('-').isdigit() else v
 
-    @field_validator('teachers', 'teacher_ckpts', 'milestones', 'task_sizes', 'class_order', mode='before')
+    @field_validator('teachers', 'teacher_ckpts', 'teacher1_classes', 'teacher2_classes', 'milestones', 'task_sizes',
+                     'class_order', mode='before')
     @classmethod
     def _listed(cls, v):
         if isinstance(v, (int, float)) and not isinstance(v, bool):
             return [v]
         return split_words(v) if isinstance(v, str) else v
+
+    @field_validator('teacher_classes', mode='before')
+    @classmethod
+    def _lists(cls, v):
+        rows = cls._listed(v)
+        return [cls._listed(o) for o in rows] if isinstance(rows, (list, tuple)) else rows
 
     @field_validator('exp_id', 'log_filename')
     @classmethod

@@ -30,8 +30,9 @@ from ..ib_mbm import Synergy, build_from_teachers
 from ..distil.losses import standardize_logits
 from ..distil.metrics import accuracy, collect_logits, predict
 from ..distil.methods import with_method_defaults
+from ..models.cards import save_teacher
 from ..trainers.build import (TeacherSpec, WeightsInfo, build_student, build_teacher, find_weights,
-                                   save_teacher, settle_config, teacher_specs)
+                                   settle_config, teacher_specs)
 from ..eval.evaluate import load_synergy
 from ..eval.deploy import save_state, save_student, student_card
 from ..analysis.tables import load_config, load_summary
@@ -141,10 +142,12 @@ def _open_teacher(run:Path, spec:TeacherSpec, summary:dict, data:Data, cfg:Confi
         raise RunError(f"{spec.name} ({row['model']}) was a user-defined module, which the folder cannot rebuild. "
                        "Pass fresh instances: open_run(run, teachers=[…]).")
     file = _weights_file(run, spec, summary)
-    plain = replace(spec, ckpt='', save_to='', search_default=False, pretrained=spec.pretrained and not file)
+    weights = summary['weights'][spec.name]
+    plain = replace(spec, ckpt='', save_to='', search_default=False, pretrained=spec.pretrained and not file,
+                    classes=weights.get('outputs') or weights.get('classes'), named=None)
     # finetune_epochs=1: no warning that this teacher has no weights; they are loaded here
     t, _ = build_teacher(plain, data, cfg.model_copy(update=dict(finetune_epochs=1)))
-    norm = summary['weights'][spec.name].get('norm')
+    norm = weights.get('norm')
     set_norm(t, norm and as_norm(**norm), data.mean, data.std)     # as it was in the run
     return load_into(t, load_weights(file), file) if file else t
 

@@ -71,7 +71,7 @@ class KDModel(nn.Module):
         self.anatomy = a = anatomy(model, img_size, in_chans, self.name)
         self.shape = (in_chans, img_size, img_size)
         self.norm = None                # (mean, std) that the network expects; None = those of the batches
-        for k in ('columns', 'norm_scale', 'norm_shift'):         # see `spread_classes` and `renormalise`
+        for k in ('columns', 'kept', 'norm_scale', 'norm_shift'): # see `spread_classes` and `renormalise`
             self.register_buffer(k, None, persistent=False)
         self.n_class, self.feat_dim, self.feat4_dim = a.n_class, sum(a.feat_dims), a.last and a.last.dim
         self.stage_dims = [s.dim for s in a.stages]
@@ -90,12 +90,20 @@ class KDModel(nn.Module):
 
 # %% ../../nbs/02_models/03_kdmodel.ipynb #9d8054cb
 @patch
-def spread(self:KDModel,
-    z, # (B, number of the classes it was trained on)
+def place(self:KDModel,
+    z, # (B, number of the task's classes that it knows)
 ):  # (B, n_class)
     "Logits in the columns of all classes; a class it was not trained on gets `FOREIGN`"
     if self.columns is None: return z
     return z.new_full((len(z), self.n_class), FOREIGN).index_copy(1, self.columns, z)
+
+# %% ../../nbs/02_models/03_kdmodel.ipynb #63750e53
+@patch
+def spread(self:KDModel,
+    z, # (B, number of the classes it was trained on)
+):  # (B, n_class)
+    "The outputs that stand for a class of the task, in the columns of all its classes"
+    return self.place(z if self.kept is None else z[:, self.kept])
 
 # %% ../../nbs/02_models/03_kdmodel.ipynb #96e94bb1
 @patch
@@ -179,13 +187,15 @@ def add_adapter(
 # %% ../../nbs/02_models/03_kdmodel.ipynb #52a8d443
 def spread_classes(
     m:KDModel,    # Changed in place
-    classes,      # Indices of its classes among all, in the order of its logits
+    classes,      # Of each logit: its class among all, −1 = none of them
     n_class:int,  # All classes
 )->KDModel:
-    "Let a model trained on some of the classes output logits for all"
+    "Let a model trained on other classes output logits for all"
     if len(classes) != m.anatomy.n_class:
         raise ConfigError(f"'{m.name}' has {m.anatomy.n_class} logits and is to stand for {len(classes)} classes. "
                           "Give as many classes as it has logits.")
-    m.columns = torch.as_tensor(classes, dtype=torch.int64, device=next(m.parameters()).device)
-    m.n_class = n_class
+    labels = torch.as_tensor(classes, dtype=torch.int64, device=next(m.parameters()).device)
+    kept = (labels >= 0).nonzero().flatten()
+    m.columns, m.n_class = labels[kept], n_class
+    m.kept = kept if len(kept) < len(labels) else None
     return m

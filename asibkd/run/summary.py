@@ -24,10 +24,11 @@ from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import teacher_report, verdict
 from ..ib_mbm import average_logits
 from ..models.cache import get_teacher_fn, teacher_counts
+from ..models.cards import save_teacher
 from ..models.norm import norm_row, seen_by
 from ..models.teachers import model_costs
 from .students import TrainResult
-from ..trainers.build import WeightsInfo, save_teacher
+from ..trainers.build import WeightsInfo
 from ..trainers.phases import to_device
 
 # %% ../../nbs/11_run/01_summary.ipynb #cdff2edb
