@@ -77,7 +77,7 @@ ARMS = dict(      # method, what makes the arm, its settings to choose from
     wavg=('wavg', {}, KD),
     camkd=('camkd', {}, [dict(tau_start=t, camkd_beta=b) for t in (2, 4) for b in (0, 50)]),
     uhc=('uhc', {}, KD),
-    cfl=('cfl', {}, [dict(ce_alpha=a, cfl_beta=b) for a in (.1, 1) for b in (1, 10)]),
+    cfl=('cfl', dict(cfl_on='pooled'), [dict(ce_alpha=a, cfl_beta=b) for a in (.1, 1) for b in (1, 10)]),
     stack=('stack', {}, KD),
     asmb_no_ib=('asmb', dict(use_ib=0), BRIDGE),
     asmb_no_feature=('asmb', dict(feat_kd_alpha=0), KD),
@@ -288,7 +288,7 @@ def run_unit(file, data, setting, seed, todo:list, params:dict)->int:
     from asibkd.core.config import log
     from filelock import FileLock, Timeout
     torch.set_num_threads(1)
-    log.setLevel(logging.WARNING)
+    log.setLevel(logging.ERROR)
     (WORK/'locks').mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(str(WORK/'locks'/f'{Path(file).stem}-{data}-{setting}-{seed}'), timeout=0):
@@ -379,10 +379,10 @@ def p_value(d)->float:
     return 1. if d.std() < 1e-9 else float(stats.ttest_1samp(d, 0).pvalue)
 
 
-def load(file=TABLE):
+def load(file=None):
     "The finished students as a DataFrame, `ce` repeated in every cell; unequal steps are an error"
     import pandas as pd
-    t = pd.DataFrame(read_rows(file), columns=COLUMNS)
+    t = pd.DataFrame(read_rows(file or TABLE), columns=COLUMNS)
     t = t.drop_duplicates(COLUMNS[:5], keep='last')        # the last choice of the tuning
     number = ['labels', 'seed', 'choice', 'test', 'val', 'steps', 'cpu', 'teacher1', 'teacher2', 'average']
     t[number] = t[number].apply(pd.to_numeric)
