@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS_OF_A_RUN', 'split_given', 'function_source', 'code_hash', 'method_class', 'classes_of_run', 'check_typed',
            'preset_summary', 'save_effective_config', 'finish_run', 'open_context', 'prepare_teachers',
-           'save_freeze_report', 'changes_teachers', 'run_distil', 'run_in_folder', 'objects_id', 'explained_stops',
-           'run_experiment', 'parameters_set']
+           'save_freeze_report', 'changes_teachers', 'fuses_teachers', 'run_distil', 'run_in_folder', 'objects_id',
+           'explained_stops', 'run_experiment', 'parameters_set']
 
 # %% ../../nbs/11_run/03_experiment.ipynb #63557915
 import ast, contextlib, copy, hashlib, inspect, json, os, textwrap
@@ -30,10 +30,11 @@ from ..models.cache import is_frozen, teacher_counts
 from ..models.cards import object_fingerprint
 from ..models.trace import copied, plain_module
 from .cl import CL_BASELINES, run_cl
-from .students import BASELINES, train_all
+from .students import baselines_of, look_ahead, train_all
 from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, settle_config,
                                    teacher_specs, train_teacher, warn_unknown)
+from ..trainers.tables import bridge_images
 from ..trainers.tracking import final_numbers, tracking
 
 # %% ../../nbs/11_run/03_experiment.ipynb #f06571d6
@@ -98,7 +99,7 @@ def classes_of_run(
     cfg:Config,
 )->list:
     "The class of the run's method, and of the baselines trained beside it"
-    name, baselines = (cfg.cl_method, CL_BASELINES) if cfg.cl_mode else (cfg.method, BASELINES)
+    name, baselines = (cfg.cl_method, CL_BASELINES) if cfg.cl_mode else (cfg.method, baselines_of(cfg))
     return [method_class(m, cfg.cl_mode) for m in (name, *(baselines if cfg.compare else ()))]
 
 # %% ../../nbs/11_run/03_experiment.ipynb #364d1d3c
@@ -220,6 +221,15 @@ def changes_teachers(
 COLUMNS_OF_A_RUN = ('method', 'dataset', 'seed', 'val_acc', 'test_acc_val_selected', 'test_acc_last', 'train_acc',
                     'params', 'macs', 'baseline')
 
+# %% ../../nbs/11_run/03_experiment.ipynb #7c88fc4c
+def fuses_teachers(
+    cfg:Config,
+    teachers,    # Wrapped teachers
+)->bool:
+    "Is there something to fit on labelled images: several teachers, a bridge, or a method that asks for it?"
+    cls = check_method(cfg.method)
+    return bool(len(teachers) > 1 or teachers and (cls.adapts or cls.fits_teachers))
+
 # %% ../../nbs/11_run/03_experiment.ipynb #339bdb38
 def run_distil(
     ctx:RunContext,
@@ -234,9 +244,12 @@ def run_distil(
     save_freeze_report({'student': net} | {s.name: t for s, t in zip(specs, ts)}, ctx.run/'freeze_report.csv')
     moves = changes_teachers(cfg, ts)
     originals = copy.deepcopy(ts) if moves else ts
-    results, method, gates = train_all(net, ts, specs, ctx, extra)
+    fitting = bridge_images(ctx, infos, ts) if fuses_teachers(cfg, ts) else None
+    look = look_ahead(ts, specs, ctx, fitting) if len(ts) > 1 else None
+    results, method, gates = train_all(net, ts, specs, ctx, extra, fitting)
     z, y = evaluate_all(net, originals, ts, specs, results, method, ctx)
     summary = summarise(z, y, results, gates, specs, originals, net, infos, ctx, extra)
+    summary |= {} if look is None else dict(outlook=look)
     save_results(net, results, method, ts, specs, moves, z, y, ctx, student)
     row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
     return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views)
