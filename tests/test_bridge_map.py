@@ -74,7 +74,7 @@ def test_holm_by_hand():
 def test_every_arm_has_the_same_budget():
     from asibkd.run.experiment import method_class
     assert {len(settings) for *_, settings in study.ARMS.values()} == {study.BUDGET}
-    cfgs = [study.config_of('digits', 20, 0, arm, c)[0] for arm in study.ARMS for c in range(study.BUDGET)]
+    cfgs = [study.config_of('digits', 20, 0, arm, c)[0] for arm in study.ARMS for c in (0, study.BUDGET - 1)]
     assert len({(c.epochs or c.num_stages*c.student_epochs_per_stage, c.batch_size, c.student_type) for c in cfgs}) == 1
     assert all(method_class(c.method, 0) for c in cfgs)
     for data, (_, _, reported, tuning) in study.DATA.items():
