@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 
 from ..core.config import Config, log
-from ..core.runtime import RunContext, forked_rng
+from ..core.runtime import RunContext, forked_rng, objective_of
+from ..distil.asmb import ASMB
 from ..distil.fusion import outlook
 from ..distil.methods import Method, check_method, create_method
 from ..distil.metrics import accuracy, collect_logits
 from ..models.cache import get_teacher_fn
+from ..trainers.fusing import fuse_teachers
 from ..trainers.loop import FitResult, snapshot
 from ..trainers.phases import adapt, distil, to_device, val_loader
 from ..trainers.tables import bridge_images, fitting_table
@@ -94,8 +96,13 @@ def train_in_stages(
 )->tuple: # (TrainResult, the gate's record of each stage)
     "`num_stages` rounds of phase A and phase B"
     cfg, result, gates = ctx.cfg, TrainResult(key), []
+    fuses = objective_of(cfg) == 'fuse' and isinstance(method, ASMB)
+    if fuses and fitting is None:
+        fitting = bridge_images(ctx, (), teachers)
     for stage in range(cfg.num_stages):
-        if cfg.teacher_adapt_epochs:
+        if fuses:
+            gates.append(fuse_teachers(student, teachers, method, ctx, stage, fitting))
+        elif cfg.teacher_adapt_epochs:
             gates.append(adapt(student, teachers, method, ctx, stage))
         result.add(distil(student, teachers, method, ctx, stage, cfg.num_stages), student)
     return result, gates
