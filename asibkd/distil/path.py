@@ -124,7 +124,7 @@ def fit_runs(
     return {k: v.detach() for k, v in params.items()}
 
 # %% ../../nbs/05_distil/09_path.ipynb #c90cd823
-PATH = (math.inf, 1., .1, .01, .001)   # Prices of a nat, from the base to an almost free fusion
+PATH = (math.inf, 1., .3, .1, .03, .01)   # Prices of a nat, from the base to an almost free fusion
 
 # %% ../../nbs/05_distil/09_path.ipynb #1e6f03dd
 def path_rows(
@@ -147,7 +147,7 @@ def fit_path(
     table:TeacherTable,
     base=None,        # `Base`; None: fitted on the table
     betas=PATH,       # ∞ first
-    k=None,           # Folds, None = FOLDS; fewer where a class has fewer images, and no path where one has a single image
+    k=None,           # Folds, None = FOLDS; fewer where a class has fewer images, no path where one has one
     seed=0,           # Of folds, first weights and noise
     asks=True, seen=None,  # As in `fusion_head`
     gate=True,        # May the base win?

@@ -159,7 +159,8 @@ def fusion_record(
     average, head = mean_logits(table.logits, columns=table.columns), path['head']
     first = path['rows'][0]
     at = next(r for r in path['rows'] if r['beta'] == path['beta'])
-    return dict(stage=stage + 1, gate=path['beta'] is not None, checked=bool(cfg.synergy_gate), epoch=epochs, epochs=epochs,
+    return dict(stage=stage + 1, gate=path['beta'] is not None, checked=bool(cfg.synergy_gate), epoch=epochs,
+                epochs=epochs,
                 synergy_nll=at['cv_nll'], synergy_acc=at['cv_acc'], base_nll=first['cv_nll'], base_acc=first['cv_acc'],
                 average_nll=nll(average, table.y), average_acc=accuracy(average, table.y), recon=None,
                 beta=path['beta'], path=path['rows'], images=images, temps=head.temps.tolist(),
