@@ -200,6 +200,8 @@ class DataParams(Params):
     train_per_class:int = param(0, "Use at most this many training images per class; 0 = all.", ge=0)
     labels_per_class:int = param(0, "Training images of each class whose labels the student's side may use; the others "
         "only pass the teachers; 0 = all. Teachers are fine-tuned on all labels.", ge=0)
+    unlabelled:str = param('', "Folder of images without classes, which are added to the training images and only pass the "
+        "teachers; empty = unlabelled/ beside train/ (imagefolder), none = without it.")
     teacher_share:float = param(0.0, "Share of the training images that teachers are fine-tuned on and the student never "
         "sees; 0 = both use the same images.", ge=0, lt=1)
     skip_corrupt:bool = param(False, "Drop and count images that cannot be read instead of stopping.")

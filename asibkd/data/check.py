@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.config import DataError
-from asibkd.data.folders import (PHOTO_ENDINGS, left_out_text, require_two_classes, scan_photos, shown_path,
-    split_folders)
+from .folders import (PHOTO_ENDINGS, left_out_text, require_two_classes, scan_photos, scan_unlabelled,
+    shown_path, split_folders, unlabelled_folder)
 from .sources import FileSource
 
 # %% ../../nbs/01_data/05_check.ipynb #9472e1da
@@ -44,7 +44,8 @@ class DataCheck:
         lines = [f"{self.root}"]
         for k, n in self.splits.items():
             few = ', '.join(f'{c} {m:,}' for c, m in [*n.items()][:8]) + (', …' if len(n) > 8 else '')
-            lines.append(f"  {k:<5}  {sum(n.values()):,} photos in {len(n)} classes ({few})")
+            where = 'without a class' if [*n] == [''] else f'in {len(n)} classes ({few})'
+            lines.append(f"  {k:<5}  {sum(n.values()):,} photos {where}")
         order = ('error', 'warning', 'note')
         lines += [f'  {f}' for f in sorted(self.findings, key=lambda f: order.index(f.level))]
         return '\n'.join(lines + ["  A run can read it." if self.ok else "  A run cannot read it as it is."])
@@ -120,7 +121,7 @@ def duplicate_findings(
     "Photos in two splits, or in two classes of one"
     at = {f: (k, c) for k, s in scans.items() for c, files in s.files.items() for f in files}
     groups = same_files(at)
-    for a, b in (('train', 'test'), ('train', 'val'), ('val', 'test')):
+    for a, b in (('train', 'test'), ('train', 'val'), ('val', 'test'), ('unlabelled', 'test'), ('unlabelled', 'val')):
         both = [[next((f for f in g if at[f][0] == k), None) for k in (a, b)] for g in groups]
         if both := [o for o in both if all(o)]:
             yield Finding('warning', f"{len(both)} photos are in {a}/ and in {b}/, first: "
@@ -143,7 +144,8 @@ def class_findings(
         loose = sum(n for o, n in s.left_out.items() if o.startswith(PHOTO_ENDINGS))
         if not s.files:
             yield Finding('error', f"{k}/ holds {f'{loose} images, ' if loose else ''}no class folders.",
-                          "Sort the images into a folder for each class, or move the folder away.")
+                          "Sort the images into a folder for each class; those without a class belong into "
+                          "unlabelled/ beside train/.")
             continue
         for c in train.files:
             if not s.files.get(c): yield Finding('error', f"Class '{c}' has no images in {k}/.",
@@ -159,17 +161,20 @@ def class_findings(
 
 # %% ../../nbs/01_data/05_check.ipynb #8f2ea41a
 def check_data(
-    root, # data_root: train/<class>/*.jpg and val/ or test/ or both
+    root, # data_root: train/<class>/*.jpg and val/ or test/ or both; unlabelled/ where there is one
 )->DataCheck:
     "Look at every photo of a folder: what a run would find, and what it would not notice"
     root = Path(root).expanduser()
     check = DataCheck(root)
-    try: scans = scan_photos(split_folders(root))
+    try:
+        scans, extra = scan_photos(split_folders(root)), {}
+        if folder := unlabelled_folder(root): extra = dict(unlabelled=scan_unlabelled(folder))
     except DataError as e:
         check.findings.append(Finding('error', str(e)))
         return check
-    check.splits = {k: {c: len(files) for c, files in s.files.items()} for k, s in scans.items()}
     check.findings += class_findings(scans)
+    scans |= extra
+    check.splits = {k: {c: len(files) for c, files in s.files.items()} for k, s in scans.items()}
     for k, s in scans.items(): check.findings += photo_findings(s, s.folder.name)
     check.findings += duplicate_findings(scans)
     return check

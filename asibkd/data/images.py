@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'as_labels', 'ImageSet', 'is_small', 'resize_and_crop', 'prepare_image', 'one_thread', 'common_shape',
-           'load_images', 'by_class', 'stratified_split', 'limit_per_class', 'hide_labels', 'channel_stats', 'Data',
-           'overlap_classes', 'restrict']
+           'load_images', 'by_class', 'stratified_split', 'limit_per_class', 'hide_labels', 'join_sets',
+           'channel_stats', 'Data', 'overlap_classes', 'restrict']
 
 # %% ../../nbs/01_data/02_images.ipynb #d2e4ca31
 import contextlib, os
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from ..core.config import DataError
 from ..core.runtime import UNLABELLED, generator, has_label
-from .sources import DatasetSource, FileSource, TensorSource, as_image
+from .sources import DatasetSource, FileSource, JoinedSource, TensorSource, as_image
 
 # %% ../../nbs/01_data/02_images.ipynb #f97221c1
 def as_labels(
@@ -283,6 +283,19 @@ def hide_labels(
     keep = limit_per_class(ds.y, k, *key) if k else torch.arange(len(ds))
     y[keep] = ds.y[keep]
     return ImageSet(ds.source, y, ds.classes, ds.ids, ds.shape)
+
+# %% ../../nbs/01_data/02_images.ipynb #eb249e98
+def join_sets(
+    a,  # An `ImageSet`
+    b,  # Another, of images of the same shape
+)->ImageSet: # With the class names of `a`; the positions of `a` come first
+    "Two sets as one"
+    sources = a.source, b.source
+    if all(isinstance(o, TensorSource) for o in sources) and a.source.x.shape[1:] == b.source.x.shape[1:]:
+        source = TensorSource(torch.cat([o.x for o in sources]))
+    elif all(isinstance(o, FileSource) for o in sources): source = FileSource(a.source.paths + b.source.paths)
+    else: source = JoinedSource(*sources)
+    return ImageSet(source, torch.cat([a.y, b.y]), a.classes, torch.cat([a.ids, b.ids + len(a.source)]), a.shape)
 
 # %% ../../nbs/01_data/02_images.ipynb #9daac226
 def channel_stats(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_image', 'TensorSource', 'DatasetSource', 'stored_labels', 'refuse_clipping', 'class_names', 'FileSource',
-           'fingerprint_of']
+           'JoinedSource', 'fingerprint_of']
 
 # %% ../../nbs/01_data/01_sources.ipynb #b7c00004
 import contextlib, hashlib, os
@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.config import DataError, log
+from ..core.runtime import UNLABELLED
 from .folders import JPEG_ENDINGS, shown_path
 
 # %% ../../nbs/01_data/01_sources.ipynb #c9f3d3a1
@@ -150,9 +151,9 @@ def gather(self:TensorSource,
 
 # %% ../../nbs/01_data/01_sources.ipynb #191ad51c
 class DatasetSource:
-    "The images of a map-style Dataset `ds` of (image, label)"
-    def __init__(self, ds):
-        self.ds, self.kept = ds, {}
+    "The images of a map-style Dataset `ds` of (image, label); with `bare`, items may be images alone"
+    def __init__(self, ds, bare=False):
+        self.ds, self.bare, self.kept = ds, bare, {}
         if not (hasattr(ds, '__len__') and hasattr(ds, '__getitem__')):
             raise DataError("A dataset must be map-style, with len() and [i] -> (image, label); "
                             f"got {type(ds).__name__}.")
@@ -172,6 +173,7 @@ class DatasetSource:
         except Exception as e:
             if i >= len(self): raise              # the end of an iteration
             raise DataError(f"Item {i} of the {type(self.ds).__name__} cannot be read: {type(e).__name__}: {e}") from e
+        if self.bare and not isinstance(item, (tuple, list)): return item, UNLABELLED
         if not (isinstance(item, (tuple, list)) and len(item) > 1):
             raise DataError(f"Items of a dataset must be (image, label); item {i} is {type(item).__name__}.")
         return item
@@ -317,6 +319,23 @@ def fingerprint(self:FileSource)->str: # 32 hex digits
             h.update(repr((os.path.abspath(f), s.st_size, s.st_mtime_ns)).encode())
         self._fingerprint = h.hexdigest()
     return self._fingerprint
+
+# %% ../../nbs/01_data/01_sources.ipynb #8eb78040
+class JoinedSource:
+    "The images of several sources, one after the other"
+    def __init__(self, *parts):
+        self.parts, self.ends = parts, np.cumsum([len(p) for p in parts])
+
+    def __len__(self): return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        k = int(np.searchsorted(self.ends, i, 'right'))
+        return self.parts[k][i - int(self.ends[k]) + len(self.parts[k])]
+
+    def fingerprint(self)->str|None: # None where one of them has none
+        "A hash of the parts' fingerprints"
+        found = [p.fingerprint() if hasattr(p, 'fingerprint') else None for p in self.parts]
+        return None if None in found else hashlib.blake2b(repr(found).encode(), digest_size=16).hexdigest()
 
 # %% ../../nbs/01_data/01_sources.ipynb #92c1322f
 def fingerprint_of(source)->str|None: # None where it has none

@@ -219,13 +219,13 @@ DISAGREE = ('pred', 'both_wrong', 'any_wrong') # disagree_mode: not all equal; n
 # %% ../../nbs/05_distil/00_losses.ipynb #109b2bd1
 def disagreement(
     logits,       # (M, B, K), or a list of (B, K): the teachers
-    y:Tensor,     # (B,) hard labels, or (B, K) soft ones, whose dominant class counts
+    y:Tensor,     # (B,) hard labels, or (B, K) soft ones, whose dominant class counts; some may be missing
     mode='pred',  # One of DISAGREE
 )->Tensor: # (B,) bool
     "Where the teachers disagree, in one of three senses"
     if mode not in DISAGREE: raise ValueError(f"Unknown disagree_mode '{mode}'. Known: {', '.join(DISAGREE)}.")
     pred = torch.stack(list(logits)).argmax(-1)
-    wrong = pred != (y if y.ndim == 1 else y.argmax(1))
+    wrong = (pred != (y if y.ndim == 1 else y.argmax(1))) & has_label(y)   # without a label, nobody is wrong
     return {'pred': (pred != pred[:1]).any(0), 'both_wrong': wrong.all(0), 'any_wrong': wrong.any(0)}[mode]
 
 # %% ../../nbs/05_distil/00_losses.ipynb #c0fdd781
@@ -235,5 +235,6 @@ def disagree_weights(
     low=1.,   # λ_low: weight where they agree
 )->Tensor: # (B,) mean 1
     "Weights by disagreement, normalised to batch mean 1"
-    d = disagreement(logits, y, mode)
-    return mean_one(torch.where(d, float(high), float(low)))
+    w, known = torch.where(disagreement(logits, y, mode), float(high), float(low)), has_label(y)
+    if mode != 'pred': w = torch.where(known, w, (w*known).sum()/known.sum().clamp(min=1))
+    return mean_one(w)

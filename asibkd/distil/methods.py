@@ -71,6 +71,7 @@ class Method(nn.Module):
     "Base of every method"
     teachers_used = 'all'        # 'all', 'one' or 'none': the others' outputs are not computed
     adapts = False               # Has a phase A (`adapt_loss`)
+    fits_teachers = False        # Fits something on labelled images before its first phase (`fit_teachers`)
     allows_class_subsets = True  # Can use teachers that know only some of the classes
     needs_maps = False  # Compares feature maps (`stages`, `feat_4d` of a teacher): those are never cached
     unlabelled = True            # Can use images without a label (`batch.labelled` says which have one)
@@ -117,6 +118,14 @@ def prepare(self:Method,
 @patch
 def after_step(self:Method):
     "Called after every step of the optimiser"
+
+# %% ../../nbs/05_distil/02_methods.ipynb #9f58852c
+@patch
+def fit_teachers(self:Method,
+    table,  # `TeacherTable`: the teachers' logits and features, and the labels
+)->str: # One line for the log
+    "Every method with `fits_teachers` defines this; it must be deterministic: a resumed run calls it again"
+    raise NotImplementedError(f"{type(self).__name__} has fits_teachers=True and must define fit_teachers(table).")
 
 # %% ../../nbs/05_distil/02_methods.ipynb #607323f4
 @patch

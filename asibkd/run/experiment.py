@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COLUMNS_OF_A_RUN', 'split_given', 'function_source', 'code_hash', 'method_class', 'classes_of_run', 'check_typed',
            'preset_summary', 'save_effective_config', 'finish_run', 'open_context', 'prepare_teachers',
-           'save_freeze_report', 'changes_teachers', 'run_distil', 'run_in_folder', 'objects_id', 'explained_stops',
-           'run_experiment', 'parameters_set']
+           'save_freeze_report', 'changes_teachers', 'fuses_teachers', 'run_distil', 'run_in_folder', 'objects_id',
+           'explained_stops', 'run_experiment', 'parameters_set']
 
 # %% ../../nbs/11_run/03_experiment.ipynb #63557915
-import ast, contextlib, copy, hashlib, inspect, json, textwrap
+import ast, contextlib, copy, hashlib, inspect, json, os, textwrap
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from ..core.config import Config, ConfigError, RunError, config_layers, log, rea
 from ..core.files import atomic_write
 from ..core.runfolder import Run, environment, setup_log
 from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic, trains_teachers
-from ..data.datasets import create_data
+from ..data.datasets import as_unlabelled_set, create_data
 from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
 from ..freeze import freeze_report
@@ -30,10 +30,11 @@ from ..models.cache import is_frozen, teacher_counts
 from ..models.cards import object_fingerprint
 from ..models.trace import copied, plain_module
 from .cl import CL_BASELINES, run_cl
-from .students import BASELINES, train_all
+from .students import baselines_of, look_ahead, train_all
 from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, settle_config,
                                    teacher_specs, train_teacher, warn_unknown)
+from ..trainers.tables import bridge_images
 from ..trainers.tracking import final_numbers, tracking
 
 # %% ../../nbs/11_run/03_experiment.ipynb #f06571d6
@@ -53,6 +54,8 @@ def split_given(
     objects['student'] = plain(student)
     if isinstance(student, str):
         params, objects['student'] = params | dict(student_type=student), None
+    if isinstance(unlabelled := objects.get('unlabelled'), (str, os.PathLike)):
+        params, objects['unlabelled'] = params | dict(unlabelled=os.fspath(unlabelled)), None
     if objects.get('train') is None:
         return params
     return params | dict(dataset=type(objects['train']).__name__, data_root='')
@@ -96,7 +99,7 @@ def classes_of_run(
     cfg:Config,
 )->list:
     "The class of the run's method, and of the baselines trained beside it"
-    name, baselines = (cfg.cl_method, CL_BASELINES) if cfg.cl_mode else (cfg.method, BASELINES)
+    name, baselines = (cfg.cl_method, CL_BASELINES) if cfg.cl_mode else (cfg.method, baselines_of(cfg))
     return [method_class(m, cfg.cl_mode) for m in (name, *(baselines if cfg.compare else ()))]
 
 # %% ../../nbs/11_run/03_experiment.ipynb #364d1d3c
@@ -157,12 +160,13 @@ def open_context(
     run:Run, cfg:Config,
     train=None, val=None, test=None,  # The user's own datasets
     callbacks=(),
+    unlabelled=None,                  # The user's own images without a class
 )->RunContext:
     "Device, data and settled parameters of a run"
     set_deterministic(cfg.deterministic)
     teacher_counts.clear()
     acc = create_accelerator(cfg)
-    data = create_data(cfg, train, val, test)
+    data = create_data(cfg, train, val, test, unlabelled=unlabelled)
     key, n = 'cl_method' if cfg.cl_mode else 'method', len(data.train) - len(data.labelled)
     refuse_unlabelled(f'{key}={getattr(cfg, key)}', classes_of_run(cfg), n)
     cfg = settle_config(cfg, data)
@@ -217,6 +221,15 @@ def changes_teachers(
 COLUMNS_OF_A_RUN = ('method', 'dataset', 'seed', 'val_acc', 'test_acc_val_selected', 'test_acc_last', 'train_acc',
                     'params', 'macs', 'baseline')
 
+# %% ../../nbs/11_run/03_experiment.ipynb #7c88fc4c
+def fuses_teachers(
+    cfg:Config,
+    teachers,    # Wrapped teachers
+)->bool:
+    "Is there something to fit on labelled images: several teachers, a bridge, or a method that asks for it?"
+    cls = check_method(cfg.method)
+    return bool(len(teachers) > 1 or teachers and (cls.adapts or cls.fits_teachers))
+
 # %% ../../nbs/11_run/03_experiment.ipynb #339bdb38
 def run_distil(
     ctx:RunContext,
@@ -231,9 +244,12 @@ def run_distil(
     save_freeze_report({'student': net} | {s.name: t for s, t in zip(specs, ts)}, ctx.run/'freeze_report.csv')
     moves = changes_teachers(cfg, ts)
     originals = copy.deepcopy(ts) if moves else ts
-    results, method, gates = train_all(net, ts, specs, ctx, extra)
+    fitting = bridge_images(ctx, infos, ts) if fuses_teachers(cfg, ts) else None
+    look = look_ahead(ts, specs, ctx, fitting) if len(ts) > 1 else None
+    results, method, gates = train_all(net, ts, specs, ctx, extra, fitting)
     z, y = evaluate_all(net, originals, ts, specs, results, method, ctx)
     summary = summarise(z, y, results, gates, specs, originals, net, infos, ctx, extra)
+    summary |= {} if look is None else dict(outlook=look)
     save_results(net, results, method, ts, specs, moves, z, y, ctx, student)
     row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
     return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views)
@@ -243,12 +259,12 @@ def run_in_folder(
     run:Run, cfg:Config,
     extra,                        # Values of the method-specific parameters
     teachers=None, student=None,  # The user's own modules
-    train=None, val=None, test=None, callbacks=(),
+    train=None, val=None, test=None, callbacks=(), unlabelled=None,
 ):
     "The body of `run_experiment`, inside the open run folder"
     work = run_cl if cfg.cl_mode else run_distil
     with tracking(cfg, run) as trackers:
-        ctx = open_context(run, cfg, train, val, test, (*callbacks, *trackers))
+        ctx = open_context(run, cfg, train, val, test, (*callbacks, *trackers), unlabelled)
         summary, row = work(ctx, teachers, student, extra)
         finish_run(run, summary, row)
         for t in trackers:
@@ -266,6 +282,8 @@ def objects_id(
         raise ConfigError("teachers=[]: give at least one teacher.")
     others = [objects[k] for k in ('student', 'train', 'val', 'test')]
     given = [o for o in (*(teachers or ()), *others) if o is not None]
+    if objects.get('unlabelled') is not None:
+        given.append(as_unlabelled_set(objects['unlabelled']))
     return '+'.join(filter(None, [*map(object_fingerprint, given), code_hash(method)]))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #06b999f3
@@ -287,12 +305,13 @@ def run_experiment(
     teachers=None,                     # Your modules (or names) in place of teacher1_type, teacher2_type
     student=None,                      # Your module (or a name)
     train=None, val=None, test=None,   # Your datasets of (image, label); without `val`, val_frac of train is held out
+    unlabelled=None,                   # Your images without a class: a folder, a Dataset, or a uint8 tensor (N, C, H, W)
     callbacks=(),                      # `Callback`s, or functions called with each epoch's row
     **params,                          # Any parameter of `Config`
 )->dict: # The summary, as in summary.json, with `run`: the folder
     "Run one experiment end to end; repeating the call resumes it, or returns its stored result"
     refuse_processes()
-    objects = dict(teachers=teachers, student=student, train=train, val=val, test=test)
+    objects = dict(teachers=teachers, student=student, train=train, val=val, test=test, unlabelled=unlabelled)
     params = split_given(objects, params)
     cfg, extra = resolve(_file, **params)
     idle = check_typed(cfg, params, _file)
