@@ -179,7 +179,7 @@ def cmd_merge(argv):
     files, (file, given) = argv[:n], parse('merge', argv[n:])
     from asibkd.models.identify import check_merge, merge_params
     check_merge(files, given)
-    announce(file, given)
+    announce(file, dict(dataset='imagefolder') | given)
     from asibkd.run.experiment import run_experiment
     print_run(run_experiment(file, **merge_params(files, given)))
 
