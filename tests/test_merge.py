@@ -67,7 +67,7 @@ def checkpoints(tmp_path):
 
 FAST = ('--method', 'avgz', '--compare', '0', '--report', '0', '--num_stages', '1', '--student_epochs_per_stage', '1', '--small_input', '0', '--batch_size', '4', '--device', 'cpu', '--student_type', 'mlp')
 
-def test_merge_from_the_command_line(tmp_path, asibkd, folder, monkeypatch):
+def test_merge_from_the_command_line(tmp_path, asibkd, folder):
     "Two foreign files and a folder: architectures from the files, classes from the file or the command line; the average is that of the two networks"
     a, b = checkpoints(tmp_path)
     folder(classes=('cat', 'cow', 'dog'), train=6, test=2)
@@ -78,10 +78,6 @@ def test_merge_from_the_command_line(tmp_path, asibkd, folder, monkeypatch):
     import json
     w = json.loads((tmp_path/'results/m/summary.json').read_text())['weights']
     assert (w['teacher1']['outputs'], w['teacher1']['classes'], w['teacher2']['classes']) == ([0, -1, 2], [0, 2], [1, 2])
-    monkeypatch.chdir(tmp_path)                                              # the files' paths count from where the run was started
-    from asibkd.explore.opened import open_run
-    t = open_run('results/m').teachers['teacher1']
-    assert (t.columns.tolist(), t.kept.tolist()) == ([0, 2], [0, 2]) and torch.equal(t.model.conv_stem.weight, a.conv_stem.weight)
     r = asibkd('merge', 'a.pth', 'b.pth', '--data_root', 'photos', '--teacher1_classes', 'cat,dog', *FAST)
     assert r.returncode == 2 and 'another number of classes (3, here 2)' in r.stderr and 'teacher1_classes' in r.stderr, r.stderr
 
