@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # the tests run in parallel on two cores
+os.fsync = lambda file: None                     # a run waits 85 times for the disk: nobody cuts the power here
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'tests'))
 TINY = dict(preset='quickstart', device='cpu', compare='0', train_per_class='12', finetune_epochs='1', teacher_adapt_epochs='1', student_epochs_per_stage='1', num_stages='1', log_level='WARNING', report='0')
@@ -23,6 +24,12 @@ def door():
 def asibkd(tmp_path, door):
     "The command, in an empty folder"
     return lambda *argv: door(*argv, cwd=tmp_path)
+
+@pytest.fixture
+def notebook(tmp_path, door):
+    "nbs/run_experiment.ipynb with parameters, as papermill runs it: notebook('out.ipynb', '-p', 'seed', 3)"
+    path = root/'nbs'/'run_experiment.ipynb'
+    return lambda out, *argv: door(*argv, cwd=tmp_path, notebook=(str(path), str(out)))
 
 @pytest.fixture
 def short_exam(monkeypatch):

@@ -1,5 +1,5 @@
 "Cached teacher outputs, through the public door: what is computed, what is found, and that it is the same."
-import json, os, subprocess, sys
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ from asibkd.core.config import ConfigError, resolve
 from asibkd.data.datasets import create_data
 from asibkd.run.experiment import run_experiment
 
-root = Path(__file__).parents[1]
 BASE = dict(report=0, preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug='standard', train_per_class=12, method='vanilla_kd', teacher_type='resnet8', student_type='resnet8', finetune_epochs=1,
             epochs=2, log_level='ERROR', num_stages=1, disable_tqdm=1)
 
@@ -63,11 +62,11 @@ def test_every_stage_of_the_bridge(tmp_path):
     w = weights(live); far = max((weights(a)[k].float() - v.float()).abs().max() for k, v in w.items())
     assert 0 < far < .1                                        # half precision of the targets, a few steps later
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, door):
     "Two runs fill one table at once and leave the same student"
     args = [f'{k}={v}' for k, v in (BASE | dict(results_dir=tmp_path, train_per_class=30)).items()]
-    ps = [subprocess.Popen([sys.executable, '-m', 'asibkd.run.cli', 'run', *args, f'exp_id={n}'], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in 'ab']
-    for p in ps: out = p.communicate(timeout=300)[0]; assert p.returncode == 0, out[-2000:]
+    ps = [door.start('run', *args, f'exp_id={n}') for n in 'ab']
+    for p in ps: out = ''.join(p.communicate(timeout=300)); assert p.returncode == 0, out[-2000:]
     a, b = (load_file(tmp_path/n/'student.safetensors') for n in 'ab')
     assert all(v.equal(b[k]) for k, v in a.items())
 

@@ -8,7 +8,7 @@ root = Path(__file__).parents[1]
 
 def test_papermill(tmp_path):
     "The README's line, shortened: parameters reach the run, the output reads well"
-    short = dict(preset='quickstart', train_per_class=12, finetune_epochs=1, teacher_adapt_epochs=1, student_epochs_per_stage=1, num_stages=1, device='cpu', seed=3)
+    short = dict(preset='quickstart', report=0, train_per_class=12, finetune_epochs=1, teacher_adapt_epochs=1, student_epochs_per_stage=1, num_stages=1, device='cpu', seed=3)
     args = [a for k, v in short.items() for a in ('-p', k, str(v))]
     r = subprocess.run([sys.executable, '-m', 'papermill', str(root/'nbs'/'run_experiment.ipynb'), 'out.ipynb', *args], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert r.returncode == 0, r.stderr[-3000:]
@@ -20,7 +20,7 @@ def test_papermill(tmp_path):
     assert re.search(r'asmb (is ahead of|is BEHIND|cannot be told)', text)
 
 def test_command_line_outside_the_repository(asibkd, tmp_path):
-    r = asibkd('run', 'preset=quickstart', 'train_per_class=12', 'finetune_epochs=1', 'teacher_adapt_epochs=1', 'student_epochs_per_stage=1', '--num_stages', 1, '--compare', 0, '--device', 'cpu')
+    r = asibkd('run', 'preset=quickstart', 'train_per_class=12', 'finetune_epochs=1', 'teacher_adapt_epochs=1', 'student_epochs_per_stage=1', '--num_stages', 1, '--compare', 0, '--report', 0, '--device', 'cpu')
     assert r.returncode == 0, r.stderr[-2000:]
     assert 'asmb' in r.stdout and (tmp_path/'results'/'summary.csv').exists()
     assert '\r' not in r.stderr and '%|' not in r.stderr          # no progress bars where nobody watches
@@ -36,7 +36,7 @@ def test_help(asibkd):
 def test_image_folder_from_the_command_line(asibkd, folder):
     d = folder(train=12, test=3)
     r = asibkd('run', '--preset', 'method/asmb', '--dataset', 'imagefolder', '--data_root', d, '--teachers', 'resnet8,resnet14,vgg8', '--student_type', 'resnet8', '--finetune_epochs', 1, '--batch_size', 8,
-               '--student_epochs_per_stage', 1, '--teacher_adapt_epochs', 1, '--num_stages', 1, '--val_frac', .25, '--device', 'cpu', '--data_aug', 'standard')
+               '--student_epochs_per_stage', 1, '--teacher_adapt_epochs', 1, '--num_stages', 1, '--val_frac', .25, '--device', 'cpu', '--data_aug', 'standard', '--report', 0)
     assert r.returncode == 0, r.stderr[-2000:]
     assert 'teacher3' in r.stdout or 'vgg8' in r.stdout
 
@@ -70,7 +70,7 @@ def test_finetune_then_run_then_evaluate(asibkd, tmp_path):
     r = asibkd('finetune', *short, '--teacher_type', 'resnet20', '--finetune_epochs', 1, '--finetune_use_cutmix', 1); assert r.returncode == 0, r.stderr[-2000:]
     assert (tmp_path/'checkpoints'/'resnet20_ft.pth').exists()
     r = asibkd('finetune', *short, '--teacher_type', 'resnet20', '--finetune_epochs', 1); assert r.returncode == 0 and 'skipped' in r.stdout
-    r = asibkd('run', *short, '--finetune_epochs', 1, '--teacher_adapt_epochs', 1, '--student_epochs_per_stage', 1, '--num_stages', 1, '--compare', 0, '--exp_id', 'a')
+    r = asibkd('run', *short, '--finetune_epochs', 1, '--teacher_adapt_epochs', 1, '--student_epochs_per_stage', 1, '--num_stages', 1, '--compare', 0, '--report', 0, '--exp_id', 'a')
     assert r.returncode == 0 and 'from checkpoints/resnet20_ft.pth' in r.stdout and 'fine-tuning resnet14' in r.stdout, r.stderr[-2000:]
     s = json.loads((tmp_path/'results'/'a'/'summary.json').read_text())
     r = asibkd('evaluate', *short, '--eval_mode', 'synergy', '--mbm_ckpt', 'results/a/bridge.safetensors', '--student_ckpt', 'results/a/student.safetensors', '--teacher2_ckpt', 'results/a/teacher2.pth')

@@ -208,7 +208,7 @@ def test_own_modules_and_data_are_given_again(tmp_path):
     torch.manual_seed(0)
     train, test, ts, student = FakeData(80, (3, 16, 16), num_classes=4), FakeData(40, (3, 16, 16), num_classes=4), [net(8), 'resnet8'], net(4)
     s = run_experiment(teachers=ts, student=student, train=train, test=test, preset='method/asmb', batch_size=16, finetune_epochs=1, num_stages=1, teacher_adapt_epochs=1,
-                       student_epochs_per_stage=1, data_aug=0, device='cpu', results_dir=str(tmp_path), log_level='WARNING')
+                       student_epochs_per_stage=1, data_aug=0, device='cpu', report=0, results_dir=str(tmp_path), log_level='WARNING')
     for given, says in ((dict(), r'train=…'), (dict(train=train, test=test), r'teachers=\[…\]'), (dict(train=train, test=test, teachers=ts), r'student=MyModule')):
         with pytest.raises(RunError, match=says): open_run(s['run'], **given)
     mine, theirs = net(4), [net(8), 'resnet8']; before = copy.deepcopy(mine.state_dict())

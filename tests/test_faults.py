@@ -1,5 +1,5 @@
 "What goes wrong at a user's: each fault stops with a message that names it, and loses nothing."
-import json, os, pickle, resource, subprocess, sys, time
+import json, os, pickle
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,8 @@ from asibkd.models.teachers import create_teacher
 root = Path(__file__).parents[1]
 
 # --- parameters ---------------------------------------------------------------------------------------------------
-def test_misspelt_at_the_papermill_door(tmp_path):
-    r = subprocess.run([sys.executable, '-m', 'papermill', str(root/'nbs'/'run_experiment.ipynb'), str(tmp_path/'o.ipynb'), '-p', 'cl_mdoe', '1'], cwd=tmp_path,
-                       capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def test_misspelt_at_the_papermill_door(notebook):
+    r = notebook('o.ipynb', '-p', 'cl_mdoe', 1)
     assert r.returncode != 0 and "Did you mean 'cl_mode'" in r.stderr + r.stdout
 
 def test_misspelt_on_the_command_line(asibkd):
@@ -148,16 +147,14 @@ def test_results_folder_that_cannot_be_written(tiny, tmp_path):
     for bad in (tmp_path/'file'/'results', '/proc/results'):
         with pytest.raises(RunError, match='cannot be written'): run_experiment(**tiny | dict(results_dir=str(bad)))
 
-def test_full_disk(tmp_path):
+def test_full_disk(tmp_path, door):
     "A limit on file size stands in for a full disk: the same system call fails. The run stops with a message, and goes on when there is room"
     args = [f'{k}={v}' for k, v in dict(preset='quickstart', device='cpu', compare=0, train_per_class=12, finetune_epochs=1, teacher_adapt_epochs=1, student_epochs_per_stage=1,
-            num_stages=1, results_dir=tmp_path/'r', exp_id='a').items()]
-    def limit(): import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    cmd = [sys.executable, '-m', 'asibkd.run.cli', 'run', *args]
-    r = subprocess.run(cmd, capture_output=True, text=True, preexec_fn=limit, cwd=root)
+            num_stages=1, report=0, results_dir=tmp_path/'r', exp_id='a').items()]
+    r = door('run', *args, cwd=root, largest=200_000)
     assert r.returncode == 2 and 'Is the disk full' in r.stderr and 'Traceback' not in r.stderr, r.stderr[-800:]
     assert not (tmp_path/'r'/'a'/'summary.json').exists() and not list((tmp_path/'r'/'a').rglob('*.tmp'))
-    r = subprocess.run(cmd, capture_output=True, text=True, cwd=root)
+    r = door('run', *args, cwd=root)
     assert r.returncode == 0, r.stderr[-800:]
 
 def test_two_runs_with_one_name(tiny):

@@ -22,5 +22,5 @@ def module(name):
 def test_twenty_steps_of_a_and_b(name, tmp_path):
     "20 steps of A (what is open in the teacher moves too) and of B, as teacher beside another and as student"
     s = run_experiment(teachers=[module(name), 'resnet8'], student=module(name), preset='method/asmb', bridge_objective='both', teacher1_freeze_level=1, dataset='digits', image_size=32, small_input=0,
-        batch_size=2, train_per_class=5, val_frac=.2, num_stages=1, teacher_adapt_epochs=1, student_epochs_per_stage=1, data_aug='standard', device='cpu', results_dir=str(tmp_path), log_level='ERROR')
+        batch_size=2, train_per_class=5, val_frac=.2, num_stages=1, teacher_adapt_epochs=1, student_epochs_per_stage=1, data_aug='standard', device='cpu', report=0, results_dir=str(tmp_path), log_level='ERROR')
     assert len((Path(s['run'])/'metrics.jsonl').read_text().splitlines()) == 2 and s['images']['train']//2 == 20

@@ -40,7 +40,7 @@ def mine(tmp_path, monkeypatch):
 @pytest.fixture
 def here(door): return lambda *argv: door(*argv, cwd=Path.cwd())
 
-def test_every_door(mine, here):
+def test_every_door(mine, here, notebook):
     "In fresh processes: a run, its help, the command its report gives, papermill"
     r = here('run', *SHORT, '--sharpness', '3'); assert r.returncode == 0, r.stderr[-2000:]
     run, = (f.parent for f in Path('results').glob('*/summary.json')); s = json.loads((run/'summary.json').read_text())
@@ -50,7 +50,7 @@ def test_every_door(mine, here):
     again = here(*shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
     same = here('run', '-f', str(run/'config.json')); assert same.returncode == 0 and 'nothing was run again' in same.stdout, same.stderr[-1000:]
     other = here('run', '-f', str(run/'config.json'), 'seed=7'); assert other.returncode == 2 and 'seed: 42 → 7' in other.stderr
-    r = subprocess.run([sys.executable, '-m', 'papermill', str(root/'nbs'/'run_experiment.ipynb'), 'out.ipynb', *(o for k in SHORT[4:] for o in ('-p', *k.split('='))), '-p', 'plugin', 'mine.py', '-p', 'method', 'surest', '-p', 'results_dir', 'pm'], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    r = notebook('out.ipynb', *(o for k in SHORT[4:] for o in ('-p', *k.split('='))), '-p', 'plugin', 'mine.py', '-p', 'method', 'surest', '-p', 'results_dir', 'pm')
     assert r.returncode == 0, r.stderr[-2000:]
     assert json.loads(next(Path('pm').glob('*/summary.json')).read_text())['method'] == 'surest'
 

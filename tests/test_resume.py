@@ -25,7 +25,7 @@ def same(a, b):
     for f, w in a[2].items():
         for k, v in w.items(): assert v.dtype == b[2][f][k].dtype and v.equal(b[2][f][k]), f'{f}: {k} differs'
 
-@pytest.mark.parametrize('kw', [{}, dict(bridge_objective='both', feat_kd_alpha=1), dict(student_ema=.9, accumulate=2, patience=1, grad_clip_norm=1)],
+@pytest.mark.parametrize('kw', [{}, dict(compare=0, bridge_objective='both', feat_kd_alpha=1), dict(compare=0, student_ema=.9, accumulate=2, patience=1, grad_clip_norm=1)],
                          ids=['distil', 'both', 'callbacks'])
 def test_kill_9(start, tmp_path, kw):
     "kill -9 at random moments; every field of the summary outside `time` and every weight equal the uninterrupted run's"

@@ -10,6 +10,7 @@ import io, math, re
 
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 
 # %% ../../nbs/00_core/02_picture.ipynb #f4c75987
@@ -36,6 +37,9 @@ class Picture(Figure):
         for t in self.findobj(Text):
             if '$' in t.get_text() and not _TICK.fullmatch(t.get_text()):
                 t.set_parse_math(False)
+        engine = self.get_layout_engine()
+        if isinstance(engine, ConstrainedLayoutEngine) and self.canvas.is_saving():
+            return engine.execute(self)   # `savefig` draws a first time, unseen: it needs the layout alone
         super().draw(renderer)
 
     def _repr_png_(self)->bytes:

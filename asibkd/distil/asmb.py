@@ -134,6 +134,8 @@ def prepare(self:ASMB,
     "Phase A trains the synergy; phase B the student's projection"
     self.phase = phase
     self.synergy.requires_grad_(phase == 'A')
+    for fitted in filter(None, (self.synergy.asker, getattr(self.synergy.head, 'fusion', None))):
+        fitted.requires_grad_(False)
     if self.project is not None:
         self.project.requires_grad_(phase == 'B')
     self.train(self.training)
@@ -143,9 +145,10 @@ def prepare(self:ASMB,
 def synergy_outputs(self:ASMB,
     s_out:dict,  # The student's output
     t_outs:list, # The teachers' outputs
+    x=None,      # (B, C, H, W) the images, for the copy of the student that asks
 )->dict: # logit, open_logit, average, recon, mu, logvar, share, …
     "Outputs of bridge and head for a batch; the student's feature enters detached"
-    return self.synergy({k: v.detach() for k, v in s_out.items() if torch.is_tensor(v)}, t_outs)
+    return self.synergy(self.synergy.query(x, s_out), t_outs)
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #07131856
 @patch
@@ -192,7 +195,7 @@ def loss(self:ASMB, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
     "L_B, the student's loss"
     c = self.cfg
     with torch.no_grad():
-        syn = self.synergy_outputs(s_out, t_outs)
+        syn = self.synergy_outputs(s_out, t_outs, batch.x)
     w = self.weights(batch, t_outs, syn)
     terms = self.base_terms(batch, s_out, lambda: self.kd_term(s_out['logit'], syn['logit'], when, w))
     if c.hybrid_beta > 0:
@@ -240,7 +243,8 @@ def penalties(self:ASMB,
     if c.reg_lambda > 0 and len(open_params):
         terms['reg'] = (c.reg_lambda, sum(p.pow(2).sum() for p in open_params))
     if c.mbm_reg_lambda > 0:
-        terms['mbm_reg'] = (c.mbm_reg_lambda, sum(p.pow(2).sum() for p in self.synergy.parameters()))
+        terms['mbm_reg'] = (c.mbm_reg_lambda, sum(p.pow(2).sum() for m in (self.synergy.bridge, self.synergy.head)
+                                                      for p in m.parameters()))
     return terms
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #9d79fe3e

@@ -64,7 +64,9 @@ def collect_logits(
     fns = teacher_fns or {}
     def outputs(b):
         outs = {n: fns[n](b) if n in fns else m(b.x) for n, m in models.items()}
-        bridged = None if synergy is None else synergy(outs[student], [outs[n] for n in teachers])
+        bridged = None
+        if synergy is not None:
+            bridged = synergy(synergy.query(b.x, outs[student]), [outs[n] for n in teachers])
         kept = logits_by_name(outs, teachers, bridged)
         return kept if extra is None else kept | extra(outs, bridged)
     with eval_mode(*models.values(), *([] if synergy is None else [synergy])):

@@ -254,7 +254,9 @@ def image_outputs(
             im = apply_views(im, torch.tensor([view]), padding(o.data.shape))
         x = normalise(im.to(o.device), o.data.mean, o.data.std)
         with torch.inference_mode():
-            return dict(image=im[0], label=int(ds.y[i]), student=o.student(x),
+            s_out = o.student(x)
+            asks = {} if o.synergy is None else dict(query=o.synergy.query(x, s_out))
+            return dict(asks, image=im[0], label=int(ds.y[i]), student=s_out,
                         teachers=[t(x) for t in o.teachers.values()])
     return o.cached(('image', split, i, view), compute)
 
@@ -280,7 +282,8 @@ def _loader(o:FinishedRun, split, most)->Loader:
 def mean_query(o:FinishedRun, split='test', most=2000)->Tensor: # (D,)
     "The student's feature, averaged over (the first `most`) images"
     def compute():
-        return predict(lambda b: o.student(b.x)['feat_2d'], _loader(o, split, most).epoch(0))[0].mean(0)
+        def query(b): return o.synergy.query(b.x, o.student(b.x))['feat_2d']
+        return predict(query, _loader(o, split, most).epoch(0))[0].mean(0)
     return o.cached(('mean', split, most), compute)
 
 # %% ../../nbs/10_explore/00_opened.ipynb #c31c5b55
@@ -294,7 +297,7 @@ def bridge_outputs(
     "The bridge for one image, with a changed query"
     if o.synergy is None:
         raise RunError(f"Method {o.cfg.method} has no bridge. Explore a run of method=asmb.")
-    q = outputs['student']['feat_2d']
+    q = outputs.get('query', outputs['student'])['feat_2d']
     if toward_mean:
         q = torch.lerp(q, mean_query(o, split).to(q).expand_as(q), toward_mean)
     with torch.inference_mode():

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 
 from ..core.config import Config, log
-from ..core.runtime import RunContext, forked_rng
+from ..core.runtime import RunContext, forked_rng, objective_of
+from ..distil.asmb import ASMB
 from ..distil.fusion import outlook
 from ..distil.methods import Method, check_method, create_method
 from ..distil.metrics import accuracy, collect_logits
 from ..models.cache import get_teacher_fn
+from ..trainers.fusing import fuse_teachers
 from ..trainers.loop import FitResult, snapshot
 from ..trainers.phases import adapt, distil, to_device, val_loader
 from ..trainers.tables import bridge_images, fitting_table
@@ -50,10 +52,10 @@ def add(self:TrainResult,
         self.best, self.val_acc = fitted.state['student'], val_acc
     return self
 
-# %% ../../nbs/11_run/00_students.ipynb #3dd8cfd4
+# %% ../../nbs/11_run/00_students.ipynb #4e086eaf
 IMAGES = dict(train='labelled training images', val='validation images')   # What a fusion is fitted on
 
-# %% ../../nbs/11_run/00_students.ipynb #eaddb2b9
+# %% ../../nbs/11_run/00_students.ipynb #45c628ca
 def fit_fusion(
     key:str, teachers,
     method:Method,   # One with `fits_teachers`
@@ -94,8 +96,13 @@ def train_in_stages(
 )->tuple: # (TrainResult, the gate's record of each stage)
     "`num_stages` rounds of phase A and phase B"
     cfg, result, gates = ctx.cfg, TrainResult(key), []
+    fuses = objective_of(cfg) == 'fuse' and isinstance(method, ASMB)
+    if fuses and fitting is None:
+        fitting = bridge_images(ctx, (), teachers)
     for stage in range(cfg.num_stages):
-        if cfg.teacher_adapt_epochs:
+        if fuses:
+            gates.append(fuse_teachers(student, teachers, method, ctx, stage, fitting))
+        elif cfg.teacher_adapt_epochs:
             gates.append(adapt(student, teachers, method, ctx, stage))
         result.add(distil(student, teachers, method, ctx, stage, cfg.num_stages), student)
     return result, gates
@@ -137,7 +144,7 @@ def logit_targets(
 BASELINES = ('ce', 'vanilla_kd', 'avgz')                # Trained beside the method with `compare=1`
 MERGING_BASELINES = ('ce', 'best', 'avgz', 'wavg')      # … where teachers differ in classes or labels are few
 
-# %% ../../nbs/11_run/00_students.ipynb #f64c63e9
+# %% ../../nbs/11_run/00_students.ipynb #5c52fcbb
 def baselines_of(
     cfg:Config,
     teachers=(),   # The wrapped teachers, where they are known
@@ -189,7 +196,7 @@ def train_all(
     results[cfg.method].logits = logit_targets(cfg, gates, one, method)
     return results, method, gates
 
-# %% ../../nbs/11_run/00_students.ipynb #4c2f8c2b
+# %% ../../nbs/11_run/00_students.ipynb #c2b654b7
 def look_ahead(
     teachers, specs,
     ctx:RunContext,

@@ -107,6 +107,8 @@ def unselected_values(cfg:Config)->dict: # What changes
     log.info("no validation images (val_frac=0): the last epoch is the result")
     if not (cfg.synergy_gate and check_method(cfg.method).adapts and cfg.teacher_adapt_epochs):
         return {}
+    if objective_of(cfg) == 'fuse':                  # cross-fitted on the labelled training images
+        return {}
     log.info("synergy_gate is off, it compares on validation images: the synergy is the target")
     return dict(synergy_gate=False)
 
