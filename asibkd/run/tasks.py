@@ -317,7 +317,7 @@ def loop_runs(
     return runs
 
 # %% ../../nbs/11_run/04_tasks.ipynb #79f3d82d
-OBJECTS = ('teachers', 'student', 'train', 'val', 'test', 'unlabelled', 'callbacks')   # Of `run_experiment`, not of `Config`
+OBJECTS = ('teachers', 'student', 'train', 'val', 'test', 'unlabelled', 'callbacks')   # Of `run_experiment` alone
 
 # %% ../../nbs/11_run/04_tasks.ipynb #ecd8d184
 class LoopError(RunError):
