@@ -17,7 +17,7 @@ def rows(gain:dict, seeds=10, steps=300):
     def row(setting, seed, arm, test):
         return dict.fromkeys(study.COLUMNS, '') | dict(
             data='digits', setting=setting, labels=20, seed=seed, arm=arm, choice=0, test=round(test, 3), val=test,
-            steps=steps, cpu=1, teacher1=80, teacher2=70, average=78, stages='[]', outcome='ok', torch='2')
+            steps=steps, cpu=1, teacher1=80, teacher2=70, average=78, stages='[]', torch='2')
     for seed in range(seeds):
         level = rng.normal(90, 3)
         out.append(row(study.NO_TEACHERS, seed, 'ce', level - 8))
@@ -74,7 +74,7 @@ def test_holm_by_hand():
 def test_every_arm_has_the_same_budget():
     from asibkd.run.experiment import method_class
     assert {len(settings) for *_, settings in study.ARMS.values()} == {study.BUDGET}
-    cfgs = [study.config_of('digits', 20, 0, arm, c)[0] for arm in study.ARMS for c in range(study.BUDGET)]
+    cfgs = [study.config_of('digits', 20, 0, arm, c)[0] for arm in study.ARMS for c in (0, study.BUDGET - 1)]
     assert len({(c.epochs or c.num_stages*c.student_epochs_per_stage, c.batch_size, c.student_type) for c in cfgs}) == 1
     assert all(method_class(c.method, 0) for c in cfgs)
     for data, (_, _, reported, tuning) in study.DATA.items():
@@ -82,7 +82,7 @@ def test_every_arm_has_the_same_budget():
 
 
 def test_tuning_takes_the_best_mean_of_its_arm():
-    made = [dict(data='digits', setting=s, labels=5, seed=1000, arm=a, choice=c, outcome='ok', val=v)
+    made = [dict(data='digits', setting=s, labels=5, seed=1000, arm=a, choice=c, val=v)
             for a, s, c, v in (('wavg', 'equal', 0, 80), ('wavg', 'noisy', 0, 60), ('wavg', 'equal', 1, 79),
                                ('wavg', 'noisy', 1, 70), ('asmb', 'equal', 0, 90), ('asmb', 'equal', 1, 10))]
     assert study.chosen(made, 'digits') == {('wavg', 5): 1, ('asmb', 5): 0} and study.chosen(made, 'cifar') == {}
@@ -107,3 +107,26 @@ def test_cells_and_plan():
         study.read_cells('specialist:20', 'digits')
     todo = study.wanted('digits', grid, study.GRID, range(10), lambda a, n: [0])
     assert len(todo) == 10*(20*10 + 4) and len({study.key_of(r) for r in todo}) == len(todo)
+
+
+def test_a_cell_from_end_to_end(tmp_path, monkeypatch, capsys):
+    "Small networks, one epoch: equal steps, teachers trained once, and the second call trains nothing"
+    def small(t): return study.replace(t, arch='mlp')
+    for k, v in dict(WORK=tmp_path, TABLE=tmp_path/'map.csv', TUNING=tmp_path/'tuning.csv',
+                     COMMON=study.COMMON | dict(student_type='mlp'),
+                     SETTINGS={k: tuple(map(small, v)) for k, v in study.SETTINGS.items()}).items():
+        monkeypatch.setattr(study, k, v)
+    params, *rest = study.DATA['digits']
+    quick = params | dict(student_epochs_per_stage=1, finetune_epochs=2)
+    monkeypatch.setitem(study.DATA, 'digits', (quick, *rest))
+    call = '--cells specialists:10 --arms ce,wavg,asmb --seeds 0 --untuned'.split()
+    study.main(call)
+    rows = study.read_rows(study.TABLE)
+    assert [r['arm'] for r in rows] == ['ce', 'wavg', 'asmb']
+    assert len({r['steps'] for r in rows}) == 1 and int(rows[0]['steps']) > 0
+    stages = json.loads(next(r['stages'] for r in rows if r['arm'] == 'asmb'))
+    assert len(stages) == 2 and all({'synergy', 'student'} <= {*s} for s in stages)
+    assert len([*(tmp_path/'teachers').glob('*.pt')]) == 2 and 'specialists' in capsys.readouterr().out
+    monkeypatch.setattr(study, 'train_row', None)
+    study.main(call)
+    assert study.read_rows(study.TABLE) == rows

@@ -52,10 +52,10 @@ def add(self:TrainResult,
         self.best, self.val_acc = fitted.state['student'], val_acc
     return self
 
-# %% ../../nbs/11_run/00_students.ipynb #3dd8cfd4
+# %% ../../nbs/11_run/00_students.ipynb #4e086eaf
 IMAGES = dict(train='labelled training images', val='validation images')   # What a fusion is fitted on
 
-# %% ../../nbs/11_run/00_students.ipynb #eaddb2b9
+# %% ../../nbs/11_run/00_students.ipynb #45c628ca
 def fit_fusion(
     key:str, teachers,
     method:Method,   # One with `fits_teachers`
@@ -144,7 +144,7 @@ def logit_targets(
 BASELINES = ('ce', 'vanilla_kd', 'avgz')                # Trained beside the method with `compare=1`
 MERGING_BASELINES = ('ce', 'best', 'avgz', 'wavg')      # … where teachers differ in classes or labels are few
 
-# %% ../../nbs/11_run/00_students.ipynb #f64c63e9
+# %% ../../nbs/11_run/00_students.ipynb #5c52fcbb
 def baselines_of(
     cfg:Config,
     teachers=(),   # The wrapped teachers, where they are known
@@ -196,7 +196,7 @@ def train_all(
     results[cfg.method].logits = logit_targets(cfg, gates, one, method)
     return results, method, gates
 
-# %% ../../nbs/11_run/00_students.ipynb #4c2f8c2b
+# %% ../../nbs/11_run/00_students.ipynb #c2b654b7
 def look_ahead(
     teachers, specs,
     ctx:RunContext,

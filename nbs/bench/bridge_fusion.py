@@ -35,10 +35,10 @@ def fit_wavg(table):
 
 
 def fit_gate(table):
-    "log p_t + log P(the class is one of teacher t's | features): evidence and nothing else; None where classes are shared"
+    "log p_t + log P(the class is one of teacher t's | features, energies): evidence alone; None where classes are shared"
     import torch
     from asibkd.distil.fusion import fit_base
-    from asibkd.ib_mbm import calibrated, fuse
+    from asibkd.ib_mbm import calibrated, energy, fuse
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
@@ -46,12 +46,12 @@ def fit_gate(table):
     knows = table.judged()
     if (knows.sum(0) != 1).any():
         return None
-    def features(t): return torch.cat(t.feats, 1).numpy()
+    base = fit_base(table)
+    def features(t): return torch.cat([*t.feats, energy(t.logits.float(), base.temps, t.columns)], 1).numpy()
     k = min(5, int(knows.sum(1).min()))
     search = LogisticRegressionCV(Cs=[10**p for p in range(-5, 2)], cv=StratifiedKFold(k, shuffle=True, random_state=0),
                                   scoring='neg_log_loss', max_iter=500)
     domain = make_pipeline(StandardScaler(), search).fit(features(table), knows.int().argmax(0).numpy())
-    base = fit_base(table)
     def fused(t):
         evidence = torch.tensor(domain.predict_log_proba(features(t)), dtype=torch.float32)
         logp = calibrated(t.logits.float(), base.temps, t.columns)
@@ -122,10 +122,10 @@ def fill(data, pairs, counts, draws, fusions, params, seed=0):
 
 # What they say
 
-def load(file=TABLE):
+def load(file=None):
     "The rows as a DataFrame"
     import pandas as pd
-    t = pd.DataFrame(study.read_rows(file), columns=COLUMNS)
+    t = pd.DataFrame(study.read_rows(file or TABLE), columns=COLUMNS)
     t[['n', 'draw', 'test', 'nll', 'cpu']] = t[['n', 'draw', 'test', 'nll', 'cpu']].apply(pd.to_numeric)
     return t
 

@@ -25,7 +25,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')      # small networks: two process
 HERE = Path(__file__).parent
 TABLE, TUNING, WORK = HERE/'bridge_map.csv', HERE/'bridge_map_tuning.csv', HERE.parents[1]/'results'/'bridge_map'
 COLUMNS = ['data', 'setting', 'labels', 'seed', 'arm', 'choice', 'params', 'test', 'val', 'steps', 'cpu', 'teacher1',
-           'teacher2', 'average', 'stages', 'outcome', 'torch']
+           'teacher2', 'average', 'stages', 'torch']
 BUDGET = 4                                         # Settings that every arm may try
 
 
@@ -77,7 +77,7 @@ ARMS = dict(      # method, what makes the arm, its settings to choose from
     wavg=('wavg', {}, KD),
     camkd=('camkd', {}, [dict(tau_start=t, camkd_beta=b) for t in (2, 4) for b in (0, 50)]),
     uhc=('uhc', {}, KD),
-    cfl=('cfl', {}, KD),
+    cfl=('cfl', dict(cfl_on='pooled'), [dict(ce_alpha=a, cfl_beta=b) for a in (.1, 1) for b in (1, 10)]),
     stack=('stack', {}, KD),
     asmb_no_ib=('asmb', dict(use_ib=0), BRIDGE),
     asmb_no_feature=('asmb', dict(feat_kd_alpha=0), KD),
@@ -251,29 +251,35 @@ def watcher(student, teachers, ctx, stages:list):
 
 
 def train_row(row:dict, teachers, params:dict)->dict:
-    "Train and test one student; a refusal is an outcome, too"
+    "Train and test one student"
     import torch
-    from asibkd.core.config import ConfigError
     from asibkd.run.students import train_student
     from asibkd.trainers.build import build_student
-    row = row | dict(torch=torch.__version__.split('+')[0])
-    stages = []
-    try:
-        ctx, extra = open_cell(row['data'], row['labels'], row['seed'], row['arm'], row['choice'], params)
-        student = build_student(ctx.cfg, ctx.data)
-        watch = watcher(student, teachers, ctx, stages)
-        blind = replace(ctx.data, val=ctx.data.val.subset([]))      # nothing is selected on validation images
-        start = time.process_time()
-        _, gates, _ = train_student(ctx.cfg.method, student, teachers, ctx.but(data=blind, callbacks=(watch,)), extra)
-    except ConfigError as e:
-        return row | dict(outcome=f'refused: {e}'[:200])
+    ctx, extra = open_cell(row['data'], row['labels'], row['seed'], row['arm'], row['choice'], params)
+    student, stages = build_student(ctx.cfg, ctx.data), []
+    watch = watcher(student, teachers, ctx, stages)
+    blind = replace(ctx.data, val=ctx.data.val.subset([]))          # nothing is selected on validation images
+    start = time.process_time()
+    _, gates, _ = train_student(ctx.cfg.method, student, teachers, ctx.but(data=blind, callbacks=(watch,)), extra)
     cpu = time.process_time() - start
     test = accuracies(dict(student=student), teachers, ctx)
     val = accuracies(dict(student=student), (), ctx, split='val')['student']
     for s, g in zip(stages, gates):
         s |= {k: g.get(k) for k in ('gate', 'beta', 'base_acc', 'synergy_acc', 'seconds') if k in g}
-    return row | dict(test=test['student'], val=val, steps=watch.steps, cpu=round(cpu, 2), outcome='ok',
-                      stages=json.dumps(stages), **{k: test.get(k) for k in ('teacher1', 'teacher2', 'average')})
+    return row | dict(test=test['student'], val=val, steps=watch.steps, cpu=round(cpu, 2), stages=json.dumps(stages),
+                      torch=torch.__version__.split('+')[0],
+                      **{k: test.get(k) for k in ('teacher1', 'teacher2', 'average')})
+
+
+def try_row(file, row:dict, teachers, params:dict)->bool:
+    "Add one row; where it fails, the others go on, and the next call tries it again"
+    from asibkd.core.config import AsibError
+    try:
+        add_row(file, train_row(row, teachers, params))
+        return True
+    except AsibError as e:
+        print(f"{', '.join(map(str, key_of(row)))}: {e}", flush=True)
+        return False
 
 
 def run_unit(file, data, setting, seed, todo:list, params:dict)->int:
@@ -282,7 +288,7 @@ def run_unit(file, data, setting, seed, todo:list, params:dict)->int:
     from asibkd.core.config import log
     from filelock import FileLock, Timeout
     torch.set_num_threads(1)
-    log.setLevel(logging.WARNING)
+    log.setLevel(logging.ERROR)
     (WORK/'locks').mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(str(WORK/'locks'/f'{Path(file).stem}-{data}-{setting}-{seed}'), timeout=0):
@@ -293,9 +299,7 @@ def run_unit(file, data, setting, seed, todo:list, params:dict)->int:
             ctx, _ = open_cell(data, 0, seed, 'avgz', 0, params)
             pair = SETTINGS.get(setting, ())
             teachers = [get_teacher(t, ctx, f'teacher{i + 1}') for i, t in enumerate(pair)]
-            for r in todo:
-                add_row(file, train_row(r, teachers, params))
-            return len(todo)
+            return sum(try_row(file, r, teachers, params) for r in todo)
     except Timeout:
         return 0
 
@@ -319,7 +323,7 @@ def wanted(data, cells, arms, seeds, choice)->list:
 def chosen(tuning:list, data)->dict:
     "(arm, labels) → the setting with the best mean validation accuracy over teachers and tuning seeds"
     import pandas as pd
-    t = pd.DataFrame([r for r in tuning if r['data'] == data and r['outcome'] == 'ok'])
+    t = pd.DataFrame([r for r in tuning if r['data'] == data])
     if t.empty:
         return {}
     t = t.assign(val=t.val.astype(float), labels=t.labels.astype(int), choice=t.choice.astype(int))
@@ -375,11 +379,11 @@ def p_value(d)->float:
     return 1. if d.std() < 1e-9 else float(stats.ttest_1samp(d, 0).pvalue)
 
 
-def load(file=TABLE):
+def load(file=None):
     "The finished students as a DataFrame, `ce` repeated in every cell; unequal steps are an error"
     import pandas as pd
-    t = pd.DataFrame(read_rows(file), columns=COLUMNS)
-    t = t[t.outcome == 'ok'].drop_duplicates(COLUMNS[:5], keep='last')        # the last choice of the tuning
+    t = pd.DataFrame(read_rows(file or TABLE), columns=COLUMNS)
+    t = t.drop_duplicates(COLUMNS[:5], keep='last')        # the last choice of the tuning
     number = ['labels', 'seed', 'choice', 'test', 'val', 'steps', 'cpu', 'teacher1', 'teacher2', 'average']
     t[number] = t[number].apply(pd.to_numeric)
     cell, taught = ['data', 'setting', 'labels', 'seed'], ['teacher1', 'teacher2', 'average']
