@@ -104,6 +104,9 @@ def unselected_values(cfg:Config)->dict: # What changes
     if cfg.patience:
         raise ConfigError(f"patience={cfg.patience} waits for a better validation score, and val_frac=0 holds no image "
                           "out. Set patience=0, or val_frac.")
+    if cfg.bridge_images == 'val':
+        raise ConfigError("bridge_images=val: there are no validation images (val_frac=0). Set val_frac, or "
+                          "bridge_images=train.")
     log.info("no validation images (val_frac=0): the last epoch is the result")
     if not (cfg.synergy_gate and check_method(cfg.method).adapts and cfg.teacher_adapt_epochs):
         return {}
