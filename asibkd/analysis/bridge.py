@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['outlook_table', 'outlook_section', 'path_table', 'plot_path', 'path_picture', 'stage_table', 'stage_sentence',
-           'teacher_fusion_table', 'bridge_sections']
+           'teacher_fusion_table', 'evidence_sentence', 'bridge_sections']
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #87fe2d19
+# %% ../../nbs/09_analysis/07_bridge.ipynb #a3d7ccb1
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -15,19 +15,19 @@ from .page import picture, section, table, text
 from .tables import joined, load_metrics
 from ..core.picture import COLOURS, Picture
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #f48b2315
+# %% ../../nbs/09_analysis/07_bridge.ipynb #389c362f
 def outlook_table(
     s:dict, # summary.json
 )->pd.DataFrame: # what, accuracy in per cent; empty for a run without an outlook
     "What each teacher and each fusion reaches on labelled images before any student is trained"
     o = s.get('outlook') or {}
-    named = [*(o.get('teachers') or {}).items(),
-             *((k, o.get(v)) for k, v in dict(average='average', wavg='wavg').items())]
-    names = dict(average="the teachers' average", wavg='optimal constant weights (wavg)')
+    named = [*(o.get('teachers') or {}).items(), *((k, o.get(k)) for k in ('average', 'wavg', 'stack'))]
+    names = dict(average="the teachers' average", wavg='optimal constant weights (wavg)',
+                 stack='stacked regression (stack)')
     rows = [dict(what=names.get(k, k), accuracy=round(100*v, 2)) for k, v in named if isinstance(v, (int, float))]
     return pd.DataFrame(rows, columns=['what', 'accuracy']).rename(columns=dict(accuracy='accuracy %'))
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #7fa146e2
+# %% ../../nbs/09_analysis/07_bridge.ipynb #65a3453c
 def outlook_section(
     s:dict, # summary.json
 )->dict: # Without parts where there was no outlook
@@ -37,10 +37,13 @@ def outlook_section(
         return section('Outlook')
     gains = [(k, o.get(f'gain_of_{k}')) for k in ('weighting', 'learning')]
     words = '; '.join(f'predicted gain of {k}: {100*v:+.1f} points' for k, v in gains if v is not None)
-    caption = f"Before training, on {o['images']:,} labelled images" if isinstance(o.get('images'), int) else 'Before training'
-    return section('Outlook', text(o.get('sentence', ''), words and f'{words[0].upper()}{words[1:]}.'), table(t, caption))
+    words = words and f'{words[0].upper()}{words[1:]}.'
+    caption = 'Before training'
+    if 'fitted_on' in o:
+        caption += f", fitted on {o['fitted_on']:,} labelled images and measured on {o['images']:,}"
+    return section('Outlook', text(o.get('sentence', ''), words), table(t, caption))
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #a29cb029
+# %% ../../nbs/09_analysis/07_bridge.ipynb #1bd1413a
 def path_table(
     s:dict, # summary.json
 )->pd.DataFrame: # stage, β, nats, NLL, accuracy %, chosen; empty for a run without a path
@@ -49,13 +52,13 @@ def path_table(
     for g in s.get('gates') or ():
         for r in g.get('path') or ():
             chosen = price_text(r['beta']) == price_text(g['beta'])
-            rows.append(dict(stage=g['stage'], β=price_text(r['beta']), nats=r.get('nats'), NLL=r['cv_nll'], acc=r['cv_acc'],
-                             chosen=chosen))
+            rows.append(dict(stage=g['stage'], β=price_text(r['beta']), nats=r.get('nats'), NLL=r['cv_nll'],
+                             acc=r['cv_acc'], chosen=chosen))
     t = pd.DataFrame(rows, columns=['stage', 'β', 'nats', 'NLL', 'acc', 'chosen'])
     return t.assign(nats=t.nats.astype(float).round(2), NLL=t.NLL.astype(float).round(4),
                     acc=(100*t.acc.astype(float)).round(2)).rename(columns=dict(acc='accuracy %'))
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #bb98ca1b
+# %% ../../nbs/09_analysis/07_bridge.ipynb #44e48ba0
 def plot_path(
     t, # From `path_table`, or a summary
 )->Figure:
@@ -78,7 +81,7 @@ def plot_path(
     left.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #6aa93c38
+# %% ../../nbs/09_analysis/07_bridge.ipynb #a7e1ea9e
 def path_picture(
     s:dict, # summary.json
 )->dict: # None for a run without a path
@@ -91,11 +94,11 @@ def path_picture(
         start, chosen = path_ends(g)
         return (f"stage {g['stage']} ends at β = {price_text(g['beta'])} with NLL {chosen['cv_nll']:.4f} "
                 f"(β = ∞: {start['cv_nll']:.4f})")
-    caption = ('The path of prices, one line per stage; squares: the chosen β. Left: K-fold NLL along the path, from the '
-               'calibrated constant fusion (β = ∞) on. Right: accuracy against nats.')
+    caption = ('The path of prices, one line per stage; squares: the chosen β. Left: K-fold NLL along the path, from '
+               'the calibrated constant fusion (β = ∞) on. Right: accuracy against nats.')
     return picture(plot_path(t), caption, f'The path of prices: {joined(map(end, gates))}.')
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #7f889e1f
+# %% ../../nbs/09_analysis/07_bridge.ipynb #52405ec2
 def stage_table(
     s:dict,                 # summary.json
     epochs:pd.DataFrame,    # From `load_metrics`
@@ -114,7 +117,7 @@ def stage_table(
                 'student val %': student(g['stage'])}
     return pd.DataFrame([numbers(g) for g in s.get('gates') or () if g.get('path') and 'task' not in g])
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #2de12309
+# %% ../../nbs/09_analysis/07_bridge.ipynb #cb73568d
 def stage_sentence(
     t:pd.DataFrame, # From `stage_table`
 )->str: # '' for fewer than two stages
@@ -126,7 +129,7 @@ def stage_sentence(
     words = f"From stage {first.stage} to stage {last.stage} the fusion moved by {fused:+.1f} points"
     return words + ('.' if student != student else f' and the student by {student:+.1f} (it also trained longer).')
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #a8336aa8
+# %% ../../nbs/09_analysis/07_bridge.ipynb #23fadd89
 def teacher_fusion_table(
     s:dict, # summary.json
 )->pd.DataFrame: # teacher, classes, temperature, weight; empty for a run without them
@@ -142,7 +145,18 @@ def teacher_fusion_table(
                      'weight w*': round(weight, 3)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09_analysis/07_bridge.ipynb #e989faac
+# %% ../../nbs/09_analysis/07_bridge.ipynb #4850ab85
+def evidence_sentence(
+    score:dict,    # From `evidence_score`, or None
+    split='test',  # The images' split
+)->str: # '' where evidence decides nothing
+    "How often the evidence is right"
+    if not score:
+        return ''
+    return (f"On {100*score['right']:.1f} % of {score['images']:,} {split} images (those whose class not every teacher "
+            "knows) a teacher who knows the class has the largest evidence.")
+
+# %% ../../nbs/09_analysis/07_bridge.ipynb #e14b5d8f
 def bridge_sections(
     run,    # Run folder
     s:dict, # summary.json
@@ -152,9 +166,10 @@ def bridge_sections(
     if t.empty:
         return [outlook_section(s)]
     stages, teachers = stage_table(s, load_metrics(run)), teacher_fusion_table(s)
-    parts = [text(stage_sentence(stages)) if stage_sentence(stages) else None,
-             table(stages, 'Stage by stage: the constant fusion, the chosen fusion, the student') if len(stages) else None,
+    words = [o for o in (stage_sentence(stages), evidence_sentence(s.get('evidence'))) if o]
+    parts = [text(*words) if words else None,
+             len(stages) and table(stages, 'Stage by stage: the constant fusion, the chosen fusion, the student'),
              path_picture(s),
              table(t.drop(columns='chosen'), 'The path of prices, K-fold cross-validated; bold: chosen', t.chosen),
-             table(teachers, 'The constant fusion: calibration and weight of each teacher') if len(teachers) else None]
+             len(teachers) and table(teachers, 'The constant fusion: calibration and weight of each teacher')]
     return [outlook_section(s), section('The bridge', *parts)]

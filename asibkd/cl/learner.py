@@ -26,7 +26,7 @@ from ..core.runtime import RunContext, forked_rng, generator
 from ..data.batches import Loader, normalise
 from ..data.images import Data, ImageSet
 from ..distil.losses import certainty_weights
-from ..distil.metrics import accuracy, collect_logits
+from ..distil.metrics import OF_TEACHERS, accuracy, collect_logits
 from ..freeze import apply_freeze, freeze_all
 from ..models.kdmodel import KDModel
 from ..models.trace import copied
@@ -337,7 +337,7 @@ def all_logits(
         return s | dict(logit=method.predict(s))
     z, y = collect_logits(dict(student=self.student) | named, self.eval_loader(ds, data), synergy, list(named),
                           'student', dict(student=student))
-    return {k: v for k, v in z.items() if k not in ('synergy_open', 'nats', 'share')}, y
+    return {k: v for k, v in z.items() if k not in ('synergy_open', 'nats', *OF_TEACHERS)}, y
 
 # %% ../../nbs/07_cl/06_learner.ipynb #68161be6
 @patch

@@ -175,8 +175,8 @@ class Output(Params):
 # %% ../../nbs/00_core/00_params.ipynb #8df29a49
 class DataParams(Params):
     "Data"
-    dataset:str = param('cifar100', "digits, cifar10, cifar100, imagenet32, imagenet100, imagefolder, or a registered "
-        "dataset.")
+    dataset:str = param('cifar100', "digits, mnist5k, cifar10, cifar100, imagenet32, imagenet100, imagefolder, or a "
+        "registered dataset.")
     data_root:str = param('./data', "Folder of the datasets; CIFAR is downloaded to it once.")
     batch_size:int = param(128, "Images per step.", ge=1)
     num_workers:int = side_param(2, "Processes that decode large images; their number never changes a result.", ge=0)
@@ -200,10 +200,10 @@ class DataParams(Params):
     train_per_class:int = param(0, "Use at most this many training images per class; 0 = all.", ge=0)
     labels_per_class:int = param(0, "Training images of each class whose labels the student's side may use; the others "
         "only pass the teachers; 0 = all. Teachers are fine-tuned on all labels.", ge=0)
-    unlabelled:str = param('', "Folder of images without classes, which are added to the training images and only pass the "
-        "teachers; empty = unlabelled/ beside train/ (imagefolder), none = without it.")
-    teacher_share:float = param(0.0, "Share of the training images that teachers are fine-tuned on and the student never "
-        "sees; 0 = both use the same images.", ge=0, lt=1)
+    unlabelled:str = param('', "Folder of images without classes, which are added to the training images and only pass "
+        "the teachers; empty = unlabelled/ beside train/ (imagefolder), none = without it.")
+    teacher_share:float = param(0.0, "Share of the training images that teachers are fine-tuned on and the student "
+        "never sees; 0 = both use the same images.", ge=0, lt=1)
     skip_corrupt:bool = param(False, "Drop and count images that cannot be read instead of stopping.")
 
 # %% ../../nbs/00_core/00_params.ipynb #62324d82

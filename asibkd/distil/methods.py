@@ -296,8 +296,8 @@ def refuse_unlabelled(
 ):
     "Refuse a method that needs a label on every image"
     if n and not all(cls.unlabelled for cls in classes):
-        raise ConfigError(f"{name} needs a label on every image; {n:,} training images have none. Use a method that can "
-                          "do without (asmb, avgz, vanilla_kd, …), or all labels: labels_per_class=0, unlabelled=none.")
+        raise ConfigError(f"{name} needs a label on every image; {n:,} training images have none. Use a method that "
+                          "can do without (asmb, avgz, …), or all labels: labels_per_class=0, unlabelled=none.")
 
 # %% ../../nbs/05_distil/02_methods.ipynb #14840f26
 def create_method(

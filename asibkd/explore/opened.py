@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'untrained_networks', 'untrained_run', 'FinishedRun', 'splits_of', 'check_plugin', 'open_run', 'list_views',
-           'image_outputs', 'with_its_parts', 'mean_query', 'bridge_outputs', 'attention_table', 'soft_target',
+           'query_output', 'image_outputs', 'mean_query', 'bridge_outputs', 'attention_table', 'soft_target',
            'top_classes', 'all_logits', 'split_outputs', 'image_table', 'pick_images', 'attention_by_class']
 
 # %% ../../nbs/10_explore/00_opened.ipynb #30f663be
@@ -47,8 +47,8 @@ def untrained_networks(
     student = build_student(cfg, data)
     synergy = build_from_teachers(list(teachers.values()), student, cfg)
     with forked_rng(cfg.seed, 'untrained'):
-        for p in synergy.parameters():
-            nn.init.normal_(p, std=.3)
+        for name, p in synergy.named_parameters():
+            nn.init.normal_(p, std=.1 if 'fusion' in name else .3)     # its evidence shall not saturate
     for m in (*teachers.values(), student, synergy):
         m.eval()
     return teachers, student, synergy
@@ -63,7 +63,8 @@ def _untrained_summary(run:Path, cfg:Config, data:Data, teachers:dict, student, 
                  test_acc_last=0.) for k, role in roles.items()]
     return dict(exp_id=run.name, kind='distil', method='asmb', dataset=data.name, seed=cfg.seed, rows=rows,
                 images={k: len(getattr(data, k)) for k in ('train', 'val', 'test')},
-                weights=dict.fromkeys(teachers, asdict(WeightsInfo('finetuned'))))
+                weights={n: asdict(WeightsInfo('finetuned', classes=None if t.columns is None else t.columns.tolist()))
+                         for n, t in teachers.items()})
 
 # %% ../../nbs/10_explore/00_opened.ipynb #5f449047
 def untrained_run(
@@ -168,16 +169,16 @@ def splits_of(data:Data)->list:
     return [k for k in ('test', 'val') if len(getattr(data, k))]
 
 # %% ../../nbs/10_explore/00_opened.ipynb #d40f39bb
-def _open_data(s:dict, cfg:Config, train=None, val=None, test=None)->Data:
+def _open_data(s:dict, cfg:Config, train=None, val=None, test=None, unlabelled=None)->Data:
     "The images of a run, checked against its summary"
     if train is None and (s['dataset'] != cfg.dataset or cfg.dataset not in list_datasets()):
         raise RunError(f"The images were a user-defined dataset ({s['dataset']}). "
                        "Pass it again: open_run(run, train=…, test=…).")
-    data = create_data(cfg, train, val, test)
+    data = create_data(cfg, train, val, test, unlabelled=unlabelled)
     sizes = {k: len(getattr(data, k)) for k in s['images']}
     if sizes != s['images']:
         raise RunError(f"The images have changed since the run: it had {s['images']}, here are {sizes}. "
-                       f"Restore data_root='{cfg.data_root}'.")
+                       f"Restore data_root='{cfg.data_root}', or pass again what the run was given (unlabelled=…).")
     return data
 
 # %% ../../nbs/10_explore/00_opened.ipynb #a276f5bf
@@ -198,6 +199,7 @@ def open_run(
     run,                               # Its folder
     teachers=None, student=None,       # Your own modules, if the run used any
     train=None, val=None, test=None,   # Your own datasets, likewise
+    unlabelled=None,                   # Your own images without labels, likewise
     device='auto',                     # Where to compute
     plugin='',                         # Your own Python file(s), if the run used any: those it names are not run
 )->FinishedRun:
@@ -214,7 +216,7 @@ def open_run(
     cfg = with_method_defaults(cfg, cfg.method)
     teachers, student = copy.deepcopy(teachers), copy.deepcopy(student)          # your modules are not changed
     with no_downloads(run, 'Get them first, or pass them: open_run(run, teachers=[…], student=…, train=…, test=…).'):
-        data = _open_data(s, cfg, train, val, test)
+        data = _open_data(s, cfg, train, val, test, unlabelled)
         ts = {o.name: _open_teacher(run, o, s, data, cfg) for o in teacher_specs(cfg, teachers, data.n_class)}
         st, bridge = _open_student(run, data, cfg, student), run/'bridge.safetensors'
     synergy = load_synergy(list(ts.values()), st, cfg, bridge) if bridge.exists() else None
@@ -237,13 +239,21 @@ def list_views(data:Data)->list: # [(its name on the screen, its number for `app
              for flip in range(1 + data.flip) for dy in range(k) for dx in range(k)]
     return sorted(views, key=lambda v: v[0] != 'as it is')
 
+# %% ../../nbs/10_explore/00_opened.ipynb #863ede1f
+def query_output(o:FinishedRun,
+    x:Tensor,    # (B, C, H, W), normalised images
+    s_out:dict,  # The student's output for them
+)->dict: # With `feat_2d` and `logit`
+    "The output that the bridge's query comes from: the student's, or that of its copy from the last stage's start"
+    return s_out if o.synergy is None else o.synergy.query(x, s_out)
+
 # %% ../../nbs/10_explore/00_opened.ipynb #bc3d48e9
 def image_outputs(
     o:FinishedRun,
     i:int,         # Position in the split
     split='test',
     view=None,     # Number from `list_views`; None = as it is
-)->dict: # image uint8 (C, H, W), label, student and teachers: their outputs, of a batch of one
+)->dict: # image uint8 (C, H, W), label; outputs of student, query and teachers, of a batch of one
     "The outputs of every network for one image, computed once"
     ds = getattr(o.data, split)
     if not 0 <= i < len(ds):
@@ -255,22 +265,9 @@ def image_outputs(
         x = normalise(im.to(o.device), o.data.mean, o.data.std)
         with torch.inference_mode():
             s_out = o.student(x)
-            asks = {} if o.synergy is None else dict(query=o.synergy.query(x, s_out))
-            return dict(asks, image=im[0], label=int(ds.y[i]), student=s_out,
+            return dict(image=im[0], label=int(ds.y[i]), student=s_out, query=query_output(o, x, s_out),
                         teachers=[t(x) for t in o.teachers.values()])
     return o.cached(('image', split, i, view), compute)
-
-# %% ../../nbs/10_explore/00_opened.ipynb #3bdc1ed9
-_FUSION = ('evidence', 'reliability', 'base', 'delta')     # what only a head with `synergy_base=wavg` gives
-
-def with_its_parts(
-    o:FinishedRun,
-    outputs:dict,  # Of the bridge, or from `collect_logits`
-)->dict:
-    "The outputs without evidence, reliability and constant fusion where the run's head has none"
-    if o.synergy is not None and o.synergy.head.base == 'wavg':
-        return outputs
-    return {k: v for k, v in outputs.items() if k not in _FUSION}
 
 # %% ../../nbs/10_explore/00_opened.ipynb #37006997
 def _loader(o:FinishedRun, split, most)->Loader:
@@ -282,8 +279,8 @@ def _loader(o:FinishedRun, split, most)->Loader:
 def mean_query(o:FinishedRun, split='test', most=2000)->Tensor: # (D,)
     "The student's feature, averaged over (the first `most`) images"
     def compute():
-        def query(b): return o.synergy.query(b.x, o.student(b.x))['feat_2d']
-        return predict(query, _loader(o, split, most).epoch(0))[0].mean(0)
+        def feature(b): return query_output(o, b.x, o.student(b.x))['feat_2d']
+        return predict(feature, _loader(o, split, most).epoch(0))[0].mean(0)
     return o.cached(('mean', split, most), compute)
 
 # %% ../../nbs/10_explore/00_opened.ipynb #c31c5b55
@@ -297,11 +294,11 @@ def bridge_outputs(
     "The bridge for one image, with a changed query"
     if o.synergy is None:
         raise RunError(f"Method {o.cfg.method} has no bridge. Explore a run of method=asmb.")
-    q = outputs.get('query', outputs['student'])['feat_2d']
+    q = outputs['query']['feat_2d']
     if toward_mean:
         q = torch.lerp(q, mean_query(o, split).to(q).expand_as(q), toward_mean)
     with torch.inference_mode():
-        return with_its_parts(o, o.synergy(dict(feat_2d=scale*q), outputs['teachers']))
+        return o.synergy(outputs['query'] | dict(feat_2d=scale*q), outputs['teachers'])
 
 # %% ../../nbs/10_explore/00_opened.ipynb #af573830
 def attention_table(
@@ -358,7 +355,8 @@ def all_logits(
     "Logits of each teacher, of the average, the constant fusion (base) and the synergy, and of the student"
     z = {n: t['logit'][0] for n, t in zip(o.teachers, outputs['teachers'])}
     if bridge is not None:
-        z |= {k: bridge[v][0] for k, v in dict(average='average', base='base', synergy='open_logit').items() if v in bridge}
+        named = dict(average='average', base='base', synergy='open_logit')
+        z |= {k: bridge[v][0] for k, v in named.items() if v in bridge}
     return z | dict(student=outputs['student']['logit'][0])
 
 # %% ../../nbs/10_explore/00_opened.ipynb #2a8a3cf6
@@ -366,8 +364,8 @@ def split_outputs(o:FinishedRun, split='test', most=2000)->tuple: # As `collect_
     "Logits of every model on (the first `most`) images of a split, computed once"
     def compute():
         models = o.teachers | dict(student=o.student)
-        z, y = collect_logits(models, _loader(o, split, most), o.synergy, list(o.teachers), 'student')
-        return with_its_parts(o, z), y
+        def base(_, bridged): return dict(base=bridged['base']) if 'base' in (bridged or ()) else {}
+        return collect_logits(models, _loader(o, split, most), o.synergy, list(o.teachers), 'student', extra=base)
     return o.cached(('split', split, most), compute)
 
 # %% ../../nbs/10_explore/00_opened.ipynb #44ddf33a
@@ -418,8 +416,9 @@ def attention_by_class(
     "Attention over the teachers (or their evidence, or reliability), class by class"
     columns = [c for c in t if c.startswith(f'{of}_')]
     if not columns:
-        raise RunError("This run has no bridge, so there is no attention. Explore a run of method=asmb." if of == 'share'
-                       else f"This run has no {of}: its bridge was made by an older version, or it has none.")
+        if of == 'share':
+            raise RunError("This run has no bridge, so there is no attention. Explore a run of method=asmb.")
+        raise RunError(f"This run has no {of}: only a bridge with synergy_base=wavg gives it.")
     g = t.groupby('label')
     out = pd.DataFrame(dict(images=g.size(), nats=g.nats.mean()))
     for c in columns:

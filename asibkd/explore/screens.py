@@ -13,12 +13,12 @@ from fastcore.basics import patch
 
 from ..core.config import RunError
 from ..analysis.tables import load_metrics, load_summary
-from ..analysis.bridge import path_table, plot_path, stage_sentence, stage_table
+from ..analysis.bridge import evidence_sentence, path_table, plot_path, stage_sentence, stage_table
 from ..analysis.cl import explain_cl, plot_forgetting, plot_memory, plot_R
 from ..analysis.figures import disagreement_table, plot_disagreement, plot_information
 from .opened import FinishedRun, attention_by_class, image_table, open_run, split_outputs, splits_of
 from .plots import plot_class_attention
-from .evidence import evidence_hits, hits_text, teacher_knows
+from .evidence import hits_by_image, teacher_knows
 from .browse import filter_runs, forgetting_by_task, plot_overlay, run_table
 from .widgets import Explorer, show_figure, flow_row, table_html
 
@@ -53,13 +53,15 @@ def show_training(self:BottleneckExplorer):
     except RunError as e:
         self.note.value = html.escape(str(e), quote=False)
 
-# %% ../../nbs/10_explore/05_screens.ipynb #8d8bbc6d
+# %% ../../nbs/10_explore/05_screens.ipynb #584d9f4e
 @patch
 def update_evidence(self:BottleneckExplorer, t):
     "Evidence class by class, and how often it is right; hidden where the bridge gives none"
     o, has = self.run, any(c.startswith('evidence_') for c in t)
     self.evidence.layout.display = None if has else 'none'
-    self.hits.value = html.escape(hits_text(evidence_hits(t, o.teachers, teacher_knows(o)), self.split.value))
+    hits = hits_by_image(t, o.teachers, teacher_knows(o))
+    score = dict(right=hits.mean(), images=len(hits)) if len(hits) else None
+    self.hits.value = evidence_sentence(score, self.split.value)
     if has:
         by_class = attention_by_class(t, o.data.classes, 'evidence')
         show_figure(plot_class_attention(by_class, 'evidence'), self.evidence)

@@ -191,6 +191,9 @@ def prepare_teachers(
     teachers = [t for t, _ in built]
     check_plan(student, teachers, specs, cfg, extra, data.train.y)
     warn_unknown(teachers, data)
+    if cfg.teacher_share and not any(info is None for _, info in built):
+        log.warning(f"teacher_share={cfg.teacher_share:g}: no teacher is fine-tuned in this run, so "
+                    f"{len(data.teacher):,} training images are not used. Leave it out to give them to the student.")
     infos = [info or train_teacher(t, s, ctx) for (t, info), s in zip(built, specs)]
     freeze_teachers(teachers, specs, cfg)
     return teachers, infos
@@ -252,7 +255,8 @@ def run_distil(
     summary |= {} if look is None else dict(outlook=look)
     save_results(net, results, method, ts, specs, moves, z, y, ctx, student)
     row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
-    return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views)
+    return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views,
+                               labels_per_class=cfg.labels_per_class)
 
 # %% ../../nbs/11_run/03_experiment.ipynb #4ad5398a
 def run_in_folder(
@@ -305,7 +309,7 @@ def run_experiment(
     teachers=None,                     # Your modules (or names) in place of teacher1_type, teacher2_type
     student=None,                      # Your module (or a name)
     train=None, val=None, test=None,   # Your datasets of (image, label); without `val`, val_frac of train is held out
-    unlabelled=None,                   # Your images without a class: a folder, a Dataset, or a uint8 tensor (N, C, H, W)
+    unlabelled=None,                   # Your images without a class: a folder, a Dataset or a uint8 tensor (N, C, H, W)
     callbacks=(),                      # `Callback`s, or functions called with each epoch's row
     **params,                          # Any parameter of `Config`
 )->dict: # The summary, as in summary.json, with `run`: the folder

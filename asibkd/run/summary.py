@@ -19,7 +19,7 @@ from ..core.runtime import RunContext
 from ..data.batches import Loader, make_loader
 from ..data.images import Data, ImageSet
 from ..distil.methods import check_method
-from ..distil.metrics import accuracy, collect_logits, scores
+from ..distil.metrics import OF_TEACHERS, accuracy, collect_logits, evidence_score, scores
 from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import teacher_report, verdict
 from ..ib_mbm import average_logits
@@ -137,7 +137,7 @@ def accuracies(
 )->dict: # split → {name: accuracy}
     "Accuracy of everything that has logits"
     def has_logits(name, v):
-        return v.ndim == 2 and v.shape[1] == n_class and name != 'share'
+        return v.ndim == 2 and v.shape[1] == n_class and name not in OF_TEACHERS
     return {s: {k: accuracy(v, y[s]) for k, v in z[s].items() if has_logits(k, v)} for s in z}
 
 # %% ../../nbs/11_run/01_summary.ipynb #23a05c6d
@@ -256,6 +256,8 @@ def summarise(
     out['weights'] = {s.name: weights_row(i) for s, i in zip(specs, infos)}
     if len(specs):
         out['teachers'] = teacher_report(z['test'], y['test'], [s.name for s in specs], cfg.method)
+    if right := evidence_score(z['test'], y['test'], [t.columns for t in original_teachers], data.n_class):
+        out['evidence'] = right
     others = [k for k in results if k != cfg.method]
     out |= verdict(cfg.method, others, z['test'], y['test'], best_baseline(z, y, results, cfg))
     return out | dict(time=time_part(results, specs, infos, latency))
@@ -267,7 +269,7 @@ def save_predictions(
     path,
 ):
     "Predicted label (int32) and its probability (float16) of every network, and the labels"
-    kept = {k: v for k, v in logits.items() if v.ndim == 2 and k != 'share'}
+    kept = {k: v for k, v in logits.items() if v.ndim == 2 and k not in OF_TEACHERS}
     confidence = {f'confidence.{k}': v.softmax(1).amax(1).half() for k, v in kept.items()}
     save_state({k: v.argmax(1).to(torch.int32) for k, v in kept.items()} | {'labels': y} | confidence, path)
 
