@@ -26,6 +26,17 @@ def asibkd(tmp_path, door):
     return lambda *argv: door(*argv, cwd=tmp_path)
 
 @pytest.fixture
+def full_path(): "For a test that is about the fusion's fit itself"
+
+@pytest.fixture(autouse=True)
+def short_path(request, monkeypatch):
+    "The fusion of a run is fitted in 20 steps instead of 150, where it does not matter how well"
+    if 'full_path' in request.fixturenames: return
+    from functools import partial
+    from asibkd.trainers import fusing
+    monkeypatch.setattr(fusing, 'fit_path', partial(fusing.fit_path, steps=20))
+
+@pytest.fixture
 def notebook(tmp_path, door):
     "nbs/run_experiment.ipynb with parameters, as papermill runs it: notebook('out.ipynb', '-p', 'seed', 3)"
     path = root/'nbs'/'run_experiment.ipynb'

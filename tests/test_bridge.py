@@ -17,6 +17,8 @@ from asibkd.distil.path import PATH, asked, fit_path
 from asibkd.ib_mbm import calibrated, energy, fuse
 from asibkd.run.experiment import run_experiment
 
+pytestmark = pytest.mark.usefixtures('full_path')
+
 def by_hand(logits, temps, w, u, delta, known):
     "The formula in loops over plain numbers"
     m, n, k = len(logits), len(logits[0]), len(delta[0])

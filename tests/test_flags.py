@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures('short_exam')
 BASE = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug='standard', train_per_class=8, val_frac=.25, teacher1_type='resnet8', teacher2_type='resnet14',
             student_type='resnet8', finetune_epochs=0, allow_untrained=1, num_stages=1, teacher_adapt_epochs=1, student_epochs_per_stage=1, bridge_objective='both', teacher_lr=.01, student_lr=.01,
             mbm_lr_factor=1., teacher1_freeze_level=1, ib_beta=.01, log_level='ERROR', report=0)
-FEAT, WEIGH, STEP, CRD, DKD = dict(feat_kd_alpha=1.), dict(use_disagree_weight=1, disagree_lambda_high=5.), dict(lr_schedule='step'), dict(method='crd', crd_nce_k=16), dict(method='dkd', dkd_warmup=1)
+FEAT, WEIGH, STEP, CRD, DKD = dict(feat_kd_alpha=1.), dict(use_disagree_weight=1, disagree_lambda_high=5.), dict(lr_schedule='step', student_epochs_per_stage=2), dict(method='crd', crd_nce_k=16), dict(method='dkd', dkd_warmup=1)
 TUNED = dict(finetune_epochs=1, finetune_lr=.01, allow_untrained=0)
 FIXED, FUSED = dict(bridge_objective='distil'), dict(bridge_objective='fuse', bridge_images='train')
 OPEN = dict(teacher1_freeze_level=-1, teacher2_freeze_level=-1)
@@ -38,12 +38,12 @@ CHANGES = dict(
     distill_hidden_dim=(8, dict(use_distillation_adapter=1)), distill_out_dim=(8, dict(use_distillation_adapter=1)),
     use_ib=(0, {}), ib_beta=(1., {}), ib_beta_warmup_epochs=(3, {}), mbm_query_dim=(8, {}), mbm_out_dim=(8, {}), mbm_r=(2, {}), mbm_n_head=(2, {}), mbm_learnable_q=(1, {}), mbm_dropout=(.5, {}),
     synergy_head_dropout=(.5, {}), synergy_base=('none', {}), bridge_objective=('ce', {}), bridge_images=('val', FUSED), synergy_gate=(0, dict(synergy_base='none')), mbm_tokens=('spatial', {}),
-    num_stages=(2, {}), teacher_adapt_epochs=(2, {}), student_epochs_per_stage=(2, {}), epochs=(1, dict(method='ce')), optimizer=('sgd', {}), momentum=(.5, dict(optimizer='sgd')),
+    num_stages=(2, {}), teacher_adapt_epochs=(2, {}), student_epochs_per_stage=(2, {}), epochs=(2, dict(method='ce')), optimizer=('sgd', {}), momentum=(.5, dict(optimizer='sgd')),
     nesterov=(1, dict(optimizer='sgd')), teacher_lr=(.02, {}), student_lr=(.02, {}), teacher_weight_decay=(.5, OPEN), student_weight_decay=(.5, {}), mbm_lr_factor=(2., {}), ce_alpha=(1., {}), kd_alpha=(.1, {}),
-    synergy_ce_alpha=(1., {}), synergy_kd_alpha=(.1, {}), teacher_adapt_kd_warmup=(0, {}), tau_start=(2., {}), tau_end=(1., {}), tau_decay_power=(3., dict(tau_end=1.)), hybrid_beta=(.5, {}),
+    synergy_ce_alpha=(1., {}), synergy_kd_alpha=(.1, {}), teacher_adapt_kd_warmup=(0, {}), tau_start=(2., {}), tau_end=(1., dict(student_epochs_per_stage=2)), tau_decay_power=(3., dict(tau_end=1., student_epochs_per_stage=2)), hybrid_beta=(.5, {}),
     feat_kd_alpha=(1., {}), feat_kd_key=('distill_feat', dict(FEAT, use_distillation_adapter=1)), feat_kd_norm=('l2', FEAT), feat_kd_target=('synergy', FEAT), rkd_loss_weight=(1., {}), reg_lambda=(.1, {}),
     mbm_reg_lambda=(.1, {}), use_disagree_weight=(1, dict(disagree_lambda_high=5.)), disagree_mode=('any_wrong', WEIGH), disagree_lambda_high=(2., dict(use_disagree_weight=1)),
-    disagree_lambda_low=(5., dict(use_disagree_weight=1)), use_certainty_weight=(1, {}), grad_clip_norm=(.01, {}), accumulate=(2, {}), student_ema=(.9, {}), patience=(1, dict(student_epochs_per_stage=4, student_lr=1.)), lr_schedule=('step', dict(step_size=1)), lr_restart=(1, {}), lr_warmup_epochs=(1, {}),
+    disagree_lambda_low=(5., dict(use_disagree_weight=1)), use_certainty_weight=(1, {}), grad_clip_norm=(.01, {}), accumulate=(2, {}), student_ema=(.9, {}), patience=(1, dict(student_epochs_per_stage=4, student_lr=1.)), lr_schedule=('step', dict(step_size=1)), lr_restart=(1, dict(num_stages=2)), lr_warmup_epochs=(1, {}),
     min_lr=(.005, {}), step_size=(1., STEP), milestones=([1], STEP), gamma=(.5, dict(STEP, step_size=1)), use_amp=(1, dict(amp_dtype='bfloat16')),
     finetune_epochs=(2, TUNED), finetune_lr=(.02, TUNED), finetune_weight_decay=(1., TUNED), finetune_use_cutmix=(1, TUNED), finetune_cutmix_alpha=(1., TUNED),
     logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), stage_pairs=('end', dict(method='at', teacher_type='vgg8', at_beta=10., image_size=16)), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),

@@ -55,3 +55,35 @@ def test_own_modules(tmp_path, capsys):
     with pytest.raises(ConfigError, match='Name one for each output'): run(tmp_path, teachers=[linear(4), mods[1]], finetune_epochs=0, teacher1_classes='0,1,2')
     given = run(tmp_path, teachers=[linear(4), mods[1]], student=linear(10), finetune_epochs=0, teacher1_classes='0,1,cow,2')
     assert given['weights']['teacher1']['outputs'] == [0, 1, -1, 2]
+
+def checkpoints(tmp_path):
+    "Two files as other people's scripts write them: timm's (its `arch`, no class names), torchvision's with `class_to_idx`"
+    import timm, torchvision
+    torch.manual_seed(0)
+    a, b = timm.create_model('mobilenetv3_small_050', num_classes=3), torchvision.models.shufflenet_v2_x0_5(num_classes=2)
+    torch.save(dict(epoch=9, arch='mobilenetv3_small_050', state_dict=a.state_dict()), tmp_path/'a.pth')
+    torch.save(dict(model=b.state_dict(), class_to_idx=dict(cow=0, dog=1)), tmp_path/'b.pth')
+    return a, b
+
+FAST = ('--method', 'avgz', '--compare', '0', '--report', '0', '--num_stages', '1', '--student_epochs_per_stage', '1', '--small_input', '0', '--batch_size', '4', '--device', 'cpu', '--student_type', 'mlp')
+
+def test_merge_from_the_command_line(tmp_path, asibkd, folder):
+    "Two foreign files and a folder: architectures from the files, classes from the file or the command line; the average is that of the two networks"
+    a, b = checkpoints(tmp_path)
+    folder(classes=('cat', 'cow', 'dog'), train=6, test=2)
+    r = asibkd('merge', 'a.pth', 'b.pth', '--data_root', 'photos', '--teacher1_classes', 'cat,bird,dog', *FAST, '--exp_id', 'm')
+    assert r.returncode == 0, r.stdout[-1500:] + r.stderr[-2000:]
+    for said in ('a.pth: mobilenetv3_small_050, 3 outputs', 'b.pth: shufflenet_v2_x0_5, 2 outputs', "knows 2 of the data's 3 classes (cat, dog); left out: bird", "knows 2 of the data's 3 classes (cow, dog)", 'teacher2_norm=… if'):
+        assert said in r.stdout, said
+    import json
+    w = json.loads((tmp_path/'results/m/summary.json').read_text())['weights']
+    assert (w['teacher1']['outputs'], w['teacher1']['classes'], w['teacher2']['classes']) == ([0, -1, 2], [0, 2], [1, 2])
+    r = asibkd('merge', 'a.pth', 'b.pth', '--data_root', 'photos', '--teacher1_classes', 'cat,dog', *FAST)
+    assert r.returncode == 2 and 'another number of classes (3, here 2)' in r.stderr and 'teacher1_classes' in r.stderr, r.stderr
+
+def test_merge_is_refused_in_a_sentence(tmp_path, asibkd, folder):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path/'odd.pth')
+    for words, said in ((['merge', 'a.pth', '--data_root', 'photos'], 'two files of weights'), (['merge', 'a.pth', 'b.pth', '--data_root', 'photos'], 'is no file'),
+                        (['merge', 'odd.pth', 'odd.pth'], 'needs images'), (['merge', 'odd.pth', 'odd.pth', '--data_root', 'photos'], '--teacher1_type NAME')):
+        r = asibkd(*words)
+        assert r.returncode == 2 and said in r.stderr, r.stderr

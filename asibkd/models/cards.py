@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASS_KEYS', 'OUTSIDE', 'hash_of_items', 'split_of', 'save_teacher', 'read_card', 'card_norm', 'check_card',
-           'warn_split', 'class_names', 'classes_in', 'file_classes', 'module_classes', 'class_number', 'match_classes',
+           'warn_split', 'as_names', 'classes_in', 'file_classes', 'module_classes', 'class_number', 'match_classes',
            'refuse_labels', 'refuse_unseen', 'labels_text', 'task_of', 'unknown_to_all', 'object_fingerprint']
 
 # %% ../../nbs/02_models/10_cards.ipynb #91323b95
@@ -110,7 +110,7 @@ def warn_split(name:str, path, data:Data):
                     "this run's validation numbers may be too good.")
 
 # %% ../../nbs/02_models/10_cards.ipynb #4b8a926e
-def class_names(
+def as_names(
     o, # What stands under 'classes', 'class_to_idx', …
 )->list|None: # In the order of the outputs; None where it is no list of names
     "Names from a list, or from a map in either direction"
@@ -134,7 +134,7 @@ def classes_in(
     card = content.get('asibkd')
     found = [card.get('classes')] if isinstance(card, Mapping) else []
     found += [content[k] for k in CLASS_KEYS if k in content]
-    names = next(filter(None, map(class_names, found)), None)
+    names = next(filter(None, map(as_names, found)), None)
     return names or (classes_in(content['meta']) if 'meta' in content else None)
 
 # %% ../../nbs/02_models/10_cards.ipynb #ce4ca31b
@@ -144,7 +144,7 @@ def file_classes(
     "The classes that a file of weights names; a student of this package has them in the student.json beside it"
     path, beside = Path(path), Path(path).with_name('student.json')
     if path.name in ('student.safetensors', 'student_last.safetensors') and beside.exists():
-        return class_names(read_json(beside).get('classes'))
+        return as_names(read_json(beside).get('classes'))
     if path.suffix == '.safetensors' or not path.is_file():
         return None
     try:
@@ -158,7 +158,7 @@ def module_classes(
 )->list|None: # None where it does not say
     "The classes that a module of the user's names as `classes`"
     m = m.model if isinstance(m, KDModel) else plain_module(m)
-    return class_names(getattr(m, 'classes', None))
+    return as_names(getattr(m, 'classes', None))
 
 # %% ../../nbs/02_models/10_cards.ipynb #d02b5fa5
 def class_number(
@@ -240,7 +240,7 @@ def task_of(
 )->Data: # As many classes as the teacher has outputs
     "The images of the classes that a teacher knows"
     part = restrict(data, [i for i in labels if i != OUTSIDE])
-    part.classes = list(names or part.classes)
+    part.classes = list(names or ('' if i == OUTSIDE else data.classes[i] for i in labels))
     return part
 
 # %% ../../nbs/02_models/10_cards.ipynb #1b6bfe06

@@ -269,7 +269,8 @@ def likely_reason(
         return "It was saved with an adapter: use_distillation_adapter=1."
     if only_shapes and heads and all(k.startswith(tuple(f'{h}.' for h in heads)) for k in o.reshaped):
         theirs, ours = o.state[o.reshaped[0]].shape[0], o.wanted[o.reshaped[0]].shape[0]
-        return f"It was trained for another number of classes ({theirs}, here {ours})."
+        return (f"It was trained for another number of classes ({theirs}, here {ours}); what a teacher's outputs "
+                "stand for is named by teacher1_classes=… (teacher2_classes, teacher_classes).")
     if only_shapes and o.reshaped[0] == stem:
         return "The stem differs: was it trained with another small_input (or number of channels)?"
     return "It is of another architecture."

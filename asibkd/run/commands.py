@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOP', 'COMMANDS', 'option_words', 'bare_value', 'read_options', 'parse', 'add_option', 'add_parameters',
-           'add_method_parameters', 'help_text', 'announce', 'print_run', 'cmd_run', 'cmd_baseline', 'cmd_finetune',
-           'cmd_evaluate', 'print_comparison', 'cmd_loop', 'runs_options', 'cmd_compare', 'newest', 'cmd_show',
-           'cmd_report', 'cmd_export', 'cmd_explore', 'cmd_doctor', 'cmd_bench', 'run_command']
+           'add_method_parameters', 'help_text', 'announce', 'print_run', 'cmd_run', 'cmd_merge', 'cmd_baseline',
+           'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'runs_options', 'cmd_compare', 'newest',
+           'cmd_show', 'cmd_report', 'cmd_export', 'cmd_explore', 'cmd_doctor', 'cmd_bench', 'run_command']
 
 # %% ../../nbs/11_run/08_commands.ipynb #0ee13bbf
 import argparse, contextlib, re, sys
@@ -130,8 +130,9 @@ def help_text(
     from asibkd.distil import amalgam, asmb, crd, merging, multi, single
     from asibkd.distil.methods import list_methods
     about = f"{ABOUT[command]}. Presets: {', '.join(list_presets())}. Methods: {', '.join(list_methods())}."
+    files = 'FILE FILE … --data_root FOLDER ' if command == 'merge' else ''
     p = argparse.ArgumentParser(
-        usage=f'asibkd {command} [--key value …]', description=about, conflict_handler='resolve',
+        usage=f'asibkd {command} {files}[--key value …]', description=about, conflict_handler='resolve',
         epilog='Write --key value, --key=value or key=value. default < preset < file < what you type. In brackets: the '
                'default, and what the preset quickstart makes of it where no other is named.')
     p.add_argument('-f', '--file', default='', help='YAML file of parameters')
@@ -171,6 +172,17 @@ def cmd_run(argv):
     announce(file, given)
     from asibkd.run.experiment import run_experiment
     print_run(run_experiment(file, **given))
+
+# %% ../../nbs/11_run/08_commands.ipynb #0a6ddf22
+def cmd_merge(argv):
+    "asibkd merge"
+    n = next((i for i, o in enumerate(argv) if o.startswith(('-', '+')) or re.match(r'\w+=', o)), len(argv))
+    files, (file, given) = argv[:n], parse('merge', argv[n:])
+    from asibkd.models.identify import check_merge, merge_params
+    check_merge(files, given)
+    announce(file, dict(dataset='imagefolder') | given)
+    from asibkd.run.experiment import run_experiment
+    print_run(run_experiment(file, **merge_params(files, given)))
 
 # %% ../../nbs/11_run/08_commands.ipynb #af80e8ad
 def cmd_baseline(argv):
@@ -372,9 +384,9 @@ def cmd_bench(argv):
           f"medians over rounds. Written: {a.out}")
 
 # %% ../../nbs/11_run/08_commands.ipynb #caabd909
-COMMANDS = dict(run=cmd_run, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate, loop=cmd_loop,
-                compare=cmd_compare, export=cmd_export, show=cmd_show, report=cmd_report, explore=cmd_explore,
-                doctor=cmd_doctor, bench=cmd_bench)
+COMMANDS = dict(run=cmd_run, merge=cmd_merge, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate,
+                loop=cmd_loop, compare=cmd_compare, export=cmd_export, show=cmd_show, report=cmd_report,
+                explore=cmd_explore, doctor=cmd_doctor, bench=cmd_bench)
 
 # %% ../../nbs/11_run/08_commands.ipynb #71980d92
 def run_command(

@@ -29,6 +29,7 @@ from ..distil.idle import idle_parameters, narrow_parameters
 from ..distil.methods import check_method
 from ..distil.metrics import accuracy, collect_logits
 from ..eval.evaluate import load_synergy, report_splits
+from ..models.cards import class_number, task_of
 from ..models.students import create_student
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
@@ -57,6 +58,8 @@ def finetune_in_folder(
     "The body of `run_finetune`, inside the open run folder"
     set_deterministic(cfg.deterministic)
     acc, data = create_accelerator(cfg), create_data(cfg)
+    if named := dict.fromkeys(cfg.teacher1_classes or ()):      # a specialist: its card names what it knows
+        data = task_of(data, [class_number(c, list(map(str, data.classes))) for c in named])
     cfg = settle_config(cfg, data)
     save_effective_config(run, cfg, acc)
     ctx = RunContext(cfg, data, acc, run, callbacks)
