@@ -182,7 +182,7 @@ def energy(
     temps:Tensor,   # (M,) temperature of each teacher
     columns=None,   # As in `known_classes`
 )->Tensor: # (B, M)
-    "log Σ_c exp(z_c/T) over the classes a teacher knows: how loudly it speaks (Liu et al. 2020, eq. 4, with its sign changed)"
+    "log Σ_c exp(z_c/T) over the classes a teacher knows (Liu et al. 2020, eq. 4, with its sign changed)"
     z = logits if logits.dtype == torch.float64 else logits.float()
     z = z/temps.to(z.dtype)[:, None, None]
     if columns is not None and any(c is not None for c in columns):
@@ -199,7 +199,8 @@ def fuse(
 )->Tensor: # (B, K); `FOREIGN` where no teacher knows the class
     "s_c = Σ_t w_t(ℓ_tc + u_t)/Σ_t w_t + δ_c over the teachers who know class c"
     every = columns is None or all(c is None for c in columns)
-    w = weight.to(logp.dtype).expand(logp.shape[1], -1).T[..., None].clamp_min(1e-6)  # a lone expert counts, however weak
+    # a lone expert counts, however weak
+    w = weight.to(logp.dtype).expand(logp.shape[1], -1).T[..., None].clamp_min(1e-6)
     if not every:
         knows = known_classes(columns, logp)
         w, logp = w*knows, torch.where(knows > 0, logp, 0.)

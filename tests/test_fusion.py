@@ -173,3 +173,9 @@ def test_merging_two_specialists_through_the_door(tmp_path):
 def test_teachers_from_elsewhere_leave_the_labelled_images(tmp_path):
     s = run_experiment(**TINY | dict(method='wavg', compare=0, teacher_share=.5, labels_per_class=3, epochs=1), results_dir=str(tmp_path))
     assert s['outlook']['split'] == 'train' and s['outlook']['fitted_on'] == 30 and s['outlook']['images'] == s['images']['val']
+
+def test_fitting_on_validation_images_needs_some(tmp_path):
+    "Said before a teacher is trained"
+    from asibkd.core.config import ConfigError
+    with pytest.raises(ConfigError, match='bridge_images=val: there are no validation images'):
+        run_experiment(**TINY | dict(method='wavg', compare=0, bridge_images='val', val_frac=0), results_dir=str(tmp_path))

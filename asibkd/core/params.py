@@ -278,7 +278,7 @@ class Bridge(Params):
         affects_result=False)
     use_ib:bool = bridge_param(True, "Bottleneck on; off = the same bridge, deterministic, β = 0.")
     ib_beta:Annotated[float, Field(ge=0)] | Literal['auto'] = bridge_param('auto', "Price β of one nat through the "
-        "bottleneck; auto: with the objective fuse the best of ∞, 1, .1, .01, .001, else 0.001.")
+        "bottleneck; auto: with the objective fuse the best of ∞, 1, .3, .1, .03, .01, else 0.001.")
     ib_beta_warmup_epochs:int = bridge_param(0, "Raise β linearly from 0 over this many adaptation epochs.", ge=0)
     mbm_query_dim:int = bridge_param(0, "Width of the attention query; 0 = the student's feature width.", ge=0)
     mbm_out_dim:int = bridge_param(0, "Width of the bridge's output z; 0 = the query width.", ge=0)
@@ -290,9 +290,9 @@ class Bridge(Params):
         "token per position of its feature map.")
     synergy_head_dropout:float = bridge_param(0.0, "Dropout inside the synergy head.", ge=0, lt=1)
     synergy_base:Literal['auto', 'wavg', 'average', 'none'] = bridge_param('auto', "The synergy starts as: wavg, the "
-        "best constant fusion of calibrated teachers; average, their mean; none, a free head (as in the original code); "
-        "auto: wavg with the objective fuse, else average.")
-    bridge_objective:Literal['auto', 'fuse', 'distil', 'ce', 'both'] = bridge_param('distil', "fuse: fit the fusion on "
+        "best constant fusion of calibrated teachers; average, their mean; none, a free head (as in the original "
+        "code); auto: wavg with the objective fuse, else average.")
+    bridge_objective:Literal['auto', 'fuse', 'distil', 'ce', 'both'] = bridge_param('auto', "fuse: fit the fusion on "
         "labelled images; distil: match the average of the teachers' soft logits; ce: predict the labels; both: distil "
         "+ ce; auto: fuse, or distil with adapters, spatial tokens and in continual learning.")
     bridge_images:Literal['auto', 'train', 'val'] = bridge_param('auto', "Images that fit the fusion: the labelled "

@@ -88,8 +88,8 @@ def collect_table(
         return kept
     with eval_mode(*nets):
         o, y = predict(outputs, loader.epoch(0), autocast)
-    m = range(len(fns))
-    return TeacherTable(torch.stack([o[f'z{i}'] for i in m]), [o[f'f{i}'] for i in m], y, columns, o.get('f'), o.get('z'))
+    logits, feats = zip(*((o[f'z{i}'], o[f'f{i}']) for i in range(len(fns))))
+    return TeacherTable(torch.stack(logits), list(feats), y, columns, o.get('f'), o.get('z'))
 
 # %% ../../nbs/05_distil/08_fusion.ipynb #1c5928be
 def fused_nll(
@@ -376,7 +376,7 @@ def outlook(
     names,               # Of the teachers
     judge=None,          # Table of other labelled images (validation); None: K folds of `table`
     k=5, seed=0,         # As in `folds`
-)->dict: # teachers {name: accuracy}, average, wavg, stack, best, gains, brier_gain, weights, temps, images, fitted_on, sentence
+)->dict: # accuracies (teachers, average, wavg, stack), best, gains, weights, temps, images, fitted_on, sentence
     "What fusion can give with these teachers, before a student is trained"
     table = table.subset(some_rows(table.y, 5000 if judge else 2000, seed))
     base, seen = fit_base(table), judge or table
@@ -384,7 +384,8 @@ def outlook(
     if judge is None:
         z, stack = cross_fitted(table, k, seed)
     else:
-        z, stack = base(judge.logits, judge.columns), fit_stack(table, k, seed)(judge.logits, judge.feats, judge.columns)
+        z = base(judge.logits, judge.columns)
+        stack = fit_stack(table, k, seed)(judge.logits, judge.feats, judge.columns)
     acc = {n: accuracy(v, y) for n, v in zip(names, seen.logits)}
     best = max(acc, key=acc.get)
     gram = error_gram(calibrated(table.logits, base.temps, table.columns), table.y, table.columns)
@@ -393,5 +394,5 @@ def outlook(
     w = base.weights.double()
     return dict(teachers=acc, average=accuracy(average, y), wavg=accuracy(z, y), stack=accuracy(stack, y), best=best,
                 gain_of_weighting=weighting[0], gain_of_learning=learning[0],
-                brier_gain=(gram.mean() - w @ gram @ w).item(), weights=base.weights.tolist(), temps=base.temps.tolist(),
-                images=len(seen), fitted_on=len(table), sentence=outlook_sentence(weighting, learning, single))
+                brier_gain=(gram.mean() - w @ gram @ w).item(), weights=base.weights.tolist(),
+                temps=base.temps.tolist(), images=len(seen), fitted_on=len(table), sentence=outlook_sentence(weighting, learning, single))

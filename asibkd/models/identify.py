@@ -150,7 +150,8 @@ def merge_params(
     if len(files) > 2 or given.get('teachers'):
         out |= dict(teachers=names, teacher_ckpts=list(map(str, files)))
     else:
-        out |= {f'teacher{i + 1}_{k}': str(v) for i, o in enumerate(zip(names, files)) for k, v in zip(('type', 'ckpt'), o)}
+        for i, (name, file) in enumerate(zip(names, files)):
+            out |= {f'teacher{i + 1}_type': name, f'teacher{i + 1}_ckpt': str(file)}
     return out | given
 
 # %% ../../nbs/02_models/11_identify.ipynb #78be2175
@@ -163,7 +164,8 @@ def check_merge(
     faults = [
         (len(files) < 2, f"asibkd merge needs two files of weights or more, got {len(files)}: asibkd merge a.pth b.pth "
          "--data_root photos. One teacher: asibkd run --method vanilla_kd --teacher_type NAME --teacher_ckpt FILE."),
-        (gone, f"'{', '.join(gone)}' is no file. Give the checkpoints first: asibkd merge a.pth b.pth --data_root photos."),
+        (gone, f"'{', '.join(gone)}' is no file. Give the checkpoints first: asibkd merge a.pth b.pth --data_root "
+         "photos."),
         (not given.get('data_root') and not given.get('dataset'), "asibkd merge needs images: --data_root FOLDER with "
          "train/<class>/ and test/<class>/ (and unlabelled/, if there are more).")]
     for is_bad, message in faults:

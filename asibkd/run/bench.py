@@ -454,7 +454,7 @@ def staged(
 )->Callable: # () → images
     "ASIB in stages, as a function to be timed"
     cfg = bench_config(batch_size=batch, num_stages=n, teacher_adapt_epochs=1, student_epochs_per_stage=1,
-                       teacher_cache='memory')
+                       bridge_objective='distil', teacher_cache='memory')
     ctx, st = RunContext(cfg, data, create_accelerator(cfg)), create_student(student, n_class=data.n_class)
     method = create_method('asmb', cfg, st, teachers)
     to_device(ctx, st, method, *teachers)

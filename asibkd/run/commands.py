@@ -130,8 +130,9 @@ def help_text(
     from asibkd.distil import amalgam, asmb, crd, merging, multi, single
     from asibkd.distil.methods import list_methods
     about = f"{ABOUT[command]}. Presets: {', '.join(list_presets())}. Methods: {', '.join(list_methods())}."
+    files = 'FILE FILE … --data_root FOLDER ' if command == 'merge' else ''
     p = argparse.ArgumentParser(
-        usage=f"asibkd {command} {'FILE FILE … --data_root FOLDER '*(command == 'merge')}[--key value …]", description=about, conflict_handler='resolve',
+        usage=f'asibkd {command} {files}[--key value …]', description=about, conflict_handler='resolve',
         epilog='Write --key value, --key=value or key=value. default < preset < file < what you type. In brackets: the '
                'default, and what the preset quickstart makes of it where no other is named.')
     p.add_argument('-f', '--file', default='', help='YAML file of parameters')

@@ -67,7 +67,8 @@ def refuse_contradictions(
         (cfg.compile and device.type == 'cpu' and not has_compiler(),
          "compile=1 needs a C++ compiler on a CPU, and none was found. Install g++ (or set CXX), or leave compile=0."),
         (cfg.overlap_pct is not None and not check_method(cfg.method).allows_class_subsets,
-         f"overlap_pct={cfg.overlap_pct or 0:g}: {cfg.method} needs teachers that know every class. {subset_methods()}"),
+         f"overlap_pct={cfg.overlap_pct or 0:g}: {cfg.method} needs teachers that know every class. "
+         f"{subset_methods()}"),
         (cfg.overlap_pct is not None and (cfg.teacher_classes or cfg.teacher1_classes or cfg.teacher2_classes),
          f"overlap_pct={cfg.overlap_pct or 0:g} draws the classes of each teacher, teacher1_classes, teacher2_classes "
          "and teacher_classes name them. Leave one of both out."),
@@ -104,6 +105,9 @@ def unselected_values(cfg:Config)->dict: # What changes
     if cfg.patience:
         raise ConfigError(f"patience={cfg.patience} waits for a better validation score, and val_frac=0 holds no image "
                           "out. Set patience=0, or val_frac.")
+    if cfg.bridge_images == 'val':
+        raise ConfigError("bridge_images=val: there are no validation images (val_frac=0). Set val_frac, or "
+                          "bridge_images=train.")
     log.info("no validation images (val_frac=0): the last epoch is the result")
     if not (cfg.synergy_gate and check_method(cfg.method).adapts and cfg.teacher_adapt_epochs):
         return {}
@@ -182,7 +186,7 @@ def named_classes(
     cfg:Config,
     n:int,      # Teachers of the run
 )->list: # Names, or None, for each
-    "What the user says that each teacher's outputs stand for: teacher_classes, or teacher1_classes and teacher2_classes"
+    "What each teacher's outputs stand for, as typed: teacher_classes, or teacher1_classes and teacher2_classes"
     rows = cfg.teacher_classes or [cfg.teacher1_classes, cfg.teacher2_classes][:n]
     if len(rows) > n:
         raise ConfigError(f"teacher_classes has {len(rows)} lists, the run has {n} teacher{'s'*(n > 1)}. Give one list "
@@ -273,8 +277,8 @@ def width_error(
         return ConfigError(f"{spec.name}: '{t.name}' has {t.n_class} outputs, and {data.n_class} classes are named for "
                            f"them ({names}). Name one for each output, in their order: {flag}=…")
     return ConfigError(f"{spec.name}: '{t.name}' has {t.n_class} outputs, the data have {data.n_class} classes "
-                       f"({names}). If it knows only some of them, or others, name what its outputs stand for, in their "
-                       f"order: {flag}=…; else give it a last layer with {data.n_class} outputs.")
+                       f"({names}). If it knows only some of them, or others, name what its outputs stand for, in "
+                       f"their order: {flag}=…; else give it a last layer with {data.n_class} outputs.")
 
 # %% ../../nbs/06_trainers/04_build.ipynb #f6b8589e
 def new_teacher(
@@ -494,8 +498,9 @@ def warn_unknown(
     "Say which classes no teacher knows: KD compares the others, and these are learnt from labels"
     names = [str(data.classes[i]) for i in unknown_to_all(teachers, data.n_class)]
     if names:
-        log.warning(f"no teacher knows {', '.join(names[:6])}{', …' if len(names) > 6 else ''}: distillation compares the "
-                    f"other {data.n_class - len(names)} classes, and these are learnt from labels alone.")
+        few = ', '.join(names[:6]) + (', …' if len(names) > 6 else '')
+        log.warning(f"no teacher knows {few}: distillation compares the other "
+                    f"{data.n_class - len(names)} classes, and these are learnt from labels alone.")
 
 # %% ../../nbs/06_trainers/04_build.ipynb #b025718c
 def spec_of_student(

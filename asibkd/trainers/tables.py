@@ -76,7 +76,7 @@ def taught_by(
         return ''
     tables = [fitting_table(None, teachers, loader, ctx) for loader in (labelled_loader(ctx, 1000), val)]
     better = [f'teacher{i + 1}' for i in memorised(*tables)]
-    return better and f"{', '.join(better)} is clearly better on the training images: it seems to have learnt from them" or ''
+    return f"{', '.join(better)}: clearly better on the training images than on the validation images" if better else ''
 
 # %% ../../nbs/06_trainers/06_tables.ipynb #302e5e3e
 MOST = 10_000   # Training images at most that a fusion is fitted on

@@ -19,28 +19,28 @@ PAIRS, COUNTS = ('specialists', 'unequal'), dict(digits=(2, 5, 10, 20, 50), mnis
                                                  cifar=(2, 5, 10, 20, 50, 100, 500))
 
 
-# Five fusions: from a table of labelled images to a function of a table
+# Five fusions: from the table of the labelled images (and of all) to a function of a table
 
-def fit_average(table):
+def fit_average(table, pool):
     "The mean of the logits, each class over the teachers that know it"
     from asibkd.ib_mbm import average_logits
     return lambda t: (average_logits([dict(logit=z, columns=c) for z, c in zip(t.logits, t.columns)]), None)
 
 
-def fit_wavg(table):
+def fit_wavg(table, pool):
     "Calibrated, optimal constant weights"
     from asibkd.distil.fusion import fit_base
     base = fit_base(table)
     return lambda t: (base(t.logits, t.columns), None)
 
 
-def fit_gate(table):
+def fit_gate(table, pool):
     "log p_t + log P(the class is one of teacher t's | features, energies): evidence alone; None where classes are shared"
     import torch
     from asibkd.distil.fusion import fit_base
     from asibkd.ib_mbm import calibrated, energy, fuse
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     knows = table.judged()
@@ -49,8 +49,8 @@ def fit_gate(table):
     base = fit_base(table)
     def features(t): return torch.cat([*t.feats, energy(t.logits.float(), base.temps, t.columns)], 1).numpy()
     k = min(5, int(knows.sum(1).min()))
-    search = LogisticRegressionCV(Cs=[10**p for p in range(-5, 2)], cv=StratifiedKFold(k, shuffle=True, random_state=0),
-                                  scoring='neg_log_loss', max_iter=500)
+    search = GridSearchCV(LogisticRegression(max_iter=500), dict(C=[10**p for p in range(-5, 2)]),
+                          cv=StratifiedKFold(k, shuffle=True, random_state=0), scoring='neg_log_loss')
     domain = make_pipeline(StandardScaler(), search).fit(features(table), knows.int().argmax(0).numpy())
     def fused(t):
         evidence = torch.tensor(domain.predict_log_proba(features(t)), dtype=torch.float32)
@@ -59,16 +59,18 @@ def fit_gate(table):
     return fused
 
 
-def fit_stacking(table):
+def fit_stacking(table, pool):
     "Ridge-penalised regression on standardised features and log-probabilities"
     from asibkd.distil.fusion import fit_stack
     stack = fit_stack(table)
     return lambda t: (stack(t.logits, t.feats, t.columns), None)
 
 
-def fit_bridge(table):
-    "The bridge, opened along its path of prices"
-    raise NotImplementedError
+def fit_bridge(table, pool):
+    "The bridge, opened along its path of prices; it does not ask a student, and sees the other images without labels"
+    from asibkd.distil.path import asked, fit_path, pooled
+    path = fit_path(table, asks=False, seen=pool)
+    return lambda t: (path['head'](pooled(t), asked(t), t.logits, t.columns)['logit'], path['beta'])
 
 
 FUSIONS = dict(average=fit_average, wavg=fit_wavg, gate=fit_gate, stack=fit_stacking, path=fit_bridge)
@@ -80,20 +82,22 @@ def tables(data, pair, seed, params)->tuple:
     "The teachers' outputs on the images that may have a label, and on the test images"
     from asibkd.data.batches import Loader, make_loader
     from asibkd.distil.fusion import collect_table
+    from asibkd.trainers.build import build_student
     ctx, _ = study.open_cell(data, 0, seed, 'avgz', 0, params)
     teachers = [study.get_teacher(t, ctx, f'teacher{i + 1}') for i, t in enumerate(study.SETTINGS[pair])]
     device = ctx.acc.device
     loaders = (Loader(ctx.data.train, ctx.data, 4*ctx.cfg.batch_size, device=device),
                make_loader(ctx.cfg, ctx.data, 'test', 'test', device=device))
-    return tuple(collect_table(None, teachers, o, autocast=ctx.acc.autocast) for o in loaders)
+    student = build_student(ctx.cfg, ctx.data)          # the path's tables have one; it is not asked
+    return tuple(collect_table(student, teachers, o, autocast=ctx.acc.autocast) for o in loaders)
 
 
-def one_row(fusion, labelled, test)->dict|None:
+def one_row(fusion, labelled, pool, test)->dict|None:
     "Fit one fusion on the labelled images and test it; None where it is not defined"
     import torch
     from asibkd.distil.metrics import accuracy, nll
     start = time.process_time()
-    fitted = FUSIONS[fusion](labelled)
+    fitted = FUSIONS[fusion](labelled, pool)
     if fitted is None:
         return None
     cpu = time.process_time() - start
@@ -114,7 +118,7 @@ def fill(data, pairs, counts, draws, fusions, params, seed=0):
             continue
         pool, test = tables(data, pair, seed, params)
         for n, d, fusion in todo:
-            row = one_row(fusion, pool.subset(limit_per_class(pool.y, n, d, 'labelled')), test)
+            row = one_row(fusion, pool.subset(limit_per_class(pool.y, n, d, 'labelled')), pool, test)
             if row is not None:
                 study.add_row(TABLE, dict(data=data, pair=pair, n=n, draw=d, fusion=fusion) | row, COLUMNS)
         print(f'{data}, {pair}: {len(todo)} rows', flush=True)
@@ -140,7 +144,7 @@ def claims(t)->list:
     "[(claim, difference in points, smallest allowed)] for the rows that exist: what the path must reach"
     m, out = summary(t), []
     def best(r, *names): return max(getattr(r, k) for k in names if k in m and getattr(r, k) == getattr(r, k))
-    for r in m.itertuples():
+    for r in m.dropna(subset='path').itertuples() if 'path' in m else ():
         where = f'{r.data}, {r.pair}, n = {r.n}'
         if r.pair == 'specialists' and r.n >= 20:
             out.append((f'{where}: path − better of gate and stack', r.path - best(r, 'gate', 'stack'), 0.))

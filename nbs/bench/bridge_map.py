@@ -70,6 +70,7 @@ DATA = {          # parameters, labels a class (0 = all), seeds that are reporte
 
 KD = [dict(tau_start=t, ce_alpha=a) for t in (2, 4) for a in (.1, 1)]
 BRIDGE = [dict(tau_start=t, ce_alpha=a, feat_kd_alpha=f) for t in (2, 4) for a, f in ((.1, 3), (1, 3))]
+FUSE = dict(bridge_objective='fuse', ib_beta='auto')
 ARMS = dict(      # method, what makes the arm, its settings to choose from
     ce=('ce', {}, [dict(student_lr=r, label_smoothing=s) for r in (.005, .02) for s in (0, .1)]),
     best=('best', {}, KD),
@@ -79,10 +80,10 @@ ARMS = dict(      # method, what makes the arm, its settings to choose from
     uhc=('uhc', {}, KD),
     cfl=('cfl', dict(cfl_on='pooled'), [dict(ce_alpha=a, cfl_beta=b) for a in (.1, 1) for b in (1, 10)]),
     stack=('stack', {}, KD),
-    asmb_no_ib=('asmb', dict(use_ib=0), BRIDGE),
-    asmb_no_feature=('asmb', dict(feat_kd_alpha=0), KD),
-    asmb=('asmb', {}, BRIDGE),
-    asmb_no_query=('asmb', dict(mbm_learnable_q=1), BRIDGE))
+    asmb_no_ib=('asmb', FUSE | dict(use_ib=0), BRIDGE),
+    asmb_no_feature=('asmb', FUSE | dict(feat_kd_alpha=0), KD),
+    asmb=('asmb', FUSE, BRIDGE),
+    asmb_no_query=('asmb', FUSE | dict(mbm_learnable_q=1), BRIDGE))
 GRID = [a for a in ARMS if a != 'asmb_no_query']    # the others only where --arms names them
 OURS, LABELS_ONLY = tuple(a for a in ARMS if a.startswith('asmb')), ('ce',)
 
