@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core.config import Config
-from ..core.runtime import RunContext
+from ..core.runtime import RunContext, objective_of
 from ..data.batches import Loader, make_loader
 from ..data.images import Data, ImageSet
 from ..distil.methods import check_method
@@ -164,7 +164,7 @@ def ensemble_rows(
 )->list:
     "The average of the teachers, and the synergy if there is a bridge"
     rows = dict(average=dict(model="teachers' average"),
-                synergy=dict(model='bridge + head', objective=cfg.bridge_objective))
+                synergy=dict(model='bridge + head', objective=objective_of(cfg)))
     return [dict(key=k, role='ensemble') | r for k, r in rows.items() if k in have]
 
 # %% ../../nbs/11_run/01_summary.ipynb #51401f46
