@@ -395,4 +395,5 @@ def outlook(
     return dict(teachers=acc, average=accuracy(average, y), wavg=accuracy(z, y), stack=accuracy(stack, y), best=best,
                 gain_of_weighting=weighting[0], gain_of_learning=learning[0],
                 brier_gain=(gram.mean() - w @ gram @ w).item(), weights=base.weights.tolist(),
-                temps=base.temps.tolist(), images=len(seen), fitted_on=len(table), sentence=outlook_sentence(weighting, learning, single))
+                temps=base.temps.tolist(), images=len(seen), fitted_on=len(table),
+                sentence=outlook_sentence(weighting, learning, single))

@@ -145,8 +145,9 @@ def merge_params(
     names = [n or o[0] for n, o in zip(names, known)]
     smallest = min(range(len(files)), key=lambda i: Path(files[i]).stat().st_size)
     out = dict(dataset='imagefolder', finetune_epochs=0, student_type=names[smallest])
-    if all(o and o[2] for o in known):
-        out['small_input'] = '1'                   # they have a CIFAR stem
+    stems = {o and o[2] for o in known if o is None or ':' in o[0]}    # the CIFAR zoo has one stem
+    if stems in ({True}, {False}):
+        out['small_input'] = '1' if True in stems else '0'   # as their first layers were built
     if len(files) > 2 or given.get('teachers'):
         out |= dict(teachers=names, teacher_ckpts=list(map(str, files)))
     else:
