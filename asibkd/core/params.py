@@ -137,9 +137,9 @@ class Experiment(Params):
         "only), … or a registered method.")
     plugin:str | list[str] = param('', "Python file(s) or module(s) of your own, run first: the methods, models and "
         "datasets they register can then be used by name.")
-    compare:bool = param(False, "Also run the baselines (ce, vanilla_kd, avgz; where teachers know different classes or "
-        "labels are few: ce, best, avgz, wavg; with cl_mode: naive, er, joint), with the same teachers and the same "
-        "number of student steps.")
+    compare:bool = param(False, "Also run the baselines (ce, vanilla_kd, avgz; where teachers know different classes "
+        "or labels are few: ce, best, avgz, wavg; with cl_mode: naive, er, joint), with the same teachers and the "
+        "same number of student steps.")
     report_oracle:bool = param(False, "Evaluate on the test set after every epoch; the best accuracy is reported as "
         "test_acc_oracle and never used for selection.")
     seed:int = param(42, "Seed of everything random: split, order, augmentation, initial weights.", ge=0, lt=2**32)
