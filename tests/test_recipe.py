@@ -148,7 +148,7 @@ def test_E1_what_needs_validation_is_off_or_refused(tmp_path, capsys):
     kw = DIGITS | dict(results_dir=str(tmp_path), teachers=['mlp', 'mlp'], student_type='mlp', finetune_epochs=1, epochs=0, student_epochs_per_stage=1, teacher_adapt_epochs=1, log_level='INFO')
     with pytest.raises(ConfigError, match='patience=2 waits for a better validation score'): run_experiment(**kw, patience=2)
     with pytest.raises(ConfigError, match='val_frac=0 with cl_mode=1'): run_experiment(**NOISE | dict(val_frac=0, cl_mode=1, report=0, student_type='mlp', teacher1_type='mlp', finetune_epochs=1, results_dir=str(tmp_path)))
-    s, out = run_experiment(**kw | dict(method='asmb', compare=1, synergy_gate=1)), capsys.readouterr().out
+    s, out = run_experiment(**kw | dict(method='asmb', bridge_objective='distil', compare=1, synergy_gate=1)), capsys.readouterr().out
     for said in ('no validation images (val_frac=0): the last epoch is the result', 'synergy_gate is off', 'teacher1 is the single teacher'): assert said in out, said
     g, = s['gates']
     assert g['gate'] and not g['checked'] and g['synergy_nll'] is None
