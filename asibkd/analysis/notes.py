@@ -15,7 +15,7 @@ from .cl import explain_cl, leak_note, r_rows
 from .tables import (
     baselines_ahead, is_cl, joined, keeps_text, result_rows, show_table, supervision_text)
 from ..core.config import near_chance
-from ..core.text import printable
+from ..core.text import FITTED_ON, printable
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #1f2b995a
 def main_row(
@@ -132,8 +132,8 @@ def bridge_images_text(
 )->str:
     "The images that the path was fitted on"
     o = gate.get('images') or {}
-    kind = dict(train='labelled training', val='validation').get(o.get('split'), 'labelled')
-    return f"{o['n']:,} {kind} images" if o.get('n') else f'{kind} images'
+    kind = FITTED_ON.get(o.get('split'), 'labelled images')
+    return f"{o['n']:,} {kind}" if o.get('n') else kind
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #e34b49ae
 def warn_gate(

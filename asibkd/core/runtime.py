@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'FOREIGN', 'UNLABELLED', 'seed_of', 'generator', 'reseed', 'forked_rng', 'set_deterministic',
-           'seed_everything', 'pick_device', 'cpu_has_bf16', 'precision_of', 'get_amp_components', 'refuse_processes',
-           'create_accelerator', 'When', 'tau_at', 'beta_at', 'objective_of', 'base_of', 'trains_teachers', 'eval_mode',
-           'has_label', 'RunContext', 'watched', 'progress_bar']
+           'seed_everything', 'pick_device', 'cpu_has_bf16', 'precision_of', 'get_amp_components', 'refuse',
+           'refuse_processes', 'create_accelerator', 'When', 'tau_at', 'beta_at', 'objective_of', 'base_of',
+           'trains_teachers', 'eval_mode', 'has_label', 'RunContext', 'watched', 'progress_bar']
 
 # %% ../../nbs/00_core/05_runtime.ipynb #f16cce3c
 import contextlib, hashlib, os, sys, warnings
@@ -124,6 +124,15 @@ def get_amp_components(
     context = torch.autocast(device.type, torch.bfloat16 if p == 'bf16' else torch.float16)
     scaler = torch.amp.GradScaler(device.type, init_scale=cfg.grad_scaler_init_scale) if p == 'fp16' else None
     return context, scaler
+
+# %% ../../nbs/00_core/05_runtime.ipynb #615f7aad
+def refuse(
+    rules:list,   # (condition, message)
+):
+    "`ConfigError` with the first message whose condition holds"
+    for holds, message in rules:
+        if holds:
+            raise ConfigError(message)
 
 # %% ../../nbs/00_core/05_runtime.ipynb #3e52b657
 COUNTS = ('WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')   # set by torchrun and by MPI

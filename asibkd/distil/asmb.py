@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..core.config import Config, ConfigError, fields_read_by
-from ..core.runtime import base_of, beta_at, objective_of, trains_teachers
+from ..core.runtime import base_of, beta_at, objective_of, refuse, trains_teachers
 from ..ib_mbm import build_from_teachers
 from .losses import (ce_loss, kd_loss, ib_kl, feature_loss, mean_one, certainty_weights, disagree_weights,
                                   rkd_angle, rkd_distance)
@@ -66,9 +66,7 @@ def refuse_bridge(c:Config):
                "bridge_objective=fuse starts from the teachers. Use synergy_base=wavg or average."),
               (not fuses and base == 'wavg', "synergy_base=wavg is fitted by bridge_objective=fuse, and this is "
                f"bridge_objective={objective_of(c)}. Use synergy_base=average.")]
-    for is_so, message in faults:
-        if is_so:
-            raise ConfigError(message)
+    refuse(faults)
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #56a7fd87
 def switched_off(

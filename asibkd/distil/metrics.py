@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OF_TEACHERS', 'predict', 'logits_by_name', 'collect_logits', 'accuracy', 'per_class', 'nll', 'confidence_bins', 'ece',
-           'agreement', 'disagreement_rates', 'scores', 'evidence_hits', 'evidence_score']
+           'agreement', 'disagreement_rates', 'scores', 'who_knows', 'evidence_hits', 'evidence_score']
 
 # %% ../../nbs/05_distil/01_metrics.ipynb #bafda37a
 import contextlib
@@ -144,6 +144,15 @@ def scores(
     "The numbers reported for every model"
     return dict(acc=accuracy(z, y), top5=accuracy(z, y, 5), nll=nll(z, y), ece=ece(z, y))
 
+# %% ../../nbs/05_distil/01_metrics.ipynb #fa192c7a
+def who_knows(
+    columns,      # One per teacher, as in `known_classes`
+    n_class:int,  # K
+)->Tensor: # (M, K) bool, on the CPU
+    "Which teacher knows which class"
+    on_cpu = [None if c is None else c.cpu() for c in columns]
+    return known_classes(on_cpu, torch.zeros(n_class))[:, 0] > 0
+
 # %% ../../nbs/05_distil/01_metrics.ipynb #babbe21e
 def evidence_hits(
     evidence:Tensor,  # (N, M) of the bridge, or anything monotonous in it
@@ -163,6 +172,5 @@ def evidence_score(
     "How often the evidence is right"
     if 'evidence' not in z or not z['evidence'].any():
         return {}
-    knows = known_classes([None if c is None else c.cpu() for c in columns], torch.zeros(n_class))[:, 0] > 0
-    hits, _ = evidence_hits(z['evidence'], y, knows)
+    hits, _ = evidence_hits(z['evidence'], y, who_knows(columns, n_class))
     return dict(right=hits.float().mean().item(), images=len(hits)) if len(hits) else {}

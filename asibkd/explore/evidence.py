@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..analysis.tables import joined
-from ..distil.metrics import evidence_hits
-from ..ib_mbm import known_classes
+from ..distil.metrics import evidence_hits, who_knows
 from .opened import FinishedRun
 from .plots import grouped_bars, panels
 
@@ -22,8 +21,7 @@ def teacher_knows(
     o:FinishedRun,
 )->Tensor: # (M, K) bool
     "Which teacher knows which class"
-    columns = [None if t.columns is None else t.columns.cpu() for t in o.teachers.values()]
-    return known_classes(columns, torch.zeros(len(o.data.classes)))[:, 0] > 0
+    return who_knows([t.columns for t in o.teachers.values()], len(o.data.classes))
 
 # %% ../../nbs/10_explore/02_evidence.ipynb #4a6c7366
 def what_cancels(

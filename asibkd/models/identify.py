@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 from ..core.config import ConfigError, log
+from ..core.params import split_words
+from ..core.runtime import refuse
 from .checkpoints import load_weights, match_names, plain_name, read_tensors
 from .teachers import aliases
 from .zoo import create_zoo, zoo
@@ -140,7 +142,7 @@ def merge_params(
 )->dict: # Parameters of a run
     "The run that merges these files into one student"
     names = given.get('teachers') or [given.get(f'teacher{i + 1}_type') for i in range(len(files))]
-    names = [o.strip() for o in names.split(',')] if isinstance(names, str) else names
+    names = split_words(names) if isinstance(names, str) else names
     known = [None if n else identify(f) for f, n in zip(files, names)]
     names = [n or o[0] for n, o in zip(names, known)]
     smallest = min(range(len(files)), key=lambda i: Path(files[i]).stat().st_size)
@@ -169,6 +171,4 @@ def check_merge(
          "photos."),
         (not given.get('data_root') and not given.get('dataset'), "asibkd merge needs images: --data_root FOLDER with "
          "train/<class>/ and test/<class>/ (and unlabelled/, if there are more).")]
-    for is_bad, message in faults:
-        if is_bad:
-            raise ConfigError(message)
+    refuse(faults)

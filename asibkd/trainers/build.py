@@ -19,7 +19,7 @@ from torch import nn
 
 from ..distil import amalgam, asmb, crd, merging, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
-from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of,
+from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of, refuse,
                                  trains_teachers)
 from ..data.images import Data, overlap_classes
 from ..freeze import apply_freeze, freeze_all
@@ -75,9 +75,7 @@ def refuse_contradictions(
         (cfg.method == 'asmb' and cfg.synergy_base == 'none' and not cfg.teacher_adapt_epochs,
          "synergy_base=none with teacher_adapt_epochs=0: the student would learn from an untrained head. "
          "Raise teacher_adapt_epochs, or use synergy_base=average.")]
-    for is_bad, message in faults:
-        if is_bad:
-            raise ConfigError(message)
+    refuse(faults)
 
 # %% ../../nbs/06_trainers/04_build.ipynb #6943ae32
 def settled_values(cfg:Config, device, size:int)->dict:

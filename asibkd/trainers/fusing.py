@@ -15,6 +15,7 @@ from torch import nn, Tensor
 
 from ..core.config import Config, log
 from ..core.runtime import RunContext, base_of, eval_mode, generator, seed_of
+from ..core.text import FITTED_ON
 from ..data.batches import make_loader
 from ..distil.losses import kd_loss
 from ..distil.fusion import Base, TeacherTable, collect_table, fit_base
@@ -169,7 +170,7 @@ def fusion_record(
 # %% ../../nbs/06_trainers/07_fusing.ipynb #1c8fb891
 def fusion_text(g:dict)->str: # From `fusion_record`
     "What the path found, for the log"
-    on = f"{g['images']['n']} {dict(train='labelled training', val='validation')[g['images']['split']]} images"
+    on = f"{g['images']['n']} {FITTED_ON[g['images']['split']]}"
     base = f"base NLL {g['base_nll']:.4f}, accuracy {g['base_acc']:.4f}"
     if not g['gate']:
         why = ('no price of the path is better' if len(g['path']) > 1 else 'no path (teacher_adapt_epochs=0)')
