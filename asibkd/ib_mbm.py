@@ -241,6 +241,18 @@ class FusionHead(nn.Module):
         x = torch.cat([*(f.float() for f in feats), *logp.clamp_min(-20), *asked], 1)
         return (x - self.mean)*self.scale
 
+    def moved(self,
+        said:Tensor,  # (B, 2M + K) what `read` says of the code
+        logp:Tensor,  # (M, B, K) from `calibrated`
+        loud:Tensor,  # (B, M) from `energy`
+        columns=None, # As in `known_classes`
+    )->dict: # logit, delta (B, K) · evidence, reliability (B, M)
+        "The formula, with the constants moved by what the code says"
+        m = len(logp)
+        a, u, delta = said.split([m, m, logp.shape[-1]], 1)
+        w = (self.weights.clamp_min(1e-6).log() + a).softmax(1)
+        return dict(logit=fuse(logp, w, columns, loud + u, delta), evidence=loud + u, reliability=w, delta=delta)
+
 # %% ../nbs/04_ib_mbm.ipynb #28361e97
 @patch
 def forward(self:FusionHead,
@@ -250,11 +262,8 @@ def forward(self:FusionHead,
 )->dict: # logit, base, delta (B, K) · evidence, reliability (B, M)
     "The formula: the calibrated fusion with constant weights, and the same moved by what the code says"
     logp, e = calibrated(logits, self.temps, columns), energy(logits, self.temps, columns)
-    m = len(logp)
-    a, u, delta = self.read(self.mu(self.inputs(feats, s_out, logp))).float().split([m, m, logp.shape[-1]], 1)
-    w = (self.weights.clamp_min(1e-6).log() + a).softmax(1)
-    return dict(logit=fuse(logp, w, columns, e + u, delta), base=fuse(logp, self.weights, columns, e), evidence=e + u,
-                reliability=w, delta=delta)
+    said = self.read(self.mu(self.inputs(feats, s_out, logp))).float()
+    return self.moved(said, logp, e, columns) | dict(base=fuse(logp, self.weights, columns, e))
 
 # %% ../nbs/04_ib_mbm.ipynb #417ab3c1
 class SynergyHead(nn.Module):

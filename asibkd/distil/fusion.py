@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RIDGES', 'TeacherTable', 'collect_table', 'fused_nll', 'best_log', 'fit_temperatures', 'error_gram',
-           'optimal_weights', 'Base', 'fit_base', 'folds', 'stack_input', 'Stack', 'ridge_path', 'cross_stack',
-           'best_ridge', 'standardised', 'some_rows', 'fit_stack', 'cross_fitted', 'decided', 'outlook_sentence',
-           'outlook']
+           'optimal_weights', 'Base', 'fit_base', 'folds', 'pooled', 'stack_input', 'Stack', 'ridge_path',
+           'cross_stack', 'best_ridge', 'standardised', 'some_rows', 'fit_stack', 'cross_fitted', 'decided',
+           'outlook_sentence', 'outlook']
 
 # %% ../../nbs/05_distil/08_fusion.ipynb #9818be2c
 import math
@@ -206,6 +206,13 @@ def folds(
     order = shuffled[y.cpu()[shuffled].argsort(stable=True)]            # by class, in random order
     return torch.empty(len(y), dtype=torch.long).index_copy_(0, order, torch.arange(len(y)) % k)
 
+# %% ../../nbs/05_distil/08_fusion.ipynb #824439ed
+def pooled(
+    feats, # One per teacher: (B, D_t), or maps (B, C_t, h, w)
+)->list: # One (B, D_t) a teacher
+    "Features as they are, maps averaged over their positions"
+    return [f.mean((2, 3)) if f.ndim == 4 else f for f in feats]
+
 # %% ../../nbs/05_distil/08_fusion.ipynb #70b0c050
 def stack_input(
     logits:Tensor,  # (M, B, K)
@@ -214,8 +221,8 @@ def stack_input(
 )->Tensor: # (B, D) float32
     "Features and log-probabilities side by side, the latter on the classes each teacher knows"
     def known(z, c): return (z if c is None else z[:, c]).float().log_softmax(-1)
-    pooled = [f.float() if f.ndim == 2 else f.float().mean((2, 3)) for f in feats]
-    return torch.cat([*pooled, *(known(z, c) for z, c in zip(logits, columns or [None]*len(logits)))], 1)
+    logp = [known(z, c) for z, c in zip(logits, columns or [None]*len(logits))]
+    return torch.cat([*pooled([f.float() for f in feats]), *logp], 1)
 
 # %% ../../nbs/05_distil/08_fusion.ipynb #c5a74f7b
 class Stack(nn.Module):

@@ -68,9 +68,10 @@ def fit_stacking(table, pool):
 
 def fit_bridge(table, pool):
     "The bridge, opened along its path of prices; it does not ask a student, and sees the other images without labels"
-    from asibkd.distil.path import asked, fit_path, pooled
+    from asibkd.distil.fusion import pooled
+    from asibkd.distil.path import asked, fit_path
     path = fit_path(table, asks=False, seen=pool)
-    return lambda t: (path['head'](pooled(t), asked(t), t.logits, t.columns)['logit'], path['beta'])
+    return lambda t: (path['head'](pooled(t.feats), asked(t), t.logits, t.columns)['logit'], path['beta'])
 
 
 FUSIONS = dict(average=fit_average, wavg=fit_wavg, gate=fit_gate, stack=fit_stacking, path=fit_bridge)
