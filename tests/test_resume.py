@@ -46,7 +46,7 @@ def test_kill_9(start, tmp_path, kw):
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM], ids=['ctrl-c', 'sigterm'])
 def test_stopped(start, tmp_path, how):
     "Ctrl-C, or a scheduler's SIGTERM: a sentence, not a traceback; exit code 130; the same command goes on"
-    p = start(tmp_path/'r')
+    p = start(tmp_path/'r', student_epochs_per_stage=60)             # still running when the signal comes, however late
     while not (tmp_path/'r'/'a'/'checkpoint').exists() and p.poll() is None: time.sleep(.05)
     p.send_signal(how); out = ''.join(p.communicate(timeout=200))
     assert p.returncode == 130 and 'goes on from the last checkpoint' in out and 'Traceback' not in out, out[-1500:]

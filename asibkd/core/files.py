@@ -9,7 +9,7 @@ __all__ = ['SUMS', 'QUICK_BYTES', 'file_sum', 'sum_line', 'add_sum', 'read_sums'
            'check_weights', 'read_weights', 'check_one', 'check_folder']
 
 # %% ../../nbs/00_core/03_files.ipynb #b0aea820
-import contextlib, errno, hashlib, json, os, zipfile, zlib
+import contextlib, errno, hashlib, io, json, os, zipfile, zlib
 from pathlib import Path
 
 from .config import CheckpointError, RunError, log
@@ -130,13 +130,15 @@ def atomic_save(
 ):
     "`torch.save` in one step, with a checksum; if the disk is full, it fails before the old file is touched"
     import torch
-    with atomic_path(path, checksum=True) as tmp, tmp.open('wb') as f:
-        try:
-            torch.save(obj, f)
-        except RuntimeError as e:
-            if isinstance(e.__context__, KeyboardInterrupt):   # Ctrl-C interrupted torch's writer
-                raise KeyboardInterrupt from None
-            raise OSError(str(e).splitlines()[0]) from e
+    data = io.BytesIO()          # torch's writer ends the process where a Ctrl-C closes its file under it
+    try:
+        torch.save(obj, data)
+    except RuntimeError as e:
+        if isinstance(e.__context__, KeyboardInterrupt):   # Ctrl-C interrupted torch's writer
+            raise KeyboardInterrupt from None
+        raise
+    with atomic_path(path, checksum=True) as tmp:
+        tmp.write_bytes(data.getbuffer())
 
 # %% ../../nbs/00_core/03_files.ipynb #3d715f39
 def sweep(

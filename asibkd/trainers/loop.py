@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.config import CheckpointError, Config, RunError
 from ..core.runtime import RunContext, When, reseed, seed_of
+from ..core.stopping import stop_if_asked
 from ..models.trace import one_value_error
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #ada98268
@@ -268,6 +269,7 @@ def train_epoch(loop:Loop):
             reseed(seed_of(seed, phase.name, loop.epoch, loop.step))
             loop.batch = shard(batch, acc)
             train_step(loop)
+            stop_if_asked()
     loop.step = 0
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #e990664a
