@@ -243,12 +243,14 @@ def fit_bridge(self:Learner, t:int, method, teachers:list):
 
 # %% ../../nbs/07_cl/06_learner.ipynb #5a749f41
 @patch
-def replay_loader(self:Learner, t:int)->Replay:
+def replay_loader(self:Learner, t:int,
+    views=None,  # `Views` between them
+)->Replay:
     "New images with replayed ones behind them"
     c, share = self.cfg, 0.
     if self.cls.fills_early:
         share = len(self.stream.classes(t))/self.stream.n_seen(t)
-    return Replay(self.task_data(t), self.memory, c.batch_size, c.replay_ratio, share, seed=c.seed,
+    return Replay(self.task_data(t), self.memory, c.batch_size, c.replay_ratio, share, views, seed=c.seed,
                   phase=f't{t + 1}-B', device=self.acc.device, data_aug=c.data_aug,
                   num_workers=c.num_workers)
 
@@ -256,16 +258,17 @@ def replay_loader(self:Learner, t:int)->Replay:
 @patch
 def train_student(self:Learner, t:int, method, teachers:list):
     "Phase B on new and replayed images"
-    c, loader = self.cfg, self.replay_loader(t)
+    c, views = self.cfg, method.views() if method.mixes else None
+    loader = self.replay_loader(t, views)
     averages = [m for m, r in zip(teachers, method.task.roles) if r == 'ema']
     fitted = distil(self.student, teachers, method, self.ctx.but(data=self.task_data(t)), epochs=c.epochs,
                     name=self.phase_name(t, 'B'), loader=loader,
                     callbacks=[EmaCB(self.student.model, m.model, c.cl_ema_decay) for m in averages],
                     keep={f'ema{i}': m for i, m in enumerate(averages)})
     n = len(loader)*fitted.epochs*(loader.batch_size + loader.n_old)
-    self.out.cost['student_images'] += n
+    self.out.cost['student_images'] += n*(2 if views else 1)
     if self.cls.teachers_used != 'none':
-        self.out.cost['teacher_forwards'] += n*len(teachers)
+        self.out.cost['teacher_forwards'] += n*len(teachers)*(2 if views and views.plain else 1)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #6cf4106f
 @patch
