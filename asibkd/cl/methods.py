@@ -79,8 +79,9 @@ def cl_parameters(
     stored = ['cl_der_loss', *(['store'] if cls.makes_synergy else []),
               *(['tau_start'] if c.cl_der_loss == 'kl' else [])]
     fishers = ['fisher', 'fisher_n', 'ewc_mode', *(['ewc_gamma'] if c.ewc_mode == 'online' else [])]
-    rows = [(True, ['cl_mode', 'cl_method', 'num_tasks', 'task_sizes', 'class_order', 'allow_leak', 'cl_mask',
-                    'lambda_ewc', 'cl_old_kd', 'cl_teachers']),
+    rows = [(True, ['cl_mode', 'cl_method', 'task_sizes', 'class_order', 'allow_leak', 'cl_mask', 'lambda_ewc',
+                    'cl_old_kd', 'cl_teachers', 'stream', 'extend', 'stop_after', 'cl_online', 'keep_task_weights']),
+            (not c.stream, ['num_tasks']), (c.cl_mask == 'full', ['cl_rows']),
             (not c.class_order, ['class_order_seed']), ('ema' in (c.cl_teachers or ''), ['cl_ema_decay']),
             (cls.rehearses, memory), (cls.rehearses and c.cl_der_alpha, stored), (c.lambda_ewc, fishers)]
     return {k for on, names in rows if on for k in names} - {*cls.unused_weights}

@@ -7,7 +7,7 @@ __all__ = ['side_param', 'FILE_NAME', 'NameList', 'bridge_param', 'method_param'
            'GROUPS', 'param', 'field_kinds', 'plain_value', 'split_words', 'number_or_text', 'TextLoader', 'Params',
            'field_bounds', 'group_rows', 'Experiment', 'Output', 'DataParams', 'Models', 'Freezing', 'Bridge',
            'Adaptation', 'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual',
-           'Replaying', 'Penalties', 'Evaluation', 'suite_values']
+           'TaskKeys', 'Replaying', 'Penalties', 'Evaluation', 'suite_values']
 
 # %% ../../nbs/00_core/00_params.ipynb #1258e250
 import os, re
@@ -439,14 +439,6 @@ cl_param = partial(param, read_by='cl')
 class Continual(Params):
     "Continual learning"
     cl_mode:bool = cl_param(False, "Learn the classes as a sequence of tasks.")
-    num_tasks:int = cl_param(5, "Number of tasks; where the classes do not divide evenly, the first tasks get the "
-        "remainder.", ge=1)
-    task_sizes:list[int] | None = cl_param(None, "Classes of each task, in order (e.g. 50,10,10,10,10,10); replaces "
-        "num_tasks.")
-    class_order:NameList | None = cl_param(None, "Classes in the order "
-        "in which they are learned, names or numbers (e.g. cat,dog,bird); empty = random.")
-    class_order_seed:int | None = cl_param(None, "Seed of a random class order; empty = seed.", ge=0,
-        lt=2**32)
     cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, or a "
         "registered method.")
     cl_teachers:str | None = cl_param(None, "Teachers of each task: expert, generic, snapshot and ema, joined by +; "
@@ -460,6 +452,31 @@ class Continual(Params):
         "asib; in the student of lwf and icarl); empty = the method's default.", ge=0)
     allow_leak:bool = cl_param(False, "Allow a teacher that was trained on future classes; the row of results is "
         "marked.")
+
+# %% ../../nbs/00_core/00_params.ipynb #482b8cc2
+class TaskKeys(Params):
+    "Continual learning: tasks"
+    num_tasks:int = cl_param(5, "Number of tasks; where the classes do not divide evenly, the first tasks get the "
+        "remainder.", ge=1)
+    task_sizes:list[int] | None = cl_param(None, "Classes of each task, in order (e.g. 50,10,10,10,10,10); replaces "
+        "num_tasks.")
+    class_order:NameList | None = cl_param(None, "Classes in the order "
+        "in which they are learned, names or numbers (e.g. cat,dog,bird); empty = random.")
+    class_order_seed:int | None = cl_param(None, "Seed of a random class order; empty = seed.", ge=0,
+        lt=2**32)
+    stream:list[str] | None = cl_param(None, "Datasets learned one after the other, by name, or as folders with "
+        "train/ and test/: new class names bring new classes, those of an earlier one a new domain; replaces dataset, "
+        "and each is one task unless task_sizes cuts finer.", min_length=1)
+    extend:str = cl_param('', "Folder of a finished continual run that goes on: student, memory, teachers and anchors "
+        "learn the new classes of dataset, or the tasks that stop_after left; task parameters then count new tasks.")
+    stop_after:int = cl_param(0, "Learn only the first tasks, up to this number; extend=RUN goes on with the rest; 0 = "
+        "all.", ge=0)
+    cl_rows:int = cl_param(0, "Rows of the student's head from the first task on with cl_mask=full: room for classes "
+        "that are still unknown; 0 = the classes of the data.", ge=0)
+    cl_online:bool = cl_param(False, "One pass: each image of a task is seen once by the student, and once by the "
+        "teachers that are fine-tuned on it.")
+    keep_task_weights:bool = cl_param(False, "Keep the student's weights after each task, in the run folder's tasks/.",
+        affects_result=False)
 
 # %% ../../nbs/00_core/00_params.ipynb #86ffdfba
 class Replaying(Params):
@@ -504,7 +521,7 @@ class Evaluation(Params):
 
 # %% ../../nbs/00_core/00_params.ipynb #2cc48b68
 GROUPS = (Experiment, Output, DataParams, Models, Freezing, Bridge, Adaptation, Distillation, Terms, Optimisation,
-          Precision, Finetuning, MethodKeys, Continual, Replaying, Penalties, Evaluation)
+          Precision, Finetuning, MethodKeys, Continual, TaskKeys, Replaying, Penalties, Evaluation)
 
 # %% ../../nbs/00_core/00_params.ipynb #b4dff8d1
 def suite_values()->dict:
