@@ -16,8 +16,8 @@ from torch import nn
 from .fisher import EWC, check_ewc, fisher_diag
 from .memory import Balanced, Buffer, Replay, join
 from .methods import TaskContext, check_cl_method
-from .setup import (check_cl, first_teacher, leak_of, limit_to_seen, roles_of, student_spec,
-                             used_specs)
+from .setup import (AnalyticMemory, check_cl, first_teacher, leak_of, limit_to_seen, roles_of,
+                             student_spec, used_specs)
 from .streams import Stream, grow_head
 from ..core.config import ConfigError
 from ..core.runtime import RunContext, forked_rng, generator
@@ -74,7 +74,9 @@ class Learner:
         self.roles, self.out = roles_of(c), CLResult(key)
         self.memory = Buffer(c.replay_capacity if self.cls.rehearses else 0, c.replay_policy, c.seed)
         self.ewc, self.si, self.teachers = EWC(c.ewc_mode, c.ewc_gamma), None, {}
-        for s in used_specs(self.specs, self.roles) + student_spec(student, c):
+        self.analytic = AnalyticMemory(c, self.specs, stream, ctx.acc.device) if 'analytic' in self.roles else None
+        trunk = self.analytic.kind if self.analytic else ''
+        for s in used_specs(self.specs, self.roles, trunk) + student_spec(student, c):
             self.out.leak = max(self.out.leak, leak_of(s, stream, c))      # refused before anything is trained
         if self.cls.classifies_by_means and self.memory.capacity < n_class:
             raise ConfigError(f"replay_capacity={c.replay_capacity}: {key} classifies by the means of kept "
@@ -169,6 +171,21 @@ def finetune_teacher(
         self.out.cost['teacher_images'] += len(loader)*loader.batch_size*fitted.epochs
     return limit_to_seen(freeze_all(m), self.stream.n_seen(t), self.width(t))
 
+# %% ../../nbs/07_cl/06_learner.ipynb #7f0f3da0
+@patch
+def compute_teacher(self:Learner, t:int)->KDModel:
+    "Add the task's images to the sums of the analytic teacher, and solve for its head"
+    network, data, n_seen = None, self.task_data(t), self.stream.n_seen(t)
+    if t == 0 and self.analytic.kind == 'first':
+        is_taught = 'expert' in self.roles
+        network = copy.deepcopy(self.teachers['expert1'][0] if is_taught else self.finetune_teacher(0, 0, 'expert'))
+        if not is_taught:
+            self.teachers.pop('expert1')
+    self.analytic.learn(self.eval_loader(data.train, data), n_seen, network)
+    self.out.cost['teacher_forwards'] += len(data.train)
+    teacher = self.analytic.teacher(join(data.train, self.memory), t)
+    return limit_to_seen(teacher, n_seen, self.width(t))
+
 # %% ../../nbs/07_cl/06_learner.ipynb #367e93fa
 @patch
 def gather_teachers(self:Learner, t:int)->tuple: # (teachers, their roles)
@@ -178,7 +195,9 @@ def gather_teachers(self:Learner, t:int)->tuple: # (teachers, their roles)
         self.student = copy.deepcopy(self.untrained)
     grow_head(self.student, self.width(t), self.cfg.seed, 'student', t)
     found = []
-    for role in self.roles:
+    for role in sorted(self.roles, key=lambda r: r == 'analytic'):       # after the expert, whose trunk it may take
+        if role == 'analytic':
+            found.append((self.compute_teacher(t), role))
         if role == 'snapshot' and snapshot is not None:
             found.append((limit_to_seen(snapshot, self.stream.n_seen(t - 1), self.width(t)), role))
         if role == 'ema' and t:
@@ -188,6 +207,7 @@ def gather_teachers(self:Learner, t:int)->tuple: # (teachers, their roles)
         if role in ('expert', 'generic'):
             n = 1 if role == 'expert' else len(self.specs)
             found += [(self.finetune_teacher(t, i, role), role) for i in range(n)]
+    found.sort(key=lambda o: self.roles.index(o[1]))
     to_device(self.ctx, self.student, *(m for m, _ in found))
     return [m for m, _ in found], tuple(role for _, role in found)
 
@@ -227,12 +247,14 @@ def fit_bridge(self:Learner, t:int, method, teachers:list):
 
 # %% ../../nbs/07_cl/06_learner.ipynb #5a749f41
 @patch
-def replay_loader(self:Learner, t:int)->Replay:
+def replay_loader(self:Learner, t:int,
+    views=None,  # `Views` between them
+)->Replay:
     "New images with replayed ones behind them"
     c, share = self.cfg, 0.
     if self.cls.fills_early:
         share = len(self.stream.classes(t))/self.stream.n_seen(t)
-    return Replay(self.task_data(t), self.memory, c.batch_size, c.replay_ratio, share, seed=c.seed,
+    return Replay(self.task_data(t), self.memory, c.batch_size, c.replay_ratio, share, views, seed=c.seed,
                   phase=f't{t + 1}-B', device=self.acc.device, data_aug=c.data_aug,
                   num_workers=c.num_workers)
 
@@ -240,16 +262,17 @@ def replay_loader(self:Learner, t:int)->Replay:
 @patch
 def train_student(self:Learner, t:int, method, teachers:list):
     "Phase B on new and replayed images"
-    c, loader = self.cfg, self.replay_loader(t)
+    c, views = self.cfg, method.views() if method.mixes else None
+    loader = self.replay_loader(t, views)
     averages = [m for m, r in zip(teachers, method.task.roles) if r == 'ema']
     fitted = distil(self.student, teachers, method, self.ctx.but(data=self.task_data(t)), epochs=c.epochs,
                     name=self.phase_name(t, 'B'), loader=loader,
                     callbacks=[EmaCB(self.student.model, m.model, c.cl_ema_decay) for m in averages],
                     keep={f'ema{i}': m for i, m in enumerate(averages)})
     n = len(loader)*fitted.epochs*(loader.batch_size + loader.n_old)
-    self.out.cost['student_images'] += n
+    self.out.cost['student_images'] += n*(2 if views else 1)
     if self.cls.teachers_used != 'none':
-        self.out.cost['teacher_forwards'] += n*len(teachers)
+        self.out.cost['teacher_forwards'] += n*len(teachers)*(2 if views and views.plain else 1)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #6cf4106f
 @patch
@@ -260,7 +283,7 @@ def train_task(self:Learner, t:int, teachers:list, roles:tuple): # The method, t
     self.train_student(t, method, teachers)
     return method
 
-# %% ../../nbs/07_cl/06_learner.ipynb #e849de30
+# %% ../../nbs/07_cl/06_learner.ipynb #90d1ca46
 @patch
 def anchor_weights(self:Learner, t:int):
     "Anchor what task `t` made important; a λ that must diverge is refused here"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['r_line']
 
-# %% ../../nbs/07_cl/07_loop.ipynb #93a03cee
+# %% ../../nbs/07_cl/07_loop.ipynb #a3723a0a
 import copy, os, time
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def accuracy_before(self:Learner, m:KDModel, t:int)->float:
     z, y = collect_logits(dict(m=m), self.eval_loader(d.test, d))
     return accuracy(z['m'][:, c.start:c.stop], y - c.start)
 
-# %% ../../nbs/07_cl/07_loop.ipynb #70f4887e
+# %% ../../nbs/07_cl/07_loop.ipynb #23322c95
 @patch
 def look_at_next(self:Learner, t:int):
     "What student and untrained student know of the task after `t`, where their heads have its rows"
@@ -121,10 +121,10 @@ def state(self:Learner, t:int)->dict:
     si = None if self.si is None else self.si.state_dict()
     return dict(task=t, student=self.student.state_dict(), untrained=self.untrained.state_dict(),
                 memory=self.memory.state(), ewc=self.ewc.state(), si=si, teachers=teachers, out=vars(self.out),
-                rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks),
-                is_end=t + 1 == len(self.stream))
+                analytic=self.analytic and self.analytic.state(), is_end=t + 1 == len(self.stream),
+                rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks))
 
-# %% ../../nbs/07_cl/07_loop.ipynb #ddafbf74
+# %% ../../nbs/07_cl/07_loop.ipynb #6e9d9019
 @patch
 def save(self:Learner, t:int):
     "Write the state after task `t`"
@@ -137,7 +137,7 @@ def save(self:Learner, t:int):
     for f in (self.run/'checkpoint').glob(f'*{self.prefix}t{t + 1}-*.pt'):
         f.unlink()                                                           # checkpoints of finished phases
 
-# %% ../../nbs/07_cl/07_loop.ipynb #fc425195
+# %% ../../nbs/07_cl/07_loop.ipynb #8168fdfe
 @patch
 def restore(
     self:Learner,
@@ -155,20 +155,22 @@ def restore(
         grow_head(m, self.stream.n_seen(t)).load_state_dict(o['state'])
         self.teachers[name] = m, o['has_weights']
     self.memory.load(s['memory'])
+    if self.analytic:
+        self.analytic.load(s['analytic'])
     self.ewc.load(s['ewc'], self.acc.device)
     self.out = CLResult(**s['out'])
     if s['si'] is not None:
         self.si = SI(self.student.model, self.cfg.si_c, self.cfg.si_xi)
         self.si.load_state_dict(s['si'])
 
-# %% ../../nbs/07_cl/07_loop.ipynb #8b973083
+# %% ../../nbs/07_cl/07_loop.ipynb #4e8d1254
 @patch
 def keep_state(self:Learner):
     "Write the state of the finished run, for `extend`"
     if self.run is not None and self.acc.is_main_process:
         atomic_save(self.state(len(self.out.class_il) - 1), self.run/'tasks'/f'{self.key}.pt')
 
-# %% ../../nbs/07_cl/07_loop.ipynb #4546c172
+# %% ../../nbs/07_cl/07_loop.ipynb #ab096fff
 @patch
 def take_over(self:Learner)->int: # The task to begin with
     "Begin where the run `extend` ended"
