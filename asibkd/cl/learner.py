@@ -19,7 +19,7 @@ from .methods import TaskContext, check_cl_method
 from .metrics import task_accuracies
 from .setup import (check_cl, first_teacher, leak_of, limit_to_seen, roles_of, student_spec,
                              used_specs)
-from .streams import Stream, grow_head
+from .streams import Stream, align_head, grow_head
 from ..core.config import ConfigError, log
 from ..core.files import atomic_save
 from ..core.runtime import RunContext, forked_rng, generator
@@ -76,12 +76,12 @@ class Learner:
         c, n_class = self.cfg, stream.data.n_class
         self.roles, self.out = roles_of(c), CLResult(key)
         self.memory = Buffer(c.replay_capacity if self.cls.rehearses else 0, c.replay_policy, c.seed)
-        self.ewc, self.si, self.teachers = EWC(c.ewc_mode, c.ewc_gamma), None, {}
+        self.ewc, self.si, self.teachers, self.kept = EWC(c.ewc_mode, c.ewc_gamma), None, {}, {}
         for s in used_specs(self.specs, self.roles) + student_spec(student, c):
             self.out.leak = max(self.out.leak, leak_of(s, stream, c))      # refused before anything is trained
-        if self.cls.classifies_by_means and self.memory.capacity < n_class:
-            raise ConfigError(f"replay_capacity={c.replay_capacity}: {key} classifies by the means of kept "
-                              f"images and needs at least one of each of {n_class} classes.")
+        if (self.cls.classifies_by_means or self.cls.learns_from_memory) and self.memory.capacity < n_class:
+            raise ConfigError(f"replay_capacity={c.replay_capacity}: {key} knows a class by its kept images alone "
+                              f"and needs at least one of each of {n_class} classes.")
         self.student = build_student(c, stream.data, copied(student))
         grow_head(self.student, self.width(0), c.seed, 'student', keep=False)
         self.untrained = copy.deepcopy(self.student)
@@ -90,6 +90,12 @@ class Learner:
     def width(self, t:int)->int:
         "Rows of the student's head in task `t`"
         return self.stream.data.n_class if self.cfg.cl_mask == 'full' else self.stream.n_seen(t)
+
+# %% ../../nbs/07_cl/06_learner.ipynb #bcd33b68
+@patch(as_prop=True)
+def examined(self:Learner)->KDModel:
+    "The model that is evaluated and saved: the student, unless the method makes another one of it"
+    return self.cls.examined(self.student, self.kept)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ddba5ad0
 @patch
@@ -169,8 +175,8 @@ def finetune_teacher(
 @patch
 def gather_teachers(self:Learner, t:int)->tuple: # (teachers, their roles)
     "Grow the student, and gather the teachers of task `t`"
-    snapshot = freeze_all(copy.deepcopy(self.student)) if t and 'snapshot' in self.roles else None
-    if self.cls.cumulative:
+    snapshot = freeze_all(copy.deepcopy(self.examined)) if t and 'snapshot' in self.roles else None
+    if self.cls.cumulative or self.cls.learns_from_memory:
         self.student = copy.deepcopy(self.untrained)
     grow_head(self.student, self.width(t), self.cfg.seed, 'student', t)
     found = []
@@ -194,7 +200,8 @@ def create_task_method(self:Learner, t:int, teachers:list, roles:tuple):
     cls = self.cls
     if not teachers and cls.teachers_used != 'none':
         cls = cls.without_teachers
-    task = TaskContext(t, self.stream.classes(t).start, roles, self.ewc, self.si)
+    starts = tuple(self.stream.classes(i).start for i in range(t + 1))
+    task = TaskContext(t, starts[-1], roles, self.ewc, self.si, starts, self.stream.n_seen(t), self.kept)
     with forked_rng(self.cfg.seed, 'init', self.key, t):
         method = cls(self.cfg, self.student, teachers, self.params, task)
     to_device(self.ctx, method)
@@ -223,29 +230,41 @@ def fit_bridge(self:Learner, t:int, method, teachers:list):
 
 # %% ../../nbs/07_cl/06_learner.ipynb #5a749f41
 @patch
-def replay_loader(self:Learner, t:int)->Replay:
-    "New images with replayed ones behind them"
+def replay_loader(
+    self:Learner,
+    t:int,
+    data=None,    # Default: the task's data
+    memory=None,  # Default: the whole memory
+)->Loader:
+    "New images with replayed ones behind them; for a method that learns from the memory alone, its images"
     c, share = self.cfg, 0.
+    data, memory = data or self.task_data(t), self.memory if memory is None else memory
+    kw = dict(seed=c.seed, phase=f't{t + 1}-B', device=self.acc.device, data_aug=c.data_aug, num_workers=c.num_workers)
+    if self.cls.learns_from_memory:              # in as many steps as the task has
+        data, n = replace(data, train=self.memory_set()), len(data.train)
+        return Balanced(data, Buffer(0), c.batch_size, n, **kw)
     if self.cls.fills_early:
         share = len(self.stream.classes(t))/self.stream.n_seen(t)
-    return Replay(self.task_data(t), self.memory, c.batch_size, c.replay_ratio, share, seed=c.seed,
-                  phase=f't{t + 1}-B', device=self.acc.device, data_aug=c.data_aug,
-                  num_workers=c.num_workers)
+    return Replay(data, memory, c.batch_size, c.replay_ratio, share, **kw)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ec556f4c
 @patch
 def train_student(self:Learner, t:int, method, teachers:list):
     "Phase B on new and replayed images"
-    c, loader = self.cfg, self.replay_loader(t)
+    c, (data, memory, held) = self.cfg, method.hold_out(self.task_data(t), self.memory)
+    loader = self.replay_loader(t, data, memory)
     averages = [m for m, r in zip(teachers, method.task.roles) if r == 'ema']
     fitted = distil(self.student, teachers, method, self.ctx.but(data=self.task_data(t)), epochs=c.epochs,
                     name=self.phase_name(t, 'B'), loader=loader,
                     callbacks=[EmaCB(self.student.model, m.model, c.cl_ema_decay) for m in averages],
                     keep={f'ema{i}': m for i, m in enumerate(averages)})
-    n = len(loader)*fitted.epochs*(loader.batch_size + loader.n_old)
+    n = len(loader)*fitted.epochs*(loader.batch_size + getattr(loader, 'n_old', 0))
     self.out.cost['student_images'] += n
     if self.cls.teachers_used != 'none':
         self.out.cost['teacher_forwards'] += n*len(teachers)
+    if held is not None:
+        z, y = collect_logits(dict(student=self.student), self.eval_loader(held, data))
+        method.fit_held_out(z['student'], y)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #6cf4106f
 @patch
@@ -259,7 +278,11 @@ def train_task(self:Learner, t:int, teachers:list, roles:tuple): # The method, t
 # %% ../../nbs/07_cl/06_learner.ipynb #00bda5a8
 @patch
 def consolidate(self:Learner, t:int, method):
-    "Anchor the important weights; a λ that must diverge is refused here"
+    "Align the head (`cl_align`) and anchor the important weights; a λ that must diverge is refused here"
+    new = self.stream.classes(t)
+    if self.cfg.cl_align and new.start and len(new):
+        for m in method.networks(self.student):
+            align_head(m, new.start, new.stop)
     method.after_task()
     self.si = method.task.si
     c, net = self.cfg, self.student.model
@@ -298,10 +321,17 @@ def logits_to_store(
 
 # %% ../../nbs/07_cl/06_learner.ipynb #f1d61050
 @patch
-def fill_memory(self:Learner, t:int, method, teachers:list):
-    "Offer the task's images to the memory, with their current logits"
+def fill_memory(self:Learner, t:int, method=None, teachers=()):
+    "Offer the task's images to the memory, with their current logits; `cl_transplant` renews those of kept items"
     if not self.memory.capacity:
         return
+    if self.cls.learns_from_memory:              # there is no network yet, and no use for logits
+        ds, k = self.task_data(t).train, self.stream.n_seen(t)
+        return self.memory.add(ds, t, k, torch.zeros(len(ds), 1, k))
+    if self.cfg.cl_der_alpha and self.cfg.cl_transplant and len(self.memory):
+        z, _ = collect_logits(dict(student=self.student), self.eval_loader(self.memory_set(), self.stream.data))
+        new = self.stream.classes(t)
+        self.memory.transplant(z['student'], new.start, new.stop, self.cfg.cl_transplant)
     store, o = self.cfg.store, self.logits_to_store(t, method, teachers)
     names = ['synergy', 'student'] if store == 'both' else [store]
     # a student whose head has all rows also has logits for future classes
@@ -310,13 +340,18 @@ def fill_memory(self:Learner, t:int, method, teachers:list):
     certainty = certainty_weights(o['logvar']) if 'logvar' in o else None
     self.memory.add(self.task_data(t).train, t, k, sets, certainty, o['feature'])
 
+# %% ../../nbs/07_cl/06_learner.ipynb #a82bdcfd
+@patch
+def memory_set(self:Learner)->ImageSet:
+    "The memory's items as a set of images"
+    data = self.stream.data
+    return ImageSet(self.memory.x, self.memory.y, data.classes, shape=data.shape)
+
 # %% ../../nbs/07_cl/06_learner.ipynb #f5b81d8b
 @patch
 def memory_features(self:Learner)->dict: # label → (n, D)
     "The student's features of the memory's items, class by class"
-    shape = self.stream.data.shape
-    d = replace(self.stream.data, train=ImageSet(self.memory.x, self.memory.y, shape=shape))
-    o, y = collect_logits(dict(student=self.student), self.eval_loader(d.train, d),
+    o, y = collect_logits(dict(student=self.student), self.eval_loader(self.memory_set(), self.stream.data),
                           extra=lambda outs, s: dict(feature=outs['student']['feat_2d']))
     return {c: o['feature'][y == c] for c in y.unique().tolist()}
 
@@ -331,11 +366,11 @@ def all_logits(
 )->tuple: # name → (N, K) logits, labels (N,)
     "Logits of student, teachers (role and position, e.g. `snapshot2`), average and synergy on the same images"
     named = {f'{r}{i}': m for i, (r, m) in enumerate(zip(method.task.roles, teachers), 1)}
-    synergy = getattr(method, 'synergy', None) if named else None
+    synergy, model = getattr(method, 'synergy', None) if named else None, self.examined
     def student(b):
-        s = self.student(b.x)
+        s = model(b.x)
         return s | dict(logit=method.predict(s))
-    z, y = collect_logits(dict(student=self.student) | named, self.eval_loader(ds, data), synergy, list(named),
+    z, y = collect_logits(dict(student=model) | named, self.eval_loader(ds, data), synergy, list(named),
                           'student', dict(student=student))
     return {k: v for k, v in z.items() if k not in ('synergy_open', 'nats', *OF_TEACHERS)}, y
 
@@ -377,7 +412,7 @@ def evaluate_task(self:Learner, t:int, method, teachers:list):
     count = torch.bincount(self.memory.y, minlength=self.stream.data.n_class) if len(self.memory) else []
     o.composition.append(list(map(int, count)))
     if self.cfg.cl_mask == 'full' and t + 1 < len(self.stream):
-        o.before_learning.append(self.accuracy_before(self.student, t + 1))
+        o.before_learning.append(self.accuracy_before(self.examined, t + 1))
         o.untrained.append(self.accuracy_before(self.untrained, t + 1))
     log.info(f'{self.key}: after task {t + 1} of {len(self.stream)}: {r_line(class_il, task_il)}')
 
@@ -396,8 +431,8 @@ def save(self:Learner, t:int):
     teachers = {k: dict(state=m.state_dict(), has_weights=h) for k, (m, h) in self.teachers.items()}
     si = None if self.si is None else self.si.state_dict()
     state = dict(task=t, student=self.student.state_dict(), untrained=self.untrained.state_dict(),
-                 memory=self.memory.state(), ewc=self.ewc.state(), si=si, teachers=teachers, out=vars(self.out),
-                 rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks))
+                 memory=self.memory.state(), ewc=self.ewc.state(), si=si, kept=self.kept, teachers=teachers,
+                 out=vars(self.out), rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks))
     f = self.run/'checkpoint'/f'{self.prefix}tasks.pt'
     if f.exists():
         os.replace(f, f.with_name(f'{self.prefix}before.pt'))                # should the new one be damaged
@@ -426,7 +461,7 @@ def load(self:Learner)->int: # The task to begin with
         self.teachers[name] = m, o['has_weights']
     self.memory.load(s['memory'])
     self.ewc.load(s['ewc'], self.acc.device)
-    self.out = CLResult(**s['out'])
+    self.out, self.kept = CLResult(**s['out']), s['kept']
     if s['si'] is not None:
         self.si = SI(self.student.model, self.cfg.si_c, self.cfg.si_xi)
         self.si.load_state_dict(s['si'])
@@ -441,9 +476,12 @@ def learn(self:Learner)->CLResult:
     for t in range(self.load(), len(self.stream)):
         start = time.perf_counter()
         teachers, roles = self.gather_teachers(t)
+        if self.cls.learns_from_memory:
+            self.fill_memory(t)
         method = self.train_task(t, teachers, roles)
         self.consolidate(t, method)
-        self.fill_memory(t, method, teachers)
+        if not self.cls.learns_from_memory:
+            self.fill_memory(t, method, teachers)
         self.evaluate_task(t, method, teachers)
         self.out.seconds += time.perf_counter() - start
         self.save(t)
