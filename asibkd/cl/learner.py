@@ -233,6 +233,7 @@ def fit_bridge(self:Learner, t:int, method, teachers:list):
 def replay_loader(
     self:Learner,
     t:int,
+    views=None,   # `Views` between them
     data=None,    # Default: the task's data
     memory=None,  # Default: the whole memory
 )->Loader:
@@ -245,23 +246,24 @@ def replay_loader(
         return Balanced(data, Buffer(0), c.batch_size, n, **kw)
     if self.cls.fills_early:
         share = len(self.stream.classes(t))/self.stream.n_seen(t)
-    return Replay(data, memory, c.batch_size, c.replay_ratio, share, **kw)
+    return Replay(data, memory, c.batch_size, c.replay_ratio, share, views, **kw)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ec556f4c
 @patch
 def train_student(self:Learner, t:int, method, teachers:list):
     "Phase B on new and replayed images"
-    c, (data, memory, held) = self.cfg, method.hold_out(self.task_data(t), self.memory)
-    loader = self.replay_loader(t, data, memory)
+    c, views = self.cfg, method.views() if method.mixes else None
+    data, memory, held = method.hold_out(self.task_data(t), self.memory)
+    loader = self.replay_loader(t, views, data, memory)
     averages = [m for m, r in zip(teachers, method.task.roles) if r == 'ema']
     fitted = distil(self.student, teachers, method, self.ctx.but(data=self.task_data(t)), epochs=c.epochs,
                     name=self.phase_name(t, 'B'), loader=loader,
                     callbacks=[EmaCB(self.student.model, m.model, c.cl_ema_decay) for m in averages],
                     keep={f'ema{i}': m for i, m in enumerate(averages)})
     n = len(loader)*fitted.epochs*(loader.batch_size + getattr(loader, 'n_old', 0))
-    self.out.cost['student_images'] += n
+    self.out.cost['student_images'] += n*(2 if views else 1)
     if self.cls.teachers_used != 'none':
-        self.out.cost['teacher_forwards'] += n*len(teachers)
+        self.out.cost['teacher_forwards'] += n*len(teachers)*(2 if views and views.plain else 1)
     if held is not None:
         z, y = collect_logits(dict(student=self.student), self.eval_loader(held, data))
         method.fit_held_out(z['student'], y)

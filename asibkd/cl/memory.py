@@ -7,7 +7,7 @@ __all__ = ['POLICIES', 'quotas', 'herding_order', 'herding_ranks', 'keep_shares'
            'ReplayBatch', 'Chain', 'join', 'Replay', 'take', 'Balanced']
 
 # %% ../../nbs/07_cl/01_memory.ipynb #5fd5e2e3
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..core.runtime import generator
 from ..data.batches import Batch, Loader
 from ..data.images import Data, ImageSet, by_class
 from ..data.sources import TensorSource
+from ..distil.views import mixed_views
 
 # %% ../../nbs/07_cl/01_memory.ipynb #b4890a2a
 def quotas(
@@ -240,6 +241,13 @@ class ReplayBatch(Batch):
     n_seen: Tensor = None      # (B,) valid columns of `stored`
     certainty: Tensor = None   # (B,)
     n_new: int|None = None     # How many: they come first
+    n_mixed: int = 0           # Views between the images, behind them in `x`; nothing else has rows for them
+    plain: bool = True         # Are the teachers shown the images as they are, too?
+
+    @property
+    def for_teachers(self)->Batch:
+        "All of `x`, or the views alone"
+        return self if self.plain or not self.n_mixed else replace(self, x=self.x[-self.n_mixed:])
 
 # %% ../../nbs/07_cl/01_memory.ipynb #268bad93
 class Chain:
@@ -281,10 +289,12 @@ class Replay(Loader):
         batch_size:int,   # New images of a batch
         ratio:float,      # Replayed images for each new one
         current=0.,       # Share of the replayed images that are of the current task
+        views=None,       # `Views`: add as many views between the images of a batch as it has images
         **kw,             # As `Loader` takes them
     ):
         ds = data.train
         super().__init__(join(ds, mem), data, batch_size, True, **kw)
+        self.views, self.n_views = views, None if views else self.n_views      # lines between images have no number
         self.mem, self.n_new, self.batch_size = mem, len(ds), min(batch_size, len(ds))
         self.n_old = max(1, round(ratio*self.batch_size)) if ratio > 0 and len(mem) else 0
         self.n_current = round(current*self.n_old)
@@ -342,6 +352,9 @@ def _batch(self:Replay, x, p, key)->ReplayBatch:
     b = Loader._batch(self, x, p, key)
     is_new = torch.arange(len(p), device=self.device) < self.batch_size
     kw = dict(x=b.x, y=b.y, idx=b.idx, view=b.view, row=b.row, is_new=is_new, n_new=self.batch_size)
+    if self.views:
+        mixed = mixed_views(x, self.views, self.data.flip, self.stats, *key)
+        kw |= dict(x=torch.cat([b.x, mixed]), n_mixed=len(mixed), plain=self.views.plain)
     if not self.n_old:
         return ReplayBatch(**kw)
     m = self.mem

@@ -21,6 +21,7 @@ from ..core.runtime import FOREIGN
 from ..distil.asmb import ASMB
 from ..distil.losses import ce_loss, kd_loss, upcast
 from ..distil.methods import AvgZ, Method, check_class, check_name, check_params, kd_parameters, weighted
+from ..distil.views import ViewKD
 
 # %% ../../nbs/07_cl/04_methods.ipynb #95505876
 @dataclass
@@ -84,6 +85,7 @@ def cl_parameters(
     fishers = ['fisher', 'fisher_n', 'ewc_mode', *(['ewc_gamma'] if c.ewc_mode == 'online' else [])]
     rows = [(True, ['cl_mode', 'cl_method', 'num_tasks', 'task_sizes', 'class_order', 'allow_leak', 'cl_mask',
                     'lambda_ewc', 'cl_old_kd', 'cl_teachers', 'cl_align']),
+            (cls.mixes, ['cl_kd_mix']), (cls.mixes and c.cl_kd_mix, ['cl_mix_alpha', 'cl_mix_aug']),
             (not c.class_order, ['class_order_seed']), ('ema' in (c.cl_teachers or ''), ['cl_ema_decay']),
             (cls.rehearses, memory), (cls.rehearses and c.cl_der_alpha, stored), (c.lambda_ewc, fishers)]
     return {k for on, names in rows if on for k in names} - {*cls.unused_weights}
@@ -99,11 +101,13 @@ class CLMethod(Method):
     without_teachers = None         # The class that is used while there is no teacher (first task, snapshot only)
     classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
     makes_synergy = False           # Combines its teachers' logits into logits that a memory may store
+    mixes = False                   # Can be distilled on views between images (`cl_kd_mix`)
     unused_weights = ()             # Weights without a term in this method: setting one is refused
     unlabelled = False              # Memory and metrics of the tasks need every label
     defaults = Method.defaults | dict(
         ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
-        cl_der_loss='mse', cl_old_kd=0., lambda_ewc=0., cl_align=False, replay_policy='herding', store='student')
+        cl_der_loss='mse', cl_old_kd=0., cl_kd_mix=0., lambda_ewc=0., cl_align=False, replay_policy='herding',
+        store='student')
 
     def __init__(self, cfg:Config, student, teachers, params=None, task:TaskContext=None):
         super().__init__(cfg, student, teachers, params)
@@ -359,7 +363,7 @@ def predict(self:ICaRL, s_out:dict)->Tensor: # (B, K)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #12066221
 @register_cl_method('avgz')
-class AverageCL(CLMethod, AvgZ):
+class AverageCL(ViewKD, CLMethod, AvgZ):
     "Replay, and the plain average of the teachers' logits: what the bridge has to beat"
     makes_synergy = True
     unused_weights = ('cl_old_kd',)
@@ -367,7 +371,7 @@ class AverageCL(CLMethod, AvgZ):
 
 # %% ../../nbs/07_cl/04_methods.ipynb #c793a5be
 @register_cl_method('asib')
-class ASIBCL(CLMethod, ASMB):
+class ASIBCL(ViewKD, CLMethod, ASMB):
     "Replay, and the synergy of the task's teachers through the bottleneck"
     makes_synergy = True
     defaults = AverageCL.defaults | dict(cl_old_kd=1.)
@@ -378,6 +382,10 @@ class ASIBCL(CLMethod, ASMB):
         frozen = {k for k in fields_read_by('bridge') if '_freeze' in k or k.endswith('bn_head_only')}
         old = kd_parameters(c) if c.cl_old_kd > 0 and 'snapshot' in (c.cl_teachers or '') else set()
         return (super().reads(c) | old) - frozen - {'teacher_weight_decay', 'reg_lambda'}
+
+    @classmethod
+    def asks_plain(cls, c):
+        return super().asks_plain(c) or max(c.hybrid_beta, c.feat_kd_alpha, c.rkd_loss_weight) > 0
 
     def synergy_ce(self, z, batch)->Tensor:
         "On the images and in the columns of classes that at least one teacher was trained on"

@@ -27,8 +27,8 @@ from ..trainers.build import teacher_specs
 
 # %% ../../nbs/11_run/02_cl.ipynb #dc010879
 CL_BASELINES = ('naive', 'er', 'joint')
-METHOD_WEIGHTS = ('cl_teachers', 'cl_mask', 'cl_replay_ce', 'cl_der_alpha', 'cl_der_loss', 'cl_old_kd', 'store',
-                  'cl_align', 'lambda_ewc', 'ce_alpha', 'kd_alpha')
+METHOD_WEIGHTS = ('cl_teachers', 'cl_mask', 'cl_replay_ce', 'cl_der_alpha', 'cl_der_loss', 'cl_old_kd', 'cl_kd_mix',
+                  'store', 'cl_align', 'lambda_ewc', 'ce_alpha', 'kd_alpha')
 
 def baseline_config(cfg:Config)->Config:
     "The same run for a baseline: the weights of the run's method are left out"
