@@ -18,7 +18,7 @@ from .memory import Balanced, Buffer, Replay, join
 from .methods import TaskContext, check_cl_method
 from .setup import (AnalyticMemory, check_cl, first_teacher, leak_of, limit_to_seen, roles_of,
                              student_spec, used_specs)
-from .streams import Stream, grow_head
+from .streams import Stream, align_head, grow_head
 from ..core.config import ConfigError
 from ..core.runtime import RunContext, forked_rng, generator
 from ..data.batches import Loader, normalise
@@ -73,14 +73,14 @@ class Learner:
         c, n_class = self.cfg, stream.data.n_class
         self.roles, self.out = roles_of(c), CLResult(key)
         self.memory = Buffer(c.replay_capacity if self.cls.rehearses else 0, c.replay_policy, c.seed)
-        self.ewc, self.si, self.teachers = EWC(c.ewc_mode, c.ewc_gamma), None, {}
+        self.ewc, self.si, self.teachers, self.kept = EWC(c.ewc_mode, c.ewc_gamma), None, {}, {}
         self.analytic = AnalyticMemory(c, self.specs, stream, ctx.acc.device) if 'analytic' in self.roles else None
         trunk = self.analytic.kind if self.analytic else ''
         for s in used_specs(self.specs, self.roles, trunk) + student_spec(student, c):
             self.out.leak = max(self.out.leak, leak_of(s, stream, c))      # refused before anything is trained
-        if self.cls.classifies_by_means and self.memory.capacity < n_class:
-            raise ConfigError(f"replay_capacity={c.replay_capacity}: {key} classifies by the means of kept "
-                              f"images and needs at least one of each of {n_class} classes.")
+        if (self.cls.classifies_by_means or self.cls.learns_from_memory) and self.memory.capacity < n_class:
+            raise ConfigError(f"replay_capacity={c.replay_capacity}: {key} knows a class by its kept images alone "
+                              f"and needs at least one of each of {n_class} classes.")
         self.student = build_student(c, stream.data, copied(student))
         grow_head(self.student, self.width(0), c.seed, 'student', keep=False)
         self.untrained = copy.deepcopy(self.student)
@@ -96,6 +96,12 @@ class Learner:
     def n_tasks(self)->int:
         "Tasks to learn: all, or those up to `stop_after`"
         return min(self.cfg.stop_after or len(self.stream), len(self.stream))
+
+# %% ../../nbs/07_cl/06_learner.ipynb #bcd33b68
+@patch(as_prop=True)
+def examined(self:Learner)->KDModel:
+    "The model that is evaluated and saved: the student, unless the method makes another one of it"
+    return self.cls.examined(self.student, self.kept)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ddba5ad0
 @patch
@@ -190,8 +196,8 @@ def compute_teacher(self:Learner, t:int)->KDModel:
 @patch
 def gather_teachers(self:Learner, t:int)->tuple: # (teachers, their roles)
     "Grow the student, and gather the teachers of task `t`"
-    snapshot = freeze_all(copy.deepcopy(self.student)) if t and 'snapshot' in self.roles else None
-    if self.cls.cumulative:
+    snapshot = freeze_all(copy.deepcopy(self.examined)) if t and 'snapshot' in self.roles else None
+    if self.cls.cumulative or self.cls.learns_from_memory:
         self.student = copy.deepcopy(self.untrained)
     grow_head(self.student, self.width(t), self.cfg.seed, 'student', t)
     found = []
@@ -218,7 +224,8 @@ def create_task_method(self:Learner, t:int, teachers:list, roles:tuple):
     cls = self.cls
     if not teachers and cls.teachers_used != 'none':
         cls = cls.without_teachers
-    task = TaskContext(t, self.stream.classes(t).start, roles, self.ewc, self.si)
+    starts = tuple(self.stream.classes(i).start for i in range(t + 1))
+    task = TaskContext(t, starts[-1], roles, self.ewc, self.si, starts, self.stream.n_seen(t), self.kept)
     with forked_rng(self.cfg.seed, 'init', self.key, t):
         method = cls(self.cfg, self.student, teachers, self.params, task)
     to_device(self.ctx, method)
@@ -247,32 +254,43 @@ def fit_bridge(self:Learner, t:int, method, teachers:list):
 
 # %% ../../nbs/07_cl/06_learner.ipynb #5a749f41
 @patch
-def replay_loader(self:Learner, t:int,
-    views=None,  # `Views` between them
-)->Replay:
-    "New images with replayed ones behind them"
+def replay_loader(
+    self:Learner,
+    t:int,
+    views=None,   # `Views` between them
+    data=None,    # Default: the task's data
+    memory=None,  # Default: the whole memory
+)->Loader:
+    "New images with replayed ones behind them; for a method that learns from the memory alone, its images"
     c, share = self.cfg, 0.
+    data, memory = data or self.task_data(t), self.memory if memory is None else memory
+    kw = dict(seed=c.seed, phase=f't{t + 1}-B', device=self.acc.device, data_aug=c.data_aug, num_workers=c.num_workers)
+    if self.cls.learns_from_memory:              # in as many steps as the task has
+        data, n = replace(data, train=self.memory_set()), len(data.train)
+        return Balanced(data, Buffer(0), c.batch_size, n, **kw)
     if self.cls.fills_early:
         share = len(self.stream.classes(t))/self.stream.n_seen(t)
-    return Replay(self.task_data(t), self.memory, c.batch_size, c.replay_ratio, share, views, seed=c.seed,
-                  phase=f't{t + 1}-B', device=self.acc.device, data_aug=c.data_aug,
-                  num_workers=c.num_workers)
+    return Replay(data, memory, c.batch_size, c.replay_ratio, share, views, **kw)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ec556f4c
 @patch
 def train_student(self:Learner, t:int, method, teachers:list):
     "Phase B on new and replayed images"
     c, views = self.cfg, method.views() if method.mixes else None
-    loader = self.replay_loader(t, views)
+    data, memory, held = method.hold_out(self.task_data(t), self.memory)
+    loader = self.replay_loader(t, views, data, memory)
     averages = [m for m, r in zip(teachers, method.task.roles) if r == 'ema']
     fitted = distil(self.student, teachers, method, self.ctx.but(data=self.task_data(t)), epochs=c.epochs,
                     name=self.phase_name(t, 'B'), loader=loader,
                     callbacks=[EmaCB(self.student.model, m.model, c.cl_ema_decay) for m in averages],
                     keep={f'ema{i}': m for i, m in enumerate(averages)})
-    n = len(loader)*fitted.epochs*(loader.batch_size + loader.n_old)
+    n = len(loader)*fitted.epochs*(loader.batch_size + getattr(loader, 'n_old', 0))
     self.out.cost['student_images'] += n*(2 if views else 1)
     if self.cls.teachers_used != 'none':
         self.out.cost['teacher_forwards'] += n*len(teachers)*(2 if views and views.plain else 1)
+    if held is not None:
+        z, y = collect_logits(dict(student=self.student), self.eval_loader(held, data))
+        method.fit_held_out(z['student'], y)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #6cf4106f
 @patch
@@ -300,7 +318,11 @@ def anchor_weights(self:Learner, t:int):
 # %% ../../nbs/07_cl/06_learner.ipynb #00bda5a8
 @patch
 def consolidate(self:Learner, t:int, method):
-    "Importance (SI) and anchor (EWC) of the task's weights"
+    "Align the head (`cl_align`), and note which weights are important (SI, EWC)"
+    new = self.stream.classes(t)
+    if self.cfg.cl_align and new.start and len(new):
+        for m in method.networks(self.student):
+            align_head(m, new.start, new.stop)
     method.after_task()
     self.si = method.task.si
     if t + 1 < len(self.stream):                                             # after the last task nothing follows
@@ -332,10 +354,17 @@ def logits_to_store(
 
 # %% ../../nbs/07_cl/06_learner.ipynb #f1d61050
 @patch
-def fill_memory(self:Learner, t:int, method, teachers:list):
-    "Offer the task's images to the memory, with their current logits"
+def fill_memory(self:Learner, t:int, method=None, teachers=()):
+    "Offer the task's images to the memory, with their current logits; `cl_transplant` renews those of kept items"
     if not self.memory.capacity:
         return
+    if self.cls.learns_from_memory:              # there is no network yet, and no use for logits
+        ds, k = self.task_data(t).train, self.stream.n_seen(t)
+        return self.memory.add(ds, t, k, torch.zeros(len(ds), 1, k))
+    if self.cfg.cl_der_alpha and self.cfg.cl_transplant and len(self.memory):
+        z, _ = collect_logits(dict(student=self.student), self.eval_loader(self.memory_set(), self.stream.data))
+        new = self.stream.classes(t)
+        self.memory.transplant(z['student'], new.start, new.stop, self.cfg.cl_transplant)
     store, o = self.cfg.store, self.logits_to_store(t, method, teachers)
     names = ['synergy', 'student'] if store == 'both' else [store]
     # a student whose head has all rows also has logits for future classes
@@ -343,3 +372,10 @@ def fill_memory(self:Learner, t:int, method, teachers:list):
     sets = torch.stack([o.get(n, o['student'])[:, :k] for n in names], 1)
     certainty = certainty_weights(o['logvar']) if 'logvar' in o else None
     self.memory.add(self.task_data(t).train, t, k, sets, certainty, o['feature'])
+
+# %% ../../nbs/07_cl/06_learner.ipynb #a82bdcfd
+@patch
+def memory_set(self:Learner)->ImageSet:
+    "The memory's items as a set of images"
+    data = self.stream.data
+    return ImageSet(self.memory.x, self.memory.y, data.classes, shape=data.shape)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['r_line']
 
-# %% ../../nbs/07_cl/07_loop.ipynb #a3723a0a
+# %% ../../nbs/07_cl/07_loop.ipynb #93a03cee
 import copy, os, time
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +31,7 @@ from ..trainers.phases import to_device
 @patch
 def memory_features(self:Learner)->dict: # label → (n, D)
     "The student's features of the memory's items, class by class"
-    shape = self.stream.data.shape
-    d = replace(self.stream.data, train=ImageSet(self.memory.x, self.memory.y, shape=shape))
-    o, y = collect_logits(dict(student=self.student), self.eval_loader(d.train, d),
+    o, y = collect_logits(dict(student=self.student), self.eval_loader(self.memory_set(), self.stream.data),
                           extra=lambda outs, s: dict(feature=outs['student']['feat_2d']))
     return {c: o['feature'][y == c] for c in y.unique().tolist()}
 
@@ -48,11 +46,11 @@ def all_logits(
 )->tuple: # name → (N, K) logits, labels (N,)
     "Logits of student, teachers (role and position, e.g. `snapshot2`), average and synergy on the same images"
     named = {f'{r}{i}': m for i, (r, m) in enumerate(zip(method.task.roles, teachers), 1)}
-    synergy = getattr(method, 'synergy', None) if named else None
+    synergy, model = getattr(method, 'synergy', None) if named else None, self.examined
     def student(b):
-        s = self.student(b.x)
+        s = model(b.x)
         return s | dict(logit=method.predict(s))
-    z, y = collect_logits(dict(student=self.student) | named, self.eval_loader(ds, data), synergy, list(named),
+    z, y = collect_logits(dict(student=model) | named, self.eval_loader(ds, data), synergy, list(named),
                           'student', dict(student=student))
     return {k: v for k, v in z.items() if k not in ('synergy_open', 'nats', *OF_TEACHERS)}, y
 
@@ -64,14 +62,14 @@ def accuracy_before(self:Learner, m:KDModel, t:int)->float:
     z, y = collect_logits(dict(m=m), self.eval_loader(d.test, d))
     return accuracy(z['m'][:, c.start:c.stop], y - c.start)
 
-# %% ../../nbs/07_cl/07_loop.ipynb #23322c95
+# %% ../../nbs/07_cl/07_loop.ipynb #226f52fa
 @patch
 def look_at_next(self:Learner, t:int):
     "What student and untrained student know of the task after `t`, where their heads have its rows"
     if self.cfg.cl_mask != 'full':
         return
     rows = self.stream.classes(t + 1).stop
-    for found, m in ((self.out.before_learning, self.student), (self.out.untrained, self.untrained)):
+    for found, m in ((self.out.before_learning, self.examined), (self.out.untrained, self.untrained)):
         found.append(self.accuracy_before(m, t + 1) if m.n_class >= rows else None)
 
 # %% ../../nbs/07_cl/07_loop.ipynb #99e1cd0a
@@ -120,11 +118,11 @@ def state(self:Learner, t:int)->dict:
     teachers = {k: dict(state=m.state_dict(), has_weights=h) for k, (m, h) in self.teachers.items()}
     si = None if self.si is None else self.si.state_dict()
     return dict(task=t, student=self.student.state_dict(), untrained=self.untrained.state_dict(),
-                memory=self.memory.state(), ewc=self.ewc.state(), si=si, teachers=teachers, out=vars(self.out),
-                analytic=self.analytic and self.analytic.state(), is_end=t + 1 == len(self.stream),
+                memory=self.memory.state(), ewc=self.ewc.state(), si=si, kept=self.kept, teachers=teachers,
+                out=vars(self.out), analytic=self.analytic and self.analytic.state(), is_end=t + 1 == len(self.stream),
                 rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks))
 
-# %% ../../nbs/07_cl/07_loop.ipynb #6e9d9019
+# %% ../../nbs/07_cl/07_loop.ipynb #ddafbf74
 @patch
 def save(self:Learner, t:int):
     "Write the state after task `t`"
@@ -137,7 +135,7 @@ def save(self:Learner, t:int):
     for f in (self.run/'checkpoint').glob(f'*{self.prefix}t{t + 1}-*.pt'):
         f.unlink()                                                           # checkpoints of finished phases
 
-# %% ../../nbs/07_cl/07_loop.ipynb #8168fdfe
+# %% ../../nbs/07_cl/07_loop.ipynb #58abac29
 @patch
 def restore(
     self:Learner,
@@ -158,19 +156,19 @@ def restore(
     if self.analytic:
         self.analytic.load(s['analytic'])
     self.ewc.load(s['ewc'], self.acc.device)
-    self.out = CLResult(**s['out'])
+    self.out, self.kept = CLResult(**s['out']), s['kept']
     if s['si'] is not None:
         self.si = SI(self.student.model, self.cfg.si_c, self.cfg.si_xi)
         self.si.load_state_dict(s['si'])
 
-# %% ../../nbs/07_cl/07_loop.ipynb #4e8d1254
+# %% ../../nbs/07_cl/07_loop.ipynb #8b973083
 @patch
 def keep_state(self:Learner):
     "Write the state of the finished run, for `extend`"
     if self.run is not None and self.acc.is_main_process:
         atomic_save(self.state(len(self.out.class_il) - 1), self.run/'tasks'/f'{self.key}.pt')
 
-# %% ../../nbs/07_cl/07_loop.ipynb #ab096fff
+# %% ../../nbs/07_cl/07_loop.ipynb #4546c172
 @patch
 def take_over(self:Learner)->int: # The task to begin with
     "Begin where the run `extend` ended"
@@ -213,10 +211,13 @@ def learn(self:Learner)->CLResult:
     "Learn all tasks, resuming where a previous process stopped"
     for t in range(self.load(), self.n_tasks):
         start = time.perf_counter()
+        if self.cls.learns_from_memory:
+            self.fill_memory(t)
         teachers, roles = self.gather_teachers(t)
         method = self.train_task(t, teachers, roles)
         self.consolidate(t, method)
-        self.fill_memory(t, method, teachers)
+        if not self.cls.learns_from_memory:
+            self.fill_memory(t, method, teachers)
         self.evaluate_task(t, method, teachers)
         self.out.seconds += time.perf_counter() - start
         self.save(t)

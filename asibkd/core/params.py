@@ -439,8 +439,8 @@ cl_param = partial(param, read_by='cl')
 class Continual(Params):
     "Continual learning"
     cl_mode:bool = cl_param(False, "Learn the classes as a sequence of tasks.")
-    cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, or a "
-        "registered method.")
+    cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, wa, "
+        "ssil, bic, clser, gdumb, or a registered method.")
     cl_teachers:str | None = cl_param(None, "Teachers of each task: analytic, expert, generic, snapshot and ema, "
         "joined by +; empty = the method's default.")
     cl_ema_decay:float = cl_param(0.99, "Decay per step of the moving average of the student that serves as teacher "
@@ -449,7 +449,9 @@ class Continual(Params):
         "new image: full = all, seen = those seen so far, ace = the task's, separated = the task's, with replay "
         "restricted to the old ones; empty = the method's default.")
     cl_old_kd:float | None = cl_param(None, "Weight of distilling the old classes from the snapshot (in the bridge of "
-        "asib; in the student of lwf and icarl); empty = the method's default.", ge=0)
+        "asib; in the student of lwf, icarl, wa, ssil and bic); empty = the method's default.", ge=0)
+    cl_align:bool | None = cl_param(None, "After each task, scale the head's weights of the new classes to the mean "
+        "length of the old ones (weight aligning); empty = the method's default.")
     allow_leak:bool = cl_param(False, "Allow a teacher that was trained on future classes; the row of results is "
         "marked.")
 
@@ -494,6 +496,14 @@ class Replaying(Params):
         "default.", ge=0)
     cl_der_loss:Literal['kl', 'mse'] | None = cl_param(None, "Loss between the student's logits and the stored ones; "
         "empty = the method's default.")
+    cl_transplant:float = cl_param(0., "After each task, give stored logits columns for the new classes, below γ times "
+        "the label's logit (X-DER uses 0.85); 0 = they keep their columns.", ge=0, le=1)
+    bic_share:float = cl_param(0.1, "Share of the memory that bic holds out to correct the bias of the new classes; as "
+        "many new images of each class.", gt=0, lt=1)
+    clser_weight:float = cl_param(0.1, "Weight of the distance to the averaged models' logits (clser).", ge=0)
+    clser_stable:float = cl_param(0.7, "Probability that a step updates the stable model of clser, the one evaluated "
+        "(published for CIFAR-10: 0.1, with 80,000 steps).", ge=0, le=1)
+    clser_plastic:float = cl_param(0.9, "Probability that a step updates the plastic model of clser.", ge=0, le=1)
     cl_kd_mix:float | None = cl_param(None, "Weight of the distillation on views *between* images, new and replayed ones "
         "mixed by MixUp, which the teachers answer; empty = the method's default.", ge=0)
     cl_mix_alpha:float = cl_param(1.0, "Those views: α of MixUp's Beta(α, α); 1 = every mixing share is as likely.", gt=0)

@@ -29,7 +29,7 @@ from ..trainers.build import teacher_specs
 # %% ../../nbs/11_run/02_cl.ipynb #dc010879
 CL_BASELINES = ('naive', 'er', 'joint')
 METHOD_WEIGHTS = ('cl_teachers', 'cl_mask', 'cl_replay_ce', 'cl_der_alpha', 'cl_der_loss', 'cl_old_kd', 'cl_kd_mix',
-                  'store', 'lambda_ewc', 'ce_alpha', 'kd_alpha')
+                  'store', 'cl_align', 'lambda_ewc', 'ce_alpha', 'kd_alpha')
 
 def baseline_config(cfg:Config)->Config:
     "The same run for a baseline: the weights of the run's method are left out"
@@ -131,7 +131,7 @@ def save_cl_results(
     "Write student, predictions and memory"
     cfg, stream = l.ctx.cfg, l.stream
     card = student_card(card_type, seen_by(l.student, stream.data), cfg.small_input == '1')
-    save_student(run.path, l.student.model.state_dict(), card)
+    save_student(run.path, l.examined.model.state_dict(), card)
     tensors = {k: torch.tensor(o.predictions, dtype=torch.int32) for k, o in done.items()}
     tensors['labels'] = stream.until(l.n_tasks - 1).test.y
     tensors |= {f'confidence.{k}': torch.tensor(o.confidence).half() for k, o in done.items() if o.confidence}
