@@ -17,8 +17,8 @@ from .fisher import EWC, SI, check_ewc, fisher_diag
 from .memory import Balanced, Buffer, Replay, join
 from .methods import TaskContext, check_cl_method
 from .metrics import task_accuracies
-from .setup import (check_cl, first_teacher, leak_of, limit_to_seen, roles_of, student_spec,
-                             used_specs)
+from .setup import (AnalyticMemory, check_cl, first_teacher, leak_of, limit_to_seen, roles_of,
+                             student_spec, used_specs)
 from .streams import Stream, grow_head
 from ..core.config import ConfigError, log
 from ..core.files import atomic_save
@@ -77,7 +77,9 @@ class Learner:
         self.roles, self.out = roles_of(c), CLResult(key)
         self.memory = Buffer(c.replay_capacity if self.cls.rehearses else 0, c.replay_policy, c.seed)
         self.ewc, self.si, self.teachers = EWC(c.ewc_mode, c.ewc_gamma), None, {}
-        for s in used_specs(self.specs, self.roles) + student_spec(student, c):
+        self.analytic = AnalyticMemory(c, self.specs, stream, ctx.acc.device) if 'analytic' in self.roles else None
+        trunk = self.analytic.kind if self.analytic else ''
+        for s in used_specs(self.specs, self.roles, trunk) + student_spec(student, c):
             self.out.leak = max(self.out.leak, leak_of(s, stream, c))      # refused before anything is trained
         if self.cls.classifies_by_means and self.memory.capacity < n_class:
             raise ConfigError(f"replay_capacity={c.replay_capacity}: {key} classifies by the means of kept "
@@ -165,6 +167,21 @@ def finetune_teacher(
         self.out.cost['teacher_images'] += len(loader)*loader.batch_size*fitted.epochs
     return limit_to_seen(freeze_all(m), self.stream.n_seen(t), self.width(t))
 
+# %% ../../nbs/07_cl/06_learner.ipynb #7f0f3da0
+@patch
+def compute_teacher(self:Learner, t:int)->KDModel:
+    "Add the task's images to the sums of the analytic teacher, and solve for its head"
+    network, data, n_seen = None, self.task_data(t), self.stream.n_seen(t)
+    if t == 0 and self.analytic.kind == 'first':
+        is_taught = 'expert' in self.roles
+        network = copy.deepcopy(self.teachers['expert1'][0] if is_taught else self.finetune_teacher(0, 0, 'expert'))
+        if not is_taught:
+            self.teachers.pop('expert1')
+    self.analytic.learn(self.eval_loader(data.train, data), n_seen, network)
+    self.out.cost['teacher_forwards'] += len(data.train)
+    teacher = self.analytic.teacher(join(data.train, self.memory), t)
+    return limit_to_seen(teacher, n_seen, self.width(t))
+
 # %% ../../nbs/07_cl/06_learner.ipynb #367e93fa
 @patch
 def gather_teachers(self:Learner, t:int)->tuple: # (teachers, their roles)
@@ -174,7 +191,9 @@ def gather_teachers(self:Learner, t:int)->tuple: # (teachers, their roles)
         self.student = copy.deepcopy(self.untrained)
     grow_head(self.student, self.width(t), self.cfg.seed, 'student', t)
     found = []
-    for role in self.roles:
+    for role in sorted(self.roles, key=lambda r: r == 'analytic'):       # after the expert, whose trunk it may take
+        if role == 'analytic':
+            found.append((self.compute_teacher(t), role))
         if role == 'snapshot' and snapshot is not None:
             found.append((limit_to_seen(snapshot, self.stream.n_seen(t - 1), self.width(t)), role))
         if role == 'ema' and t:
@@ -184,6 +203,7 @@ def gather_teachers(self:Learner, t:int)->tuple: # (teachers, their roles)
         if role in ('expert', 'generic'):
             n = 1 if role == 'expert' else len(self.specs)
             found += [(self.finetune_teacher(t, i, role), role) for i in range(n)]
+    found.sort(key=lambda o: self.roles.index(o[1]))
     to_device(self.ctx, self.student, *(m for m, _ in found))
     return [m for m, _ in found], tuple(role for _, role in found)
 
@@ -400,7 +420,8 @@ def save(self:Learner, t:int):
     si = None if self.si is None else self.si.state_dict()
     state = dict(task=t, student=self.student.state_dict(), untrained=self.untrained.state_dict(),
                  memory=self.memory.state(), ewc=self.ewc.state(), si=si, teachers=teachers, out=vars(self.out),
-                 rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks))
+                 analytic=self.analytic and self.analytic.state(), rows=getattr(self.run, 'n_rows', 0),
+                 callbacks=callback_states(self.user_callbacks))
     f = self.run/'checkpoint'/f'{self.prefix}tasks.pt'
     if f.exists():
         os.replace(f, f.with_name(f'{self.prefix}before.pt'))                # should the new one be damaged
@@ -428,6 +449,8 @@ def load(self:Learner)->int: # The task to begin with
         grow_head(m, self.stream.n_seen(t)).load_state_dict(o['state'])
         self.teachers[name] = m, o['has_weights']
     self.memory.load(s['memory'])
+    if self.analytic:
+        self.analytic.load(s['analytic'])
     self.ewc.load(s['ewc'], self.acc.device)
     self.out = CLResult(**s['out'])
     if s['si'] is not None:

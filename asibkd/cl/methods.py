@@ -29,7 +29,7 @@ class TaskContext:
     "What a method is given about the current task"
     index:int = 0                           # Counted from 0
     first_label:int = 0                     # Labels below are of earlier tasks
-    roles:tuple = ()                        # Of the teachers: 'expert', 'generic', 'snapshot', 'ema'
+    roles:tuple = ()                        # Of the teachers: 'analytic', 'expert', …
     ewc:EWC = field(default_factory=EWC)    # Anchors of past tasks
     si:SI|None = None                       # Importance accumulated so far
 
@@ -84,6 +84,7 @@ def cl_parameters(
                     'lambda_ewc', 'cl_old_kd', 'cl_teachers']),
             (cls.mixes, ['cl_kd_mix']), (cls.mixes and c.cl_kd_mix, ['cl_mix_alpha', 'cl_mix_aug']),
             (not c.class_order, ['class_order_seed']), ('ema' in (c.cl_teachers or ''), ['cl_ema_decay']),
+            ('analytic' in (c.cl_teachers or ''), ['cl_trunk', 'analytic_dim', 'analytic_lambda']),
             (cls.rehearses, memory), (cls.rehearses and c.cl_der_alpha, stored), (c.lambda_ewc, fishers)]
     return {k for on, names in rows if on for k in names} - {*cls.unused_weights}
 

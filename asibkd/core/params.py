@@ -7,7 +7,7 @@ __all__ = ['side_param', 'FILE_NAME', 'NameList', 'bridge_param', 'method_param'
            'GROUPS', 'param', 'field_kinds', 'plain_value', 'split_words', 'number_or_text', 'TextLoader', 'Params',
            'field_bounds', 'group_rows', 'Experiment', 'Output', 'DataParams', 'Models', 'Freezing', 'Bridge',
            'Adaptation', 'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual',
-           'Replaying', 'Penalties', 'Evaluation', 'suite_values']
+           'Replaying', 'Penalties', 'Analytic', 'Evaluation', 'suite_values']
 
 # %% ../../nbs/00_core/00_params.ipynb #1258e250
 import os, re
@@ -449,8 +449,8 @@ class Continual(Params):
         lt=2**32)
     cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, or a "
         "registered method.")
-    cl_teachers:str | None = cl_param(None, "Teachers of each task: expert, generic, snapshot and ema, joined by +; "
-        "empty = the method's default.")
+    cl_teachers:str | None = cl_param(None, "Teachers of each task: analytic, expert, generic, snapshot and ema, "
+        "joined by +; empty = the method's default.")
     cl_ema_decay:float = cl_param(0.99, "Decay per step of the moving average of the student that serves as teacher "
         "`ema`.", ge=0, lt=1)
     cl_mask:Literal['full', 'seen', 'ace', 'separated'] | None = cl_param(None, "Classes in the cross-entropy of a "
@@ -496,6 +496,18 @@ class Penalties(Params):
     si_c:float = cl_param(5.0, "Weight c of synaptic intelligence (si).", ge=0)
     si_xi:float = cl_param(0.1, "Damping ξ of synaptic intelligence.", gt=0)
 
+# %% ../../nbs/00_core/00_params.ipynb #dc348467
+class Analytic(Params):
+    "Analytic teacher"
+    cl_trunk:Literal['auto', 'teacher', 'kmeans', 'random', 'first'] = method_param('auto', "Frozen features of an "
+        "analytic teacher: teacher = those of teacher 1; kmeans = of patches (Coates & Ng 2011); random = of the pixels; "
+        "first = of the expert after task 1; auto = teacher where it has weights, else kmeans, or random for images "
+        "below 16 pixels.")
+    analytic_dim:int = method_param(0, "Centroids of kmeans, or random features; with the trunk of a network, random "
+        "ReLU features of its own (RanPAC); 0 = 400, 1500, and the network's own.", ge=0)
+    analytic_lambda:Annotated[float, Field(gt=0)] | Literal['auto'] = method_param('auto', "Ridge penalty λ of an "
+        "analytic teacher; auto = by generalised cross-validation on its sums.")
+
 # %% ../../nbs/00_core/00_params.ipynb #e660e64e
 eval_param = partial(param, read_by='eval')
 
@@ -509,7 +521,7 @@ class Evaluation(Params):
 
 # %% ../../nbs/00_core/00_params.ipynb #2cc48b68
 GROUPS = (Experiment, Output, DataParams, Models, Freezing, Bridge, Adaptation, Distillation, Terms, Optimisation,
-          Precision, Finetuning, MethodKeys, Continual, Replaying, Penalties, Evaluation)
+          Precision, Finetuning, MethodKeys, Continual, Replaying, Penalties, Analytic, Evaluation)
 
 # %% ../../nbs/00_core/00_params.ipynb #b4dff8d1
 def suite_values()->dict:

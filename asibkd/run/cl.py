@@ -56,7 +56,8 @@ def check_given_teachers(
     "Refuse given teachers if the method does not use them"
     given = teachers is not None or cfg.teachers or cfg.teacher1_ckpt or cfg.teacher2_ckpt or cfg.teacher_ckpts
     roles = roles_of(check_cl(cfg, cfg.cl_method))
-    if given and not {'expert', 'generic'} & {*roles}:
+    as_trunk = 'analytic' in roles and cfg.cl_trunk in ('auto', 'teacher', 'first')
+    if given and not (as_trunk or {'expert', 'generic'} & {*roles}):
         raise ConfigError(
             f"Teachers were given, but {cfg.cl_method} learns from {', '.join(roles) or 'no teacher'}: add "
             "cl_teachers=generic (they stay as they are, but for their heads) or cl_teachers=expert+snapshot "
@@ -85,7 +86,8 @@ def memory_columns(l:Learner)->dict:
     mb = l.memory.megabytes
     logits = mb['logits'] if l.cfg.cl_der_alpha else 0.                        # stored, but not used
     kind = 'all' if l.cls.cumulative else 'replay' if l.memory.capacity else 'none'
-    return dict(memory=kind, memory_items=len(l.memory), memory_mb=mb['images'] + logits, logits_mb=logits)
+    sums = dict(trunk=l.analytic.kind, statistics_mb=l.analytic.megabytes) if l.analytic else {}
+    return dict(memory=kind, memory_items=len(l.memory), memory_mb=mb['images'] + logits, logits_mb=logits) | sums
 
 # %% ../../nbs/11_run/02_cl.ipynb #edcbeaa5
 def cl_row(
