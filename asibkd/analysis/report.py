@@ -17,6 +17,7 @@ from asibkd.analysis.compare import (
     win_table)
 from .bridge import bridge_sections
 from .figures import plot_seeds
+from .knowledge import knowledge_sections
 from .notes import run_sentence, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
 from .page import code, picture, render, section, table, text
 from .sections import (
@@ -45,9 +46,9 @@ def run_page(
     damage = check_folder(run, most=QUICK_BYTES, deep=False)
     for sentence in damage:
         warn_once(sentence)
-    sections = [result_section(s), *bridge_sections(run, s), *figure_sections(run, s), *prediction_sections(run, s),
-                section('Parameters', *config_parts(effective_config(s, c))), section('Time', *time_parts(s)),
-                section('Environment', env_part(run)), repeat_section(c)]
+    sections = [result_section(s), *bridge_sections(run, s), *figure_sections(run, s), *knowledge_sections(run, s),
+                *prediction_sections(run, s), section('Parameters', *config_parts(effective_config(s, c))),
+                section('Time', *time_parts(s)), section('Environment', env_part(run)), repeat_section(c)]
     return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=run_sentence(s),
                 verdict=s.get('verdict', ''), warnings=[*damage, *warnings_of(s)],
                 sections=[o for o in sections if o and o['parts']])
