@@ -4,27 +4,35 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'roles_of', 'one_shot_rules', 'role_rules', 'mask_rules', 'term_rules', 'teacher_rules', 'check_cl',
-           'leak_of', 'used_specs', 'student_spec', 'build_first', 'first_teacher', 'limit_to_seen']
+           'leak_of', 'used_specs', 'student_spec', 'build_first', 'first_teacher', 'limit_to_seen', 'has_own_weights',
+           'trunk_kind', 'AnalyticMemory']
 
 # %% ../../nbs/07_cl/05_setup.ipynb #9c9329b4
 from dataclasses import replace
 
+import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .methods import check_cl_method
 from .streams import Stream, grow_head
-from ..core.config import CheckpointError, Config
-from ..core.runtime import forked_rng, refuse
+from ..core.config import CheckpointError, Config, ConfigError
+from ..core.runtime import forked_rng, generator, refuse
+from ..data.batches import Loader, normalise
+from ..data.images import ImageSet, by_class
+from ..distil.analytic import AnalyticTeacher, RidgeSums
+from ..distil.metrics import predict
 from ..distil.methods import with_method_defaults
 from ..models.cards import read_card
 from ..models.kdmodel import KDModel, spread_classes
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from ..models.trace import copied
+from ..models.trunks import KMeansTrunk, Trunk, kmeans_trunk, network_trunk, random_trunk
 from ..trainers.build import TeacherSpec, build_teacher, dropout_of, give_norm, spec_of_student
 
 # %% ../../nbs/07_cl/05_setup.ipynb #fdc0ce0c
-ROLES = ('expert', 'generic', 'snapshot', 'ema')
+ROLES = ('analytic', 'expert', 'generic', 'snapshot', 'ema')
 
 def roles_of(cfg:Config)->list:
     "The roles in `cl_teachers`"
@@ -59,7 +67,10 @@ def role_rules(c:Config)->list: # (condition, message)
             (len({*roles}) < len(roles), f"cl_teachers='{c.cl_teachers}' has a role twice."),
             (grown and not c.finetune_epochs,
              "finetune_epochs=0: expert and generic teachers get new rows for new classes, which would stay "
-             "untrained. Raise it, or choose other cl_teachers.")]
+             "untrained. Raise it, or choose other cl_teachers."),
+            ('analytic' in roles and c.cl_trunk == 'first' and not c.finetune_epochs,
+             "cl_trunk=first is the expert after task 1, and finetune_epochs=0 leaves it untrained. Raise it, or use "
+             "cl_trunk=kmeans or random.")]
 
 # %% ../../nbs/07_cl/05_setup.ipynb #00cf194d
 def mask_rules(
@@ -87,7 +98,10 @@ def term_rules(
 )->list: # (condition, message)
     "Weights and files that the method does not use"
     unused = next((k for k in cls.unused_weights if getattr(given, k)), '')
-    return [(key == 'si' and c.grad_clip_norm,
+    return [(given.cl_kd_mix and not cls.mixes,
+             f"cl_kd_mix={given.cl_kd_mix}: {key} does not distil soft labels of new and replayed images. Leave it out, "
+             "or use asib, avgz or wavg."),
+            (key == 'si' and c.grad_clip_norm,
              "grad_clip_norm with cl_method=si: the path integral needs the gradient as it is. Set it to 0."),
             (unused, f"{unused}={getattr(given, unused, '')}: {key} has no such term. "
                      "Leave it out, or use another cl_method."),
@@ -95,7 +109,10 @@ def term_rules(
              "finetune_ckpt1/2 with cl_mode=1: teachers change from task to task. "
              "Start them from teacher1_ckpt=… instead."),
             (c.store != 'student' and not cls.makes_synergy,
-             f"store={c.store}: {key} has no synergy; use store=student.")]
+             f"store={c.store}: {key} has no synergy; use store=student."),
+            (cls.learns_from_memory and c.replay_policy == 'herding',
+             f"replay_policy=herding: {key} fills its memory before it has a network whose features could be compared. "
+             "Use class_balanced or reservoir.")]
 
 # %% ../../nbs/07_cl/05_setup.ipynb #957f2eb1
 def teacher_rules(
@@ -109,7 +126,7 @@ def teacher_rules(
     return [(not (roles or without), f"cl_teachers='': {key} needs teachers, e.g. expert+snapshot."),
             (roles and without and given.cl_teachers,
              f"cl_teachers={given.cl_teachers}: {key} uses no teacher. Use asib or avgz."),
-            (roles and key in ('lwf', 'icarl') and roles != ['snapshot'],
+            (roles and cls.only_snapshot and roles != ['snapshot'],
              f"cl_teachers={c.cl_teachers}: {key} learns from the snapshot. "
              "Use asib or avgz for other teachers.")]
 
@@ -151,11 +168,12 @@ def leak_of(
 def used_specs(
     specs:list,   # Of all teachers, from `teacher_specs`
     roles:list,   # From `roles_of`
+    trunk='',     # Kind of the analytic teacher's trunk
 )->list:
-    "The configured teachers that take part: all as generic ones, the first as expert"
+    "The configured teachers that take part: all as generic ones, the first as expert or as trunk"
     if 'generic' in roles:
         return specs
-    return specs[:1] if 'expert' in roles else []
+    return specs[:1] if 'expert' in roles or trunk in ('teacher', 'first') else []
 
 # %% ../../nbs/07_cl/05_setup.ipynb #b0429ba3
 def student_spec(
@@ -222,3 +240,128 @@ def limit_to_seen(
     if m.n_class > n_seen:
         grow_head(m, n_seen)
     return spread_classes(m, range(n_seen), width) if n_seen < width else m
+
+# %% ../../nbs/07_cl/05_setup.ipynb #a39ef2cc
+def has_own_weights(spec:TeacherSpec)->bool:
+    "Does a configured teacher come with weights?"
+    return bool(spec.ckpt or spec.pretrained or not isinstance(spec.arch, str))
+
+# %% ../../nbs/07_cl/05_setup.ipynb #1e21575b
+def trunk_kind(
+    cfg:Config,   # cl_trunk
+    specs:list,   # Of the configured teachers
+    shape,        # (C, H, W) of an image
+)->str: # 'teacher', 'kmeans', 'random' or 'first'
+    "What `cl_trunk=auto` means here: a ready network, else patches of photographs, else pixels"
+    ready = bool(specs) and has_own_weights(specs[0])
+    if cfg.cl_trunk == 'teacher' and not ready:
+        raise ConfigError("cl_trunk=teacher: teacher1 has no weights, so its features are random. Give "
+                          "teacher1_ckpt=… or teacher1_pretrained=1, or use cl_trunk=kmeans.")
+    if cfg.cl_trunk != 'auto':
+        return cfg.cl_trunk
+    return 'teacher' if ready else 'kmeans' if min(shape[1:]) >= 16 else 'random'
+
+# %% ../../nbs/07_cl/05_setup.ipynb #3d68b433
+class AnalyticMemory:
+    "What outlives a task of the analytic teacher: its frozen trunk, and the sums over all images so far"
+    most = 2000   # Images that the trunk is made from, and that the temperature is fitted on
+
+    def __init__(self,
+        cfg:Config,
+        specs:list,       # Of the configured teachers
+        stream:Stream,
+        device='cpu',     # Where features are computed
+    ):
+        self.cfg, self.stream, self.device = cfg, stream, torch.device(device)
+        self.spec, self.kind = next(iter(specs), None), trunk_kind(cfg, specs, stream.data.shape)
+        self.trunk = self.sums = None      # before task 1
+
+    @property
+    def megabytes(self)->float:
+        "Size of the sums; the trunk is a network like any other teacher's"
+        return 0. if self.sums is None else self.sums.megabytes
+
+# %% ../../nbs/07_cl/05_setup.ipynb #1ddb002b
+@patch
+def sample(self:AnalyticMemory,
+    ds:ImageSet,
+    *key,         # Names the draw
+)->tuple: # (n, C, H, W) normalised images, their labels
+    "At most `most` images, as many of each class as there are"
+    groups = [g for g in by_class(ds.y) if len(g)]
+    order = [g[torch.randperm(len(g), generator=generator(self.cfg.seed, *key, c))] for c, g in enumerate(groups)]
+    at = torch.cat([o[:-(-self.most//len(groups))] for o in order]).sort().values
+    data = self.stream.data
+    return normalise(ds.images(at, self.device), data.mean, data.std), ds.y[at]
+
+# %% ../../nbs/07_cl/05_setup.ipynb #7aadc7e9
+@patch
+def create_trunk(self:AnalyticMemory,
+    images=None,   # Of task 1, for kmeans
+    network=None,  # The expert after task 1, for first
+)->Trunk:
+    "The frozen features, of the kind of this run"
+    c, shape = self.cfg, self.stream.data.shape
+    if self.kind == 'random':
+        return random_trunk(shape, c.analytic_dim or 1500, c.seed)
+    if self.kind == 'kmeans':
+        return kmeans_trunk(self.sample(images, 'trunk')[0].cpu(), c.analytic_dim or 400, seed=c.seed)
+    if network is None:
+        network = first_teacher(self.spec, self.stream, c, keeps_trunk=self.kind == 'teacher')[0]
+    return network_trunk(network, c.analytic_dim, c.seed)
+
+# %% ../../nbs/07_cl/05_setup.ipynb #8eed1b66
+@patch
+def learn(self:AnalyticMemory,
+    loader:Loader,   # The task's images, once, un-augmented
+    n_class:int,     # K_t, classes so far
+    network=None,    # As in `create_trunk`
+):
+    "Add a task's images to the sums; the first task makes the trunk"
+    if self.trunk is None:
+        self.trunk = self.create_trunk(loader.ds, network)
+        self.sums = RidgeSums(self.trunk.dim)
+    self.trunk.to(self.device)
+    self.sums.to('cpu' if self.device.type == 'mps' else self.device)     # mps has no double precision
+    with torch.no_grad():
+        for b in loader.epoch(0):
+            self.sums.partial_fit(self.trunk(b.x), b.y, n_class)
+
+# %% ../../nbs/07_cl/05_setup.ipynb #df85b7a2
+@patch
+def teacher(self:AnalyticMemory,
+    seen:ImageSet,   # Images that are in the sums: the task's, and the memory's
+    t:int,           # The task, counted from 0
+)->AnalyticTeacher:
+    "The head of all images so far, calibrated on some of them, each as if it had not been seen"
+    teacher = AnalyticTeacher(self.trunk, self.sums, self.stream.data.shape, self.cfg.analytic_lambda)
+    x, y = self.sample(seen, 'calibrate', t)
+    with torch.no_grad():
+        feats = torch.cat([self.trunk(o) for o in x.split(256)])
+    return teacher.calibrate(feats, y)
+
+# %% ../../nbs/07_cl/05_setup.ipynb #00cd6d73
+@patch
+def state(self:AnalyticMemory)->dict|None: # None before task 1
+    "What a checkpoint keeps"
+    if self.trunk is None:
+        return None
+    return dict(trunk=self.trunk.state_dict(), sums=self.sums.state_dict())
+
+# %% ../../nbs/07_cl/05_setup.ipynb #d384b8c9
+@patch
+def load(self:AnalyticMemory,
+    s:dict|None,   # From `state`
+):
+    "Continue from a `state`"
+    if s is None:
+        return
+    trunk, sums = s['trunk'], s['sums']
+    if self.kind == 'kmeans':
+        side = round((len(trunk['mean'])/self.stream.data.shape[0])**.5)
+        self.trunk = KMeansTrunk(trunk['mean'], trunk['whiten'], trunk['centroids'], side)
+    else:
+        self.trunk = self.create_trunk()
+        self.trunk.load_state_dict(trunk)
+    self.sums = RidgeSums(self.trunk.dim, len(sums['counts']))
+    self.sums.load_state_dict(sums)

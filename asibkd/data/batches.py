@@ -46,6 +46,11 @@ class Batch:
         "One class per image: the label, or after mixing the class with the largest weight"
         return torch.where(self.labelled, self.y.argmax(1), UNLABELLED) if self.y.is_floating_point() else self.y
 
+    @property
+    def for_teachers(self)->'Batch':
+        "What the teachers are shown: all of it"
+        return self
+
 # %% ../../nbs/01_data/04_batches.ipynb #26a37c13
 def draw_views(
     n:int,      # Images

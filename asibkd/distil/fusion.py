@@ -106,11 +106,12 @@ def fused_nll(
 
 # %% ../../nbs/05_distil/08_fusion.ipynb #7fa4ba63
 def best_log(
-    cost, # log T → float
-)->float: # In [−1.5, 1.5]
+    cost,               # log T → float
+    bounds=(-1.5, 1.5), # Of log T
+)->float:
     "The logarithm of the temperature of the smallest cost"
     from scipy.optimize import minimize_scalar
-    return float(minimize_scalar(cost, bounds=(-1.5, 1.5), method='bounded', options=dict(xatol=1e-4)).x)
+    return float(minimize_scalar(cost, bounds=bounds, method='bounded', options=dict(xatol=1e-4)).x)
 
 # %% ../../nbs/05_distil/08_fusion.ipynb #3395998a
 def fit_temperatures(

@@ -89,7 +89,7 @@ class DistilStep(nn.Module):
 def forward(self:DistilStep, batch, when)->dict: # dict(loss, parts)
     "Outputs of teachers and student, and the method's loss"
     with torch.no_grad():
-        t_outs = [fn(batch) for fn in self.teacher_fns]
+        t_outs = [fn(batch.for_teachers) for fn in self.teacher_fns]
     s_out = self.run[0](batch.x)
     if self.verbose:
         log_shapes(s_out, t_outs)
