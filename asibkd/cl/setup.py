@@ -108,7 +108,10 @@ def term_rules(
              "finetune_ckpt1/2 with cl_mode=1: teachers change from task to task. "
              "Start them from teacher1_ckpt=… instead."),
             (c.store != 'student' and not cls.makes_synergy,
-             f"store={c.store}: {key} has no synergy; use store=student.")]
+             f"store={c.store}: {key} has no synergy; use store=student."),
+            (cls.learns_from_memory and c.replay_policy == 'herding',
+             f"replay_policy=herding: {key} fills its memory before it has a network whose features could be compared. "
+             "Use class_balanced or reservoir.")]
 
 # %% ../../nbs/07_cl/05_setup.ipynb #957f2eb1
 def teacher_rules(
@@ -122,7 +125,7 @@ def teacher_rules(
     return [(not (roles or without), f"cl_teachers='': {key} needs teachers, e.g. expert+snapshot."),
             (roles and without and given.cl_teachers,
              f"cl_teachers={given.cl_teachers}: {key} uses no teacher. Use asib or avgz."),
-            (roles and key in ('lwf', 'icarl') and roles != ['snapshot'],
+            (roles and cls.only_snapshot and roles != ['snapshot'],
              f"cl_teachers={c.cl_teachers}: {key} learns from the snapshot. "
              "Use asib or avgz for other teachers.")]
 
