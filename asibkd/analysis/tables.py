@@ -100,8 +100,8 @@ def logits_text(
     return first if first == 'labels' else f'{first} logits'
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #efaae524
-_SOURCES = dict(finetuned='labels', checkpoint='checkpoint', given='given', pretrained='pretrained',
-                untrained='untrained', adapted='phase A')
+_SOURCES = dict(finetuned='labels', computed='labels, closed form', checkpoint='checkpoint', given='given',
+                pretrained='pretrained', untrained='untrained', adapted='phase A')
 
 def weights_text(
     weights:dict, # `source`; `classes` of a teacher of some only; `norm` where its input has its own normalisation

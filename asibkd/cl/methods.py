@@ -32,6 +32,9 @@ class TaskContext:
     roles:tuple = ()                        # Of the teachers: 'analytic', 'expert', …
     ewc:EWC = field(default_factory=EWC)    # Anchors of past tasks
     si:SI|None = None                       # Importance accumulated so far
+    starts:tuple = (0,)                     # First label of every task so far
+    n_seen:int = 0                          # Classes seen, those of the task included
+    kept:dict = field(default_factory=dict) # What the method itself keeps from task to task; saved
 
 # %% ../../nbs/07_cl/04_methods.ipynb #02161647
 cl_methods = Registry('cl_method')
@@ -77,11 +80,13 @@ def cl_parameters(
 )->set: # Names
     "Parameters of continual learning that the method reads"
     memory = ['cl_replay_ce', 'cl_der_alpha', *(k for k in fields_read_by('cl') if k.startswith('replay_'))]
-    stored = ['cl_der_loss', *(['store'] if cls.makes_synergy else []),
+    stored = ['cl_der_loss', 'store' if cls.makes_synergy else 'cl_transplant',
               *(['tau_start'] if c.cl_der_loss == 'kl' else [])]
     fishers = ['fisher', 'fisher_n', 'ewc_mode', *(['ewc_gamma'] if c.ewc_mode == 'online' else [])]
-    rows = [(True, ['cl_mode', 'cl_method', 'num_tasks', 'task_sizes', 'class_order', 'allow_leak', 'cl_mask',
-                    'lambda_ewc', 'cl_old_kd', 'cl_teachers']),
+    rows = [(True, ['cl_mode', 'cl_method', 'task_sizes', 'class_order', 'allow_leak', 'cl_mask', 'lambda_ewc',
+                    'cl_old_kd', 'cl_teachers', 'cl_align', 'stream', 'extend', 'stop_after', 'cl_online',
+                    'keep_task_weights']),
+            (not c.stream, ['num_tasks']), (c.cl_mask == 'full', ['cl_rows']),
             (cls.mixes, ['cl_kd_mix']), (cls.mixes and c.cl_kd_mix, ['cl_mix_alpha', 'cl_mix_aug']),
             (not c.class_order, ['class_order_seed']), ('ema' in (c.cl_teachers or ''), ['cl_ema_decay']),
             ('analytic' in (c.cl_teachers or ''), ['cl_trunk', 'analytic_dim', 'analytic_lambda']),
@@ -94,6 +99,8 @@ class CLMethod(Method):
     rehearses = True                # Has a memory
     fills_early = False             # The memory already holds images of the task while it is learnt
     cumulative = False              # A new student for every task, on all data so far (joint)
+    learns_from_memory = False      # A new student for every task, on the memory alone (gdumb)
+    only_snapshot = False           # Its one possible teacher is the snapshot
     without_teachers = None         # The class that is used while there is no teacher (first task, snapshot only)
     classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
     makes_synergy = False           # Combines its teachers' logits into logits that a memory may store
@@ -102,7 +109,8 @@ class CLMethod(Method):
     unlabelled = False              # Memory and metrics of the tasks need every label
     defaults = Method.defaults | dict(
         ce_alpha=1., kd_alpha=0., cl_teachers='', cl_mask='seen', cl_replay_ce=1., cl_der_alpha=0.,
-        cl_der_loss='mse', cl_old_kd=0., cl_kd_mix=0., lambda_ewc=0., replay_policy='herding', store='student')
+        cl_der_loss='mse', cl_old_kd=0., cl_kd_mix=0., lambda_ewc=0., cl_align=False, replay_policy='herding',
+        store='student')
 
     def __init__(self, cfg:Config, student, teachers, params=None, task:TaskContext=None):
         super().__init__(cfg, student, teachers, params)
@@ -112,6 +120,19 @@ class CLMethod(Method):
     @classmethod
     def reads(cls, c):
         return super().reads(c) - {*cls.unused_weights} | cl_parameters(cls, c)
+
+    @classmethod
+    def examined(cls, student, kept):
+        "The model that is evaluated, saved, and frozen as snapshot; `kept` as in `TaskContext`"
+        return student
+
+    def networks(self, student):
+        "The models whose heads `cl_align` aligns"
+        return [student]
+
+    def hold_out(self, data, memory):
+        "Data and memory without the images that are kept from the student for `fit_held_out(z, y)`, and those, or None"
+        return data, memory, None
 
 # %% ../../nbs/07_cl/04_methods.ipynb #a526d614
 @patch
@@ -227,7 +248,7 @@ def register_weights(
     if not rehearses:
         unused += ['cl_der_alpha', 'cl_replay_ce']
     if cumulative:
-        unused += ['lambda_ewc']
+        unused += ['lambda_ewc', 'cl_align']
     traits = dict(__doc__=about, unused_weights=tuple(unused), rehearses=rehearses, cumulative=cumulative,
                   fills_early=fills_early, defaults=SharedTerms.defaults | weights)
     return register_cl_method(name)(type(name, (SharedTerms,), traits))
@@ -277,7 +298,7 @@ class SynapticIntelligence(SharedTerms):
 @register_cl_method('lwf')
 class LwF(CLMethod):
     "Learning without forgetting"
-    rehearses = False
+    rehearses, only_snapshot = False, True
     unused_weights = ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1.)
 
@@ -295,8 +316,8 @@ class LwF(CLMethod):
 @register_cl_method('icarl')
 class ICaRL(CLMethod):
     "Incremental classifier and representation learning: exemplars by herding, nearest mean of exemplars"
-    classifies_by_means = True
-    unused_weights = ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
+    classifies_by_means, only_snapshot = True, True
+    unused_weights = ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce', 'cl_align')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., replay_policy='herding')
 
     def __init__(self, cfg, student, teachers, params=None, task=None):

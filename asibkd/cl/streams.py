@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_order', 'written_order', 'task_sizes', 'Stream', 'renamed_sets', 'check_validation', 'create_stream',
-           'grown_layer', 'grow_head']
+           'grown_layer', 'grow_head', 'align_head']
 
 # %% ../../nbs/07_cl/00_streams.ipynb #39d0d5c6
 from dataclasses import dataclass, replace
@@ -202,3 +202,17 @@ def grow_head(
         grown_layer(m.model, name, n_class, key, keep)
     m.n_class = m.anatomy.n_class = n_class
     return m
+
+# %% ../../nbs/07_cl/00_streams.ipynb #5cb4f435
+def align_head(
+    m:KDModel,
+    lo:int, hi:int,  # New classes; those below `lo` are old
+)->float: # γ, of the first head
+    "Scale the weights of classes lo … hi − 1 by γ = mean ‖old rows‖ / mean ‖new rows‖ (Zhao et al. 2020, eq. 5)"
+    gammas = []
+    for name in m.anatomy.heads:
+        w = m.model.get_submodule(name).weight.data
+        norm = w.flatten(1).norm(dim=1)
+        gammas.append(norm[:lo].mean()/norm[lo:hi].mean())
+        w[lo:hi] *= gammas[-1]
+    return gammas[0].item()

@@ -103,7 +103,7 @@ class Config(*GROUPS[::-1]):   # reversed: pydantic collects fields from the las
         return int(v) if isinstance(v, str) and v.lstrip('-').isdigit() else v
 
     @field_validator('teachers', 'teacher_ckpts', 'teacher1_classes', 'teacher2_classes', 'milestones', 'task_sizes',
-                     'class_order', mode='before')
+                     'stream', 'class_order', mode='before')
     @classmethod
     def _listed(cls, v):
         if isinstance(v, (int, float)) and not isinstance(v, bool):

@@ -7,7 +7,7 @@ __all__ = ['side_param', 'FILE_NAME', 'NameList', 'bridge_param', 'method_param'
            'GROUPS', 'param', 'field_kinds', 'plain_value', 'split_words', 'number_or_text', 'TextLoader', 'Params',
            'field_bounds', 'group_rows', 'Experiment', 'Output', 'DataParams', 'Models', 'Freezing', 'Bridge',
            'Adaptation', 'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual',
-           'Replaying', 'Penalties', 'Analytic', 'Evaluation', 'suite_values']
+           'TaskKeys', 'Replaying', 'Penalties', 'Analytic', 'Evaluation', 'suite_values']
 
 # %% ../../nbs/00_core/00_params.ipynb #1258e250
 import os, re
@@ -439,16 +439,8 @@ cl_param = partial(param, read_by='cl')
 class Continual(Params):
     "Continual learning"
     cl_mode:bool = cl_param(False, "Learn the classes as a sequence of tasks.")
-    num_tasks:int = cl_param(5, "Number of tasks; where the classes do not divide evenly, the first tasks get the "
-        "remainder.", ge=1)
-    task_sizes:list[int] | None = cl_param(None, "Classes of each task, in order (e.g. 50,10,10,10,10,10); replaces "
-        "num_tasks.")
-    class_order:NameList | None = cl_param(None, "Classes in the order "
-        "in which they are learned, names or numbers (e.g. cat,dog,bird); empty = random.")
-    class_order_seed:int | None = cl_param(None, "Seed of a random class order; empty = seed.", ge=0,
-        lt=2**32)
-    cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, or a "
-        "registered method.")
+    cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, wa, "
+        "ssil, bic, clser, gdumb, or a registered method.")
     cl_teachers:str | None = cl_param(None, "Teachers of each task: analytic, expert, generic, snapshot and ema, "
         "joined by +; empty = the method's default.")
     cl_ema_decay:float = cl_param(0.99, "Decay per step of the moving average of the student that serves as teacher "
@@ -457,9 +449,36 @@ class Continual(Params):
         "new image: full = all, seen = those seen so far, ace = the task's, separated = the task's, with replay "
         "restricted to the old ones; empty = the method's default.")
     cl_old_kd:float | None = cl_param(None, "Weight of distilling the old classes from the snapshot (in the bridge of "
-        "asib; in the student of lwf and icarl); empty = the method's default.", ge=0)
+        "asib; in the student of lwf, icarl, wa, ssil and bic); empty = the method's default.", ge=0)
+    cl_align:bool | None = cl_param(None, "After each task, scale the head's weights of the new classes to the mean "
+        "length of the old ones (weight aligning); empty = the method's default.")
     allow_leak:bool = cl_param(False, "Allow a teacher that was trained on future classes; the row of results is "
         "marked.")
+
+# %% ../../nbs/00_core/00_params.ipynb #482b8cc2
+class TaskKeys(Params):
+    "Continual learning: tasks"
+    num_tasks:int = cl_param(5, "Number of tasks; where the classes do not divide evenly, the first tasks get the "
+        "remainder.", ge=1)
+    task_sizes:list[int] | None = cl_param(None, "Classes of each task, in order (e.g. 50,10,10,10,10,10); replaces "
+        "num_tasks.")
+    class_order:NameList | None = cl_param(None, "Classes in the order "
+        "in which they are learned, names or numbers (e.g. cat,dog,bird); empty = random.")
+    class_order_seed:int | None = cl_param(None, "Seed of a random class order; empty = seed.", ge=0,
+        lt=2**32)
+    stream:list[str] | None = cl_param(None, "Datasets learned one after the other, by name, or as folders with "
+        "train/ and test/: new class names bring new classes, those of an earlier one a new domain; replaces dataset, "
+        "and each is one task unless task_sizes cuts finer.", min_length=1)
+    extend:str = cl_param('', "Folder of a finished continual run that goes on: student, memory, teachers and anchors "
+        "learn the new classes of dataset, or the tasks that stop_after left; task parameters then count new tasks.")
+    stop_after:int = cl_param(0, "Learn only the first tasks, up to this number; extend=RUN goes on with the rest; 0 = "
+        "all.", ge=0)
+    cl_rows:int = cl_param(0, "Rows of the student's head from the first task on with cl_mask=full: room for classes "
+        "that are still unknown; 0 = the classes of the data.", ge=0)
+    cl_online:bool = cl_param(False, "One pass: each image of a task is seen once by the student, and once by the "
+        "teachers that are fine-tuned on it.")
+    keep_task_weights:bool = cl_param(False, "Keep the student's weights after each task, in the run folder's tasks/.",
+        affects_result=False)
 
 # %% ../../nbs/00_core/00_params.ipynb #86ffdfba
 class Replaying(Params):
@@ -477,6 +496,14 @@ class Replaying(Params):
         "default.", ge=0)
     cl_der_loss:Literal['kl', 'mse'] | None = cl_param(None, "Loss between the student's logits and the stored ones; "
         "empty = the method's default.")
+    cl_transplant:float = cl_param(0., "After each task, give stored logits columns for the new classes, below γ times "
+        "the label's logit (X-DER uses 0.85); 0 = they keep their columns.", ge=0, le=1)
+    bic_share:float = cl_param(0.1, "Share of the memory that bic holds out to correct the bias of the new classes; as "
+        "many new images of each class.", gt=0, lt=1)
+    clser_weight:float = cl_param(0.1, "Weight of the distance to the averaged models' logits (clser).", ge=0)
+    clser_stable:float = cl_param(0.7, "Probability that a step updates the stable model of clser, the one evaluated "
+        "(published for CIFAR-10: 0.1, with 80,000 steps).", ge=0, le=1)
+    clser_plastic:float = cl_param(0.9, "Probability that a step updates the plastic model of clser.", ge=0, le=1)
     cl_kd_mix:float | None = cl_param(None, "Weight of the distillation on views *between* images, new and replayed ones "
         "mixed by MixUp, which the teachers answer; empty = the method's default.", ge=0)
     cl_mix_alpha:float = cl_param(1.0, "Those views: α of MixUp's Beta(α, α); 1 = every mixing share is as likely.", gt=0)
@@ -521,7 +548,7 @@ class Evaluation(Params):
 
 # %% ../../nbs/00_core/00_params.ipynb #2cc48b68
 GROUPS = (Experiment, Output, DataParams, Models, Freezing, Bridge, Adaptation, Distillation, Terms, Optimisation,
-          Precision, Finetuning, MethodKeys, Continual, Replaying, Penalties, Analytic, Evaluation)
+          Precision, Finetuning, MethodKeys, Continual, TaskKeys, Replaying, Penalties, Analytic, Evaluation)
 
 # %% ../../nbs/00_core/00_params.ipynb #b4dff8d1
 def suite_values()->dict:

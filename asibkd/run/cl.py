@@ -10,6 +10,7 @@ __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'stream_of', 'ta
 import torch
 
 from ..analysis.knowledge import save_strips
+from ..cl import loop                                                     # noqa: with it, a learner learns
 from ..cl.learner import CLResult, Learner
 from ..cl.methods import check_cl_method
 from ..cl.metrics import cl_metrics
@@ -29,7 +30,7 @@ from ..trainers.build import teacher_specs
 # %% ../../nbs/11_run/02_cl.ipynb #dc010879
 CL_BASELINES = ('naive', 'er', 'joint')
 METHOD_WEIGHTS = ('cl_teachers', 'cl_mask', 'cl_replay_ce', 'cl_der_alpha', 'cl_der_loss', 'cl_old_kd', 'cl_kd_mix',
-                  'store', 'lambda_ewc', 'ce_alpha', 'kd_alpha')
+                  'store', 'cl_align', 'lambda_ewc', 'ce_alpha', 'kd_alpha')
 
 def baseline_config(cfg:Config)->Config:
     "The same run for a baseline: the weights of the run's method are left out"
@@ -45,9 +46,12 @@ def stream_of(
     return create_stream(data, cfg.num_tasks, seed, cfg.task_sizes, cfg.class_order)
 
 # %% ../../nbs/11_run/02_cl.ipynb #d96bc55f
-def task_classes(stream:Stream)->list:
+def task_classes(
+    stream:Stream,
+    n=None,     # Of the first `n` tasks; None = of all
+)->list:
     "The class names of each task"
-    return [[stream.data.classes[c] for c in stream.classes(t)] for t in range(len(stream))]
+    return [[stream.data.classes[c] for c in stream.classes(t)] for t in range(n or len(stream))]
 
 # %% ../../nbs/11_run/02_cl.ipynb #36688801
 def check_given_teachers(
@@ -98,8 +102,8 @@ def cl_row(
 )->dict:
     "One row of the summary"
     n = torch.bincount(stream.task_of(stream.data.test.y), minlength=len(stream)).tolist()
-    class_il = cl_metrics(o.class_il, n)
-    task_il = cl_metrics(o.task_il, n, o.before_learning or None, o.untrained or None)
+    class_il, last = cl_metrics(o.class_il, n), len(o.class_il) - 1
+    task_il = cl_metrics(o.task_il, n, o.before_learning[:last], o.untrained[:last])
     class_il.pop('FWT')
     return dict(key=o.key, model=l.student.name, role='student', target=['labels', *roles_of(l.cfg)],
                 val_acc=cl_metrics(o.val_class_il)['ACC'], **class_il, task_ACC=task_il['ACC'],
@@ -115,7 +119,7 @@ def cl_verdict(
     acc = {k: cl_metrics(o.class_il)['ACC'] for k, o in done.items()
            if k != key and not check_cl_method(k).cumulative}
     predictions = {k: torch.tensor(o.predictions) for k, o in done.items()}
-    y = stream.until(len(stream) - 1).test.y
+    y = stream.until(len(done[key].class_il) - 1).test.y
     return verdict(key, acc, predictions, y, max(acc, key=acc.get, default=''))
 
 # %% ../../nbs/11_run/02_cl.ipynb #7239da38
@@ -128,14 +132,14 @@ def save_cl_results(
     "Write student, predictions, the memory and its thumbnails"
     cfg, stream = l.ctx.cfg, l.stream
     card = student_card(card_type, seen_by(l.student, stream.data), cfg.small_input == '1')
-    save_student(run.path, l.student.model.state_dict(), card)
+    save_student(run.path, l.examined.model.state_dict(), card)
     tensors = {k: torch.tensor(o.predictions, dtype=torch.int32) for k, o in done.items()}
-    tensors['labels'] = stream.until(len(stream) - 1).test.y
+    tensors['labels'] = stream.until(l.n_tasks - 1).test.y
     tensors |= {f'confidence.{k}': torch.tensor(o.confidence).half() for k, o in done.items() if o.confidence}
     save_state(tensors, run.path/'predictions.safetensors')
     if len(l.memory):
         save_state(l.memory.items, run/'memory.safetensors')
-        save_strips(run.path, l.memory.x, l.memory.y, stream.data.n_class)
+        save_strips(run.path, l.memory.x, l.memory.y, stream.n_seen(l.n_tasks - 1))
 
 # %% ../../nbs/11_run/02_cl.ipynb #7b5569a2
 def cl_summary_of(
@@ -155,7 +159,7 @@ def cl_summary_of(
     time = dict(seconds={k: o.seconds for k, o in done.items()}, latency_ms={k: latency for k in done},
                 teacher_images=dict(teacher_counts))
     return dict(exp_id=ctx.run.id, kind='cl', method=key, dataset=data.name, seed=cfg.seed, rows=rows,
-                gates=out.gates, method_params=params, tasks=task_classes(l.stream), R=R, others=out.others,
+                gates=out.gates, method_params=params, tasks=task_classes(l.stream, l.n_tasks), R=R, others=out.others,
                 composition=out.composition, n_class=data.n_class, notes=dict(data.notes), norms=norms,
                 images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')},
                 time=time) | cl_verdict(done, key, l.stream)
@@ -171,9 +175,12 @@ def run_cl(
     stream = stream_of(data, cfg)
     check_given_teachers(teachers, cfg)
     learners = create_learners(ctx, stream, teachers, student, params)
-    log.info(f"{len(stream)} tasks: " + ' | '.join(one_line(', '.join(names)) for names in task_classes(stream)))
+    n = learners[key].n_tasks
+    log.info(f"{n} tasks: " + ' | '.join(one_line(', '.join(names)) for names in task_classes(stream, n)))
     done = {k: l.learn() for k, l in learners.items()}
     summary = cl_summary_of(ctx, done, learners, params)
+    for l in learners.values():
+        l.keep_state()
     save_cl_results(ctx.run, done, learners[key], '' if student is not None else cfg.student_type)
     row = next(r for r in summary['rows'] if r['key'] == key)
     columns = ('val_acc', 'ACC', 'AIA', 'BWT', 'task_ACC', 'params', 'macs')
