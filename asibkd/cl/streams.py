@@ -97,7 +97,7 @@ def task_of(
     "The task that brought each label"
     return torch.bucketize(y, torch.tensor(self.bounds[1:]), right=True)
 
-# %% ../../nbs/07_cl/00_streams.ipynb #60feee94
+# %% ../../nbs/07_cl/00_streams.ipynb #b1636c6e
 @patch
 def task_numbers(
     self:Stream,
@@ -139,7 +139,7 @@ def until(self:Stream, t:int)->Data:
     "Everything up to task `t`"
     return self.part(0, t)
 
-# %% ../../nbs/07_cl/00_streams.ipynb #24accc72
+# %% ../../nbs/07_cl/00_streams.ipynb #0777dcfe
 @patch
 def tasks_until(
     self:Stream,
@@ -177,7 +177,7 @@ def check_validation(s:Stream):
         raise ConfigError(f"Task {t + 1} ({names}) has no validation image. "
                           "Give some, or raise val_frac.")
 
-# %% ../../nbs/07_cl/00_streams.ipynb #22623b6c
+# %% ../../nbs/07_cl/00_streams.ipynb #1fb9ad16
 def renamed_stream(
     data:Data,
     order:list,    # Original number of each class
@@ -188,7 +188,7 @@ def renamed_stream(
     bounds = [0, *torch.tensor([hi for _, hi in ranges]).cummax(0).values.tolist()]
     is_plain = ranges == [*zip(bounds, bounds[1:])]
     data = replace(data, classes=[data.classes[c] for c in order], **renamed_sets(data, order))
-    s = Stream(data, bounds, order, None if is_plain else ranges, None if is_plain else parts)
+    s = Stream(data, bounds, order, None if is_plain else ranges, parts)
     check_validation(s)
     mean, std = channel_stats(s.task(0).train)
     return replace(s, data=replace(data, mean=mean, std=std))
@@ -207,7 +207,7 @@ def create_stream(
     bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     return renamed_stream(data, order, [*zip(bounds, bounds[1:])])
 
-# %% ../../nbs/07_cl/00_streams.ipynb #41687e09
+# %% ../../nbs/07_cl/00_streams.ipynb #be90701f
 def planned_stream(
     data:Data,
     plan:list,   # Task → dict(classes=names, parts=numbers of datasets, or None for all)
@@ -216,16 +216,17 @@ def planned_stream(
     names = [*dict.fromkeys(c for t in plan for c in t['classes'])]
     starts = [names.index(t['classes'][0]) for t in plan]
     ranges = [(lo, lo + len(t['classes'])) for lo, t in zip(starts, plan)]
-    return renamed_stream(data, [data.classes.index(c) for c in names], ranges, [t['parts'] for t in plan])
+    parts = [t['parts'] for t in plan] if hasattr(data, 'part') else None
+    return renamed_stream(data, [data.classes.index(c) for c in names], ranges, parts)
 
-# %% ../../nbs/07_cl/00_streams.ipynb #494f61da
+# %% ../../nbs/07_cl/00_streams.ipynb #95d05386
 @patch(as_prop=True)
 def plan(self:Stream)->list: # Task → dict(classes, parts)
     "The plan that makes this stream"
     parts, names = self.parts or [None]*len(self), self.data.classes
     return [dict(classes=[names[c] for c in self.classes(t)], parts=parts[t]) for t in range(len(self))]
 
-# %% ../../nbs/07_cl/00_streams.ipynb #6f46d507
+# %% ../../nbs/07_cl/00_streams.ipynb #80f08261
 def new_tasks(
     classes:list,   # Names
     num_tasks:int,
@@ -240,7 +241,7 @@ def new_tasks(
     groups = torch.tensor(numbers).split(sizes)
     return [dict(classes=[classes[c] for c in g], parts=parts) for g in groups]
 
-# %% ../../nbs/07_cl/00_streams.ipynb #caef3cfb
+# %% ../../nbs/07_cl/00_streams.ipynb #df37f9c2
 def domain_of(
     names:list,   # Classes of a dataset
     plan:list,    # Tasks so far
@@ -258,7 +259,7 @@ def domain_of(
                           "split its classes.")
     return same
 
-# %% ../../nbs/07_cl/00_streams.ipynb #cc74c7f0
+# %% ../../nbs/07_cl/00_streams.ipynb #9e4c90e2
 def plan_of_parts(
     classes:list,   # Of each dataset: names
     first=0,        # Number of the first of them
