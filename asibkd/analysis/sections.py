@@ -288,7 +288,7 @@ def difference_table(
                  [o['compared with'] == s['baseline'] for o in rows])
 
 # %% ../../nbs/09_analysis/06_sections.ipynb #b6cade50
-CL_COSTS = ('memory (MB)', 'of it logits (MB)', 'student images', 'teacher forwards', 'train (s)')
+CL_COSTS = ('memory (MB)', 'of it logits (MB)', 'statistics (MB)', 'student images', 'teacher forwards', 'train (s)')
 
 def result_section(
     s:dict, # summary.json

@@ -10,7 +10,8 @@ __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'stream_of', 'ta
 # %% ../../nbs/11_run/02_cl.ipynb #962e0e0e
 import torch
 
-from ..cl import loop, rivals                                        # noqa: with them, a learner learns, by every method
+from ..analysis.knowledge import save_strips
+from ..cl import loop, rivals                                             # noqa: with them a learner learns, by any method
 from ..cl.learner import CLResult, Learner
 from ..cl.methods import check_cl_method, list_cl_methods             # noqa: here all are registered
 from ..cl.metrics import cl_metrics
@@ -139,7 +140,7 @@ def save_cl_results(
     l:Learner,       # Of the run's method
     card_type:str,   # Architecture of the student; '' for a module of the user's
 ):
-    "Write student, predictions and memory"
+    "Write student, predictions, the memory and its thumbnails"
     cfg, stream = l.ctx.cfg, l.stream
     card = student_card(card_type, seen_by(l.student, stream.data), cfg.small_input == '1')
     save_student(run.path, l.examined.model.state_dict(), card)
@@ -149,6 +150,7 @@ def save_cl_results(
     save_state(tensors, run.path/'predictions.safetensors')
     if len(l.memory):
         save_state(l.memory.items, run/'memory.safetensors')
+        save_strips(run.path, l.memory.x, l.memory.y, stream.n_seen(l.n_tasks - 1))
 
 # %% ../../nbs/11_run/02_cl.ipynb #7b5569a2
 def cl_summary_of(
