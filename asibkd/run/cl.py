@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'part_classes', 'parts_plan', 'extended_plan', 'stream_of',
-           'task_classes', 'check_given_teachers', 'create_learners', 'memory_columns', 'cl_row', 'cl_verdict',
-           'save_cl_results', 'cl_summary_of', 'run_cl']
+           'task_classes', 'check_given_teachers', 'create_learners', 'kept_megabytes', 'memory_columns', 'cl_row',
+           'cl_verdict', 'save_cl_results', 'cl_summary_of', 'run_cl']
 
 # %% ../../nbs/11_run/02_cl.ipynb #962e0e0e
 import torch
 
 from ..analysis.knowledge import save_strips
-from ..cl import loop                                                     # noqa: with it, a learner learns
+from ..cl import loop, rivals                                             # noqa: with them a learner learns, by any method
 from ..cl.learner import CLResult, Learner
-from ..cl.methods import check_cl_method
+from ..cl.methods import check_cl_method, list_cl_methods             # noqa: here all are registered
 from ..cl.metrics import cl_metrics
 from ..cl.setup import check_cl, roles_of
 from ..cl.streams import Stream, create_stream, domain_of, new_tasks, plan_of_parts, planned_stream
@@ -131,6 +131,14 @@ def create_learners(
     learners[main] = Learner(main, stream, ctx, specs, student, params)
     return learners
 
+# %% ../../nbs/11_run/02_cl.ipynb #0789274a
+def kept_megabytes(
+    kept:dict, # What a method keeps from task to task, e.g. the two averaged networks of clser
+)->float:
+    "Size of its tensors"
+    states = [s for s in kept.values() if isinstance(s, dict)]
+    return sum(v.numel()*v.element_size() for s in states for v in s.values() if torch.is_tensor(v))/1e6
+
 # %% ../../nbs/11_run/02_cl.ipynb #77067db0
 def memory_columns(l:Learner)->dict:
     "What the method stores of earlier tasks, and its size"
@@ -138,6 +146,8 @@ def memory_columns(l:Learner)->dict:
     logits = mb['logits'] if l.cfg.cl_der_alpha else 0.                        # stored, but not used
     kind = 'all' if l.cls.cumulative else 'replay' if l.memory.capacity else 'none'
     sums = dict(trunk=l.analytic.kind, statistics_mb=l.analytic.megabytes) if l.analytic else {}
+    if networks := kept_megabytes(l.kept):
+        sums['statistics_mb'] = sums.get('statistics_mb', 0.) + networks
     return dict(memory=kind, memory_items=len(l.memory), memory_mb=mb['images'] + logits, logits_mb=logits) | sums
 
 # %% ../../nbs/11_run/02_cl.ipynb #edcbeaa5
