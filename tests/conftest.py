@@ -30,11 +30,10 @@ def full_path(): "For a test that is about the fusion's fit itself"
 
 @pytest.fixture(autouse=True)
 def short_path(request, monkeypatch):
-    "The fusion of a run is fitted in 20 steps instead of 150, where it does not matter how well"
+    "What does not matter to a test is done in short"
     if 'full_path' in request.fixturenames: return
-    from functools import partial
-    from asibkd.trainers import fusing
-    monkeypatch.setattr(fusing, 'fit_path', partial(fusing.fit_path, steps=20))
+    from _short import shorten
+    shorten(monkeypatch.setattr)
 
 @pytest.fixture
 def notebook(tmp_path, door):
@@ -42,16 +41,25 @@ def notebook(tmp_path, door):
     path = root/'nbs'/'run_experiment.ipynb'
     return lambda out, *argv: door(*argv, cwd=tmp_path, notebook=(str(path), str(out)))
 
-@pytest.fixture
-def short_exam(monkeypatch):
-    "The digits with 100 test images instead of 500, where it does not matter how well they are recognised"
+def digits_with_few_tests(monkeypatch, images):
     import torch
     from asibkd.data.datasets import datasets
     real = datasets['digits']
     def few(cfg):
         d = real(cfg)
-        return d | dict(test=d['test'].subset(torch.arange(100)))
+        first = torch.cat([(d['test'].y == c).nonzero()[:images//10, 0] for c in range(10)])
+        return d | dict(test=d['test'].subset(first.sort().values))
     monkeypatch.setitem(datasets, 'digits', few)
+
+@pytest.fixture
+def short_exam(monkeypatch):
+    "The digits with 100 test images instead of 500, where it does not matter how well they are recognised"
+    digits_with_few_tests(monkeypatch, 100)
+
+@pytest.fixture
+def tiny_exam(monkeypatch):
+    "The digits with two test images a class"
+    digits_with_few_tests(monkeypatch, 20)
 
 @pytest.fixture
 def folder(tmp_path):

@@ -91,7 +91,7 @@ def test_folds_are_even_and_seeded():
         n = f[y == c].bincount(minlength=5)
         assert n.max() - n.min() <= 1
 
-def test_few_labels_hurt_stacking_and_not_the_weights():
+def test_few_labels_hurt_stacking_and_not_the_weights(full_path):
     many = table(3000, (.3, 3.), (None, None), seed=1)
     def acc(z): return (z.argmax(1) == many.y).double().mean().item()
     few = table(12, (.3, 3.), (None, None))
@@ -100,7 +100,7 @@ def test_few_labels_hurt_stacking_and_not_the_weights():
     assert acc(base(many.logits)) > average + .05
     assert acc(stack(many.logits, many.feats)) < acc(base(many.logits))
 
-def test_stacking_tells_domains_apart():
+def test_stacking_tells_domains_apart(full_path):
     "Two specialists whose features say whose image it is; a class without a label is never predicted"
     halves = ([0, 1, 2], [3, 4, 5])
     fit, t = table(600, (.5, .5), halves), table(1200, (.5, .5), halves, seed=1)
@@ -110,7 +110,7 @@ def test_stacking_tells_domains_apart():
     z = fit_stack(fit.subset(fit.y < 5))(t.logits, t.feats, t.columns)
     assert (z[:, 5] == FOREIGN).all() and (z[:, :5] > FOREIGN/2).all()
 
-def test_outlook_says_what_matters():
+def test_outlook_says_what_matters(full_path):
     unequal = outlook(table(600, (.3, 3.), (None, None)), ['a', 'b'])
     assert unequal['best'] == 'a' and unequal['gain_of_weighting'] > .03 and 'costs' in unequal['sentence']
     equal = outlook(table(600, (.7, .7), (None, None)), ['a', 'b'])

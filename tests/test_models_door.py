@@ -11,7 +11,7 @@ def plain():
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
-pytestmark = pytest.mark.usefixtures('short_exam')
+pytestmark = pytest.mark.usefixtures('tiny_exam')
 MODELS = ['resnet10t', 'mobilenetv3_small_050', 'regnetx_002', 'convnext_atto', 'efficientnet_b0',
           'vit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224', 'swin_tiny_patch4_window7_224', 'torchvision', 'sequential']
 

@@ -289,7 +289,8 @@ def best_ridge(
     k=5, seed=0,  # As in `folds`
 )->tuple: # the inverse penalty, (N, K) the log-probabilities of that model on images that it has not seen
     "The penalty of the best K-fold NLL"
-    logp = torch.from_numpy(cross_stack(x.numpy(), y.numpy(), folds(y, min(k, len(y)), seed).numpy(), n_class))
+    fold = folds(y, min(k, len(y)), seed).numpy()
+    logp = torch.from_numpy(cross_stack(x.numpy(), y.numpy(), fold, n_class, RIDGES))
     best = min(range(len(RIDGES)), key=lambda i: F.cross_entropy(logp[i], y).item())
     return RIDGES[best], logp[best].float()
 

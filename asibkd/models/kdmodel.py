@@ -63,12 +63,13 @@ class KDModel(nn.Module):
         in_chans=3,
         name='',          # For tables and errors
         dropout=None,     # Before the classifier; None = the model's default
+        known=None,       # `Anatomy` of the same architecture; None = from the recorded pass
     ):
         super().__init__()
         self.model, self.adapter, self.name = model, None, name or type(model).__name__
         self.frozen_modules = set()     # names kept in evaluation mode even after `train()`
         self.changes_each_step = False  # True for an average of weights, which changes without an optimiser
-        self.anatomy = a = anatomy(model, img_size, in_chans, self.name)
+        self.anatomy = a = copy.deepcopy(known) or anatomy(model, img_size, in_chans, self.name)
         self.shape = (in_chans, img_size, img_size)
         self.norm = None                # (mean, std) that the network expects; None = those of the batches
         for k in ('columns', 'kept', 'norm_scale', 'norm_shift'): # see `spread_classes` and `renormalise`
