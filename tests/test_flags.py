@@ -28,7 +28,7 @@ ANALYTIC = dict(CL, cl_teachers='analytic', analytic_dim=40)
 EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50., epochs=4), dict(CL, cl_method='si', num_tasks=3, si_c=50., epochs=4)
 CHANGES = dict(
     cl_mode=(1, TUNED), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), class_order=('9,8,7,6,5,4,3,2,1,0', CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
-    cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(5., CL), cl_der_loss=('kl', CL), cl_kd_mix=(1., CL), cl_mix_alpha=(.2, VIEWS), cl_mix_aug=('0', VIEWS), cl_old_kd=(9., dict(CL, teacher_adapt_epochs=4)), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
+    cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(5., CL), cl_der_loss=('kl', CL), cl_kd_mix=(1., CL), cl_held=(0., dict(VIEWS, bridge_objective='fuse', cl_teachers='expert+snapshot')), cl_mix_alpha=(.2, VIEWS), cl_mix_aug=('0', VIEWS), cl_old_kd=(9., dict(CL, teacher_adapt_epochs=4)), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
     cl_trunk=('kmeans', ANALYTIC), analytic_dim=(50, ANALYTIC), analytic_lambda=(1e4, ANALYTIC),
     store=('synergy', CL), cl_align=(1, CL), cl_transplant=(.85, dict(CL, cl_method='derpp', num_tasks=3)), bic_share=(.5, dict(CL, cl_method='bic')),
     clser_weight=(9., dict(CL, cl_method='clser')), clser_stable=(.2, dict(CL, cl_method='clser')), clser_plastic=(.1, dict(CL, cl_method='clser', clser_stable=.1, epochs=3)), lambda_ewc=(99., CL), fisher=('empirical', EWC3), fisher_n=(5, EWC3), ewc_mode=('separate', EWC3), ewc_gamma=(.1, EWC3), si_c=(5., SI3), si_xi=(9., SI3),

@@ -75,6 +75,7 @@ class Learner:
         c, n_class = self.cfg, stream.data.n_class
         self.roles, self.out = roles_of(c), CLResult(key)
         self.memory = Buffer(c.replay_capacity if self.cls.rehearses else 0, c.replay_policy, c.seed)
+        self.alone = None                                # The analytic teacher, where it is what is examined
         self.held = Buffer(0, seed=c.seed)               # Validation images of past classes: never replayed
         self.holds = 'cl_held' in fusion_parameters(self.cls, c)
         self.ewc, self.si, self.teachers, self.kept = EWC(c.ewc_mode, c.ewc_gamma), None, {}, {}
@@ -105,7 +106,7 @@ class Learner:
 @patch(as_prop=True)
 def examined(self:Learner)->KDModel:
     "The model that is evaluated and saved: the student, unless the method makes another one of it"
-    return self.cls.examined(self.student, self.kept)
+    return self.alone or self.cls.examined(self.student, self.kept)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ddba5ad0
 @patch
@@ -193,8 +194,9 @@ def compute_teacher(self:Learner, t:int)->KDModel:
             self.teachers.pop('expert1')
     self.analytic.learn(self.eval_loader(data.train, data), n_seen, network)
     self.out.cost['teacher_forwards'] += len(data.train)
-    teacher = self.analytic.teacher(join(data.train, self.memory), t)
-    return limit_to_seen(teacher, n_seen, self.width(t))
+    teacher = limit_to_seen(self.analytic.teacher(join(data.train, self.memory), t), n_seen, self.width(t))
+    self.alone = teacher if self.cls.is_teacher else None
+    return teacher
 
 # %% ../../nbs/07_cl/06_learner.ipynb #367e93fa
 @patch
@@ -314,6 +316,8 @@ def replay_loader(
 @patch
 def train_student(self:Learner, t:int, method, teachers:list):
     "Phase B on new and replayed images"
+    if method.is_teacher:
+        return
     c, views = self.cfg, method.views() if method.mixes else None
     data, memory, held = method.hold_out(self.task_data(t), self.memory)
     loader = self.replay_loader(t, views, data, memory)

@@ -157,6 +157,7 @@ def restore(
     self.share_places(t)
     if self.analytic:
         self.analytic.load(s['analytic'])
+        self.alone = self.analytic.teacher(self.task_data(t).train, t) if self.cls.is_teacher else None
     self.ewc.load(s['ewc'], self.acc.device)
     self.out, self.kept = CLResult(**s['out']), s['kept']
     if s['si'] is not None:

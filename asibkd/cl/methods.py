@@ -109,6 +109,7 @@ class CLMethod(Method):
     cumulative = False              # A new student for every task, on all data so far (joint)
     learns_from_memory = False      # A new student for every task, on the memory alone (gdumb)
     only_snapshot = False           # Its one possible teacher is the snapshot
+    is_teacher = False              # Examines the analytic teacher itself; no student is trained
     without_teachers = None         # The class that is used while there is no teacher (first task, snapshot only)
     classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
     makes_synergy = False           # Combines its teachers' logits into logits that a memory may store

@@ -125,6 +125,8 @@ def teacher_rules(
     return [(not (roles or without), f"cl_teachers='': {key} needs teachers, e.g. expert+snapshot."),
             (roles and without and given.cl_teachers,
              f"cl_teachers={given.cl_teachers}: {key} uses no teacher. Use asib or avgz."),
+            (cls.is_teacher and roles != ['analytic'],
+             f"cl_teachers={c.cl_teachers}: {key} is the analytic teacher alone. Use asib, avgz or wavg."),
             (roles and cls.only_snapshot and roles != ['snapshot'],
              f"cl_teachers={c.cl_teachers}: {key} learns from the snapshot. "
              "Use asib or avgz for other teachers.")]
