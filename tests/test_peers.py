@@ -269,7 +269,7 @@ OTHER = dict(   # a value that is not the default
     mbm_reg_lambda=.1, hybrid_beta=.5, feat_kd_alpha=1., feat_kd_norm='l2', feat_kd_target='synergy', use_distillation_adapter=True)
 TRAINING = {    # read outside the loss: tests/test_flags.py sees their effect end to end
     'mbm_type', 'synergy_gate', 'teacher_adapt_epochs', 'teacher_lr', 'teacher_weight_decay', 'mbm_lr_factor', 'ib_beta_warmup_epochs', 'reg_lambda', 'feat_kd_key', 'distill_hidden_dim',
-    'distill_out_dim', 'use_partial_freeze', 'bridge_images', *(f'teacher{i}_{k}' for i in (1, 2) for k in ('freeze_level', 'freeze_scope', 'freeze_bn', 'bn_head_only'))}
+    'distill_out_dim', 'use_partial_freeze', 'bridge_images', 'cl_trunk', 'analytic_dim', 'analytic_lambda', *(f'teacher{i}_{k}' for i in (1, 2) for k in ('freeze_level', 'freeze_scope', 'freeze_bn', 'bn_head_only'))}
 BASE = dict(hint_layer=2, crd_nce_k=8, disagree_lambda_high=2., dkd_warmup=2)
 
 def test_A7_the_table_is_complete():

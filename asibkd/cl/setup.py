@@ -17,18 +17,17 @@ from torch import nn
 from .methods import check_cl_method
 from .streams import Stream, grow_head
 from ..core.config import CheckpointError, Config, ConfigError
-from ..core.runtime import forked_rng, generator, refuse
-from ..data.batches import Loader, normalise
-from ..data.images import ImageSet, by_class
-from ..distil.analytic import AnalyticTeacher, RidgeSums
-from ..distil.metrics import predict
+from ..core.runtime import forked_rng, refuse
+from ..data.batches import Loader
+from ..data.images import ImageSet
+from ..distil.analytic import AnalyticTeacher, RidgeSums, sample_images
 from ..distil.methods import with_method_defaults
 from ..models.cards import read_card
 from ..models.kdmodel import KDModel, spread_classes
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from ..models.trace import copied
-from ..models.trunks import KMeansTrunk, Trunk, kmeans_trunk, network_trunk, random_trunk
+from ..models.trunks import KMeansTrunk, Trunk, default_kind, network_trunk, trunk_by_name
 from ..trainers.build import TeacherSpec, build_teacher, dropout_of, give_norm, spec_of_student
 
 # %% ../../nbs/07_cl/05_setup.ipynb #fdc0ce0c
@@ -259,13 +258,11 @@ def trunk_kind(
                           "teacher1_ckpt=… or teacher1_pretrained=1, or use cl_trunk=kmeans.")
     if cfg.cl_trunk != 'auto':
         return cfg.cl_trunk
-    return 'teacher' if ready else 'kmeans' if min(shape[1:]) >= 16 else 'random'
+    return 'teacher' if ready else default_kind(shape)
 
 # %% ../../nbs/07_cl/05_setup.ipynb #3d68b433
 class AnalyticMemory:
     "What outlives a task of the analytic teacher: its frozen trunk, and the sums over all images so far"
-    most = 2000   # Images that the trunk is made from, and that the temperature is fitted on
-
     def __init__(self,
         cfg:Config,
         specs:list,       # Of the configured teachers
@@ -281,19 +278,6 @@ class AnalyticMemory:
         "Size of the sums; the trunk is a network like any other teacher's"
         return 0. if self.sums is None else self.sums.megabytes
 
-# %% ../../nbs/07_cl/05_setup.ipynb #1ddb002b
-@patch
-def sample(self:AnalyticMemory,
-    ds:ImageSet,
-    *key,         # Names the draw
-)->tuple: # (n, C, H, W) normalised images, their labels
-    "At most `most` images, as many of each class as there are"
-    groups = [g for g in by_class(ds.y) if len(g)]
-    order = [g[torch.randperm(len(g), generator=generator(self.cfg.seed, *key, c))] for c, g in enumerate(groups)]
-    at = torch.cat([o[:-(-self.most//len(groups))] for o in order]).sort().values
-    data = self.stream.data
-    return normalise(ds.images(at, self.device), data.mean, data.std), ds.y[at]
-
 # %% ../../nbs/07_cl/05_setup.ipynb #7aadc7e9
 @patch
 def create_trunk(self:AnalyticMemory,
@@ -302,10 +286,9 @@ def create_trunk(self:AnalyticMemory,
 )->Trunk:
     "The frozen features, of the kind of this run"
     c, shape = self.cfg, self.stream.data.shape
-    if self.kind == 'random':
-        return random_trunk(shape, c.analytic_dim or 1500, c.seed)
-    if self.kind == 'kmeans':
-        return kmeans_trunk(self.sample(images, 'trunk')[0].cpu(), c.analytic_dim or 400, seed=c.seed)
+    if self.kind in ('random', 'kmeans'):
+        def sample(): return sample_images(images, self.stream.data, c.seed, 'trunk')[0]
+        return trunk_by_name(self.kind, sample, shape, c.analytic_dim, c.seed)
     if network is None:
         network = first_teacher(self.spec, self.stream, c, keeps_trunk=self.kind == 'teacher')[0]
     return network_trunk(network, c.analytic_dim, c.seed)
@@ -323,9 +306,7 @@ def learn(self:AnalyticMemory,
         self.sums = RidgeSums(self.trunk.dim)
     self.trunk.to(self.device)
     self.sums.to('cpu' if self.device.type == 'mps' else self.device)     # mps has no double precision
-    with torch.no_grad():
-        for b in loader.epoch(0):
-            self.sums.partial_fit(self.trunk(b.x), b.y, n_class)
+    self.sums.learn(self.trunk, loader, n_class)
 
 # %% ../../nbs/07_cl/05_setup.ipynb #df85b7a2
 @patch
@@ -335,10 +316,8 @@ def teacher(self:AnalyticMemory,
 )->AnalyticTeacher:
     "The head of all images so far, calibrated on some of them, each as if it had not been seen"
     teacher = AnalyticTeacher(self.trunk, self.sums, self.stream.data.shape, self.cfg.analytic_lambda)
-    x, y = self.sample(seen, 'calibrate', t)
-    with torch.no_grad():
-        feats = torch.cat([self.trunk(o) for o in x.split(256)])
-    return teacher.calibrate(feats, y)
+    x, y = sample_images(seen, self.stream.data, self.cfg.seed, 'calibrate', t, device=self.device)
+    return teacher.calibrate(self.trunk.collect(x), y)
 
 # %% ../../nbs/07_cl/05_setup.ipynb #00cd6d73
 @patch

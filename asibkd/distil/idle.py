@@ -7,8 +7,9 @@ __all__ = ['SWITCHES', 'narrow_parameters', 'parameters_read', 'idle_parameters'
 
 # %% ../../nbs/05_distil/07_idle.ipynb #b40aa3cb
 from ..core.config import Config, ConfigError, fields_read_by
-from ..core.params import Freezing
+from ..core.params import Analytic, Freezing
 from .methods import is_ours, with_method_defaults
+from ..models.trunks import is_analytic
 
 # %% ../../nbs/05_distil/07_idle.ipynb #65d985e4
 def narrow_parameters(
@@ -22,8 +23,12 @@ def parameters_read(
     c:Config,
     classes,  # Of the run's method, and of the baselines trained beside it
 )->set: # Names
-    "Parameters that at least one of the methods reads, of the narrow ones"
-    return set().union(*(cls.reads(with_method_defaults(c, cls)) for cls in classes))
+    "Parameters that at least one of the methods, or an analytic teacher, reads, of the narrow ones"
+    classes, of_teachers = list(classes), set()
+    archs = [*(c.teachers or (c.teacher1_type, c.teacher2_type)), c.teacher_type]
+    if any(map(is_analytic, archs)) and any(cls.teachers_used != 'none' for cls in classes):
+        of_teachers = {*Analytic.model_fields}
+    return of_teachers.union(*(cls.reads(with_method_defaults(c, cls)) for cls in classes))
 
 # %% ../../nbs/05_distil/07_idle.ipynb #71343d11
 def idle_parameters(

@@ -76,6 +76,7 @@ class Method(nn.Module):
     needs_maps = False  # Compares feature maps (`stages`, `feat_4d` of a teacher): those are never cached
     unlabelled = True            # Can use images without a label (`batch.labelled` says which have one)
     labels_only = False          # Learns from labels alone: its batches hold the labelled images, repeated
+    closed_form = False          # Computes the student's head instead of training it (`fit_student`)
     defaults = dict(ce_alpha=.1, kd_alpha=.9, rkd_loss_weight=0.)   # Where the user gave no weight
 
     def __init__(self,

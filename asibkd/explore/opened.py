@@ -146,6 +146,8 @@ def _open_teacher(run:Path, spec:TeacherSpec, summary:dict, data:Data, cfg:Confi
     weights = summary['weights'][spec.name]
     plain = replace(spec, ckpt='', save_to='', search_default=False, pretrained=spec.pretrained and not file,
                     classes=weights.get('outputs') or weights.get('classes'), named=None)
+    if weights['source'] == 'computed':
+        plain = spec                                   # it is computed again, from the same images
     # finetune_epochs=1: no warning that this teacher has no weights; they are loaded here
     t, _ = build_teacher(plain, data, cfg.model_copy(update=dict(finetune_epochs=1)))
     norm = weights.get('norm')

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST', 'single_precision', 'Trunk', 'RandomTrunk', 'random_trunk', 'ProjectedTrunk', 'NetworkTrunk', 'network_trunk',
-           'patch_size', 'reduced', 'normalised_patches', 'whitening', 'KMeansTrunk', 'sample_patches', 'kmeans_trunk']
+           'patch_size', 'reduced', 'normalised_patches', 'whitening', 'KMeansTrunk', 'sample_patches', 'kmeans_trunk',
+           'default_kind', 'trunk_by_name', 'is_analytic']
 
-# %% ../../nbs/02_models/12_trunks.ipynb #b14d2dad
+# %% ../../nbs/02_models/12_trunks.ipynb #9a5cfea9
 import contextlib
 
 import torch
@@ -18,14 +19,14 @@ from ..core.config import ConfigError
 from ..core.runtime import generator, seed_of
 from .kdmodel import KDModel
 
-# %% ../../nbs/02_models/12_trunks.ipynb #5151d53b
+# %% ../../nbs/02_models/12_trunks.ipynb #246940e1
 def single_precision(
     x:Tensor, # Its device counts
 ): # A context
     "Inside, autocast is off: features are sums of many terms, and a closed-form head needs all their digits"
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
-# %% ../../nbs/02_models/12_trunks.ipynb #a52f1981
+# %% ../../nbs/02_models/12_trunks.ipynb #eedd93b5
 class Trunk(nn.Module):
     "Base of every trunk: frozen, in evaluation mode, in single precision"
     dim = 0   # D, the width of the features
@@ -44,7 +45,17 @@ class Trunk(nn.Module):
         "Size of what it holds"
         return sum(v.numel()*v.element_size() for v in self.state_dict().values())/1e6
 
-# %% ../../nbs/02_models/12_trunks.ipynb #74b05c9c
+# %% ../../nbs/02_models/12_trunks.ipynb #154d0d4d
+@patch
+@torch.no_grad()
+def collect(self:Trunk,
+    x:Tensor,   # (N, C, H, W) normalised images
+    chunk=256,  # Images at once
+)->Tensor: # (N, D)
+    "Features of many images"
+    return torch.cat([self(o) for o in x.split(chunk)])
+
+# %% ../../nbs/02_models/12_trunks.ipynb #35774f07
 class RandomTrunk(Trunk):
     "Random ReLU features of the pixels"
     def __init__(self,
@@ -60,7 +71,7 @@ class RandomTrunk(Trunk):
         "max(0, Wx + b)"
         return F.linear(x.flatten(1), self.weight, self.bias).relu()
 
-# %% ../../nbs/02_models/12_trunks.ipynb #1c178b30
+# %% ../../nbs/02_models/12_trunks.ipynb #818a65e1
 def random_trunk(
     shape,      # (C, H, W) of an image
     n=1500,     # Features
@@ -71,7 +82,7 @@ def random_trunk(
     size = shape[0]*shape[1]*shape[2]
     return RandomTrunk(torch.randn(n, size, generator=g)/size**.5, torch.randn(n, generator=g))
 
-# %% ../../nbs/02_models/12_trunks.ipynb #a3c9dd5a
+# %% ../../nbs/02_models/12_trunks.ipynb #1c7580ef
 class ProjectedTrunk(Trunk):
     "Random ReLU features of another trunk's features (RanPAC, McDonnell et al. 2023)"
     def __init__(self,
@@ -88,7 +99,7 @@ class ProjectedTrunk(Trunk):
         "max(0, Wφ(x))"
         return F.linear(self.trunk(x), self.weight).relu()
 
-# %% ../../nbs/02_models/12_trunks.ipynb #630de025
+# %% ../../nbs/02_models/12_trunks.ipynb #2831ac92
 class NetworkTrunk(Trunk):
     "The pooled feature of a network, frozen"
     def __init__(self,
@@ -101,7 +112,7 @@ class NetworkTrunk(Trunk):
         "`feat_2d`"
         return self.model(x)['feat_2d']
 
-# %% ../../nbs/02_models/12_trunks.ipynb #5952dad7
+# %% ../../nbs/02_models/12_trunks.ipynb #9361691b
 def network_trunk(
     model:KDModel, # Frozen in place
     n=0,           # Random ReLU features of its feature; 0 = its feature itself
@@ -111,7 +122,7 @@ def network_trunk(
     trunk = NetworkTrunk(model)
     return ProjectedTrunk(trunk, n, seed) if n else trunk
 
-# %% ../../nbs/02_models/12_trunks.ipynb #133f1b86
+# %% ../../nbs/02_models/12_trunks.ipynb #ef518424
 MOST = 32   # Pixels a side that patches are cut from; larger images are reduced first
 
 def patch_size(
@@ -120,7 +131,7 @@ def patch_size(
     "Side of the patches: 6 pixels, 3 in images below 12"
     return 6 if side >= 12 else 3
 
-# %% ../../nbs/02_models/12_trunks.ipynb #d27cffd4
+# %% ../../nbs/02_models/12_trunks.ipynb #b007daa2
 def reduced(
     x:Tensor,  # (B, C, H, W)
 )->Tensor: # (B, C, h, w), no side longer than `MOST`
@@ -130,7 +141,7 @@ def reduced(
         return x
     return F.adaptive_avg_pool2d(x, [max(1, round(o*MOST/most)) for o in x.shape[2:]])
 
-# %% ../../nbs/02_models/12_trunks.ipynb #479e881c
+# %% ../../nbs/02_models/12_trunks.ipynb #728b16c2
 def normalised_patches(
     x:Tensor,  # (B, C, H, W)
     side:int,  # Of a patch
@@ -140,7 +151,7 @@ def normalised_patches(
     p = p - p.mean(-1, keepdim=True)
     return p/(p.square().mean(-1, keepdim=True) + 1e-2).sqrt()     # a patch without contrast stays small
 
-# %% ../../nbs/02_models/12_trunks.ipynb #a2522204
+# %% ../../nbs/02_models/12_trunks.ipynb #2cc1ea7f
 def whitening(
     p:Tensor,  # (N, d) patches
     eps=.1,    # Added to the variances: directions of less are noise (Coates & Ng 2011)
@@ -151,7 +162,7 @@ def whitening(
     values, vectors = torch.linalg.eigh((p - mean).T @ (p - mean)/len(p))
     return mean.float(), ((vectors/(values.clamp_min(0) + eps).sqrt()) @ vectors.T).float()
 
-# %% ../../nbs/02_models/12_trunks.ipynb #25226730
+# %% ../../nbs/02_models/12_trunks.ipynb #cf9b5b40
 class KMeansTrunk(Trunk):
     "How near each patch is to each centroid, over the four quadrants of the image (Coates & Ng 2011)"
     chunk = 64   # Images at once: distances of all patches to all centroids are many numbers
@@ -171,7 +182,7 @@ class KMeansTrunk(Trunk):
         "Normalised and whitened patches"
         return (normalised_patches(x, self.side) - self.mean) @ self.whiten
 
-# %% ../../nbs/02_models/12_trunks.ipynb #2e52944b
+# %% ../../nbs/02_models/12_trunks.ipynb #ee02774c
 @patch
 def triangle(self:KMeansTrunk,
     p:Tensor, # (B, L, d) whitened patches
@@ -182,7 +193,7 @@ def triangle(self:KMeansTrunk,
     d = square.clamp_min(0).sqrt()
     return (d.mean(-1, keepdim=True) - d).relu()
 
-# %% ../../nbs/02_models/12_trunks.ipynb #24326c6a
+# %% ../../nbs/02_models/12_trunks.ipynb #50de9f2a
 @patch
 def features(self:KMeansTrunk, x:Tensor)->Tensor: # (B, 4K)
     "The activations, averaged over the four quadrants"
@@ -193,7 +204,7 @@ def features(self:KMeansTrunk, x:Tensor)->Tensor: # (B, 4K)
         out.append(F.adaptive_avg_pool2d(f.unflatten(2, (h, w)), 2).flatten(1))
     return torch.cat(out)
 
-# %% ../../nbs/02_models/12_trunks.ipynb #80979789
+# %% ../../nbs/02_models/12_trunks.ipynb #161a38d6
 def sample_patches(
     x:Tensor,   # (N, C, H, W)
     side:int,   # Of a patch
@@ -208,7 +219,7 @@ def sample_patches(
     def chosen(o, i): return normalised_patches(o, side).take_along_dim(i, 1)
     return torch.cat([chosen(o, i) for o, i in zip(x.split(64), at.split(64))]).flatten(0, 1)
 
-# %% ../../nbs/02_models/12_trunks.ipynb #de08f3c3
+# %% ../../nbs/02_models/12_trunks.ipynb #a937f8d7
 def kmeans_trunk(
     x:Tensor,       # (N, C, H, W) normalised images without labels: those of the first task
     n=400,          # Centroids; the features are four times as many
@@ -226,3 +237,30 @@ def kmeans_trunk(
     found = MiniBatchKMeans(n, random_state=seed_of(seed, 'kmeans') % 2**32, n_init=1, batch_size=4096)
     found.fit(((p - mean) @ matrix).numpy())
     return KMeansTrunk(mean, matrix, torch.from_numpy(found.cluster_centers_).float(), side)
+
+# %% ../../nbs/02_models/12_trunks.ipynb #6f0060c9
+def default_kind(
+    shape, # (C, H, W) of an image
+)->str: # 'kmeans' or 'random'
+    "Patches of photographs, pixels of images too small to have patches"
+    return 'kmeans' if min(shape[1:]) >= 16 else 'random'
+
+# %% ../../nbs/02_models/12_trunks.ipynb #34aea6e9
+def trunk_by_name(
+    kind:str,  # 'kmeans' or 'random'
+    images,    # () → (N, C, H, W) normalised images; called for kmeans
+    shape,     # (C, H, W)
+    n=0,       # Centroids, or random features; 0 = 400, and 1,500
+    seed=0,
+)->Trunk:
+    "A trunk that needs no network"
+    if kind == 'random':
+        return random_trunk(shape, n or 1500, seed)
+    return kmeans_trunk(images().cpu(), n or 400, seed=seed)
+
+# %% ../../nbs/02_models/12_trunks.ipynb #5d341bee
+def is_analytic(
+    arch, # Architecture of a teacher: a name, or a module
+)->bool:
+    "Does the name ask for a frozen trunk with a head in closed form (`analytic`, or `analytic:NETWORK`)?"
+    return isinstance(arch, str) and arch.partition(':')[0] == 'analytic'

@@ -6,18 +6,18 @@
 __all__ = ['student_epochs', 'has_compiler', 'subset_methods', 'refuse_contradictions', 'settled_values', 'unselected_values',
            'settle_config', 'TeacherSpec', 'archs_of', 'norm_flag', 'named_classes', 'classes_flag', 'teacher_specs',
            'dropout_of', 'find_weights', 'load_start_weights', 'WeightsInfo', 'width_error', 'new_teacher',
-           'weights_key', 'refuse_noise', 'chosen_norm', 'give_norm', 'stated_names', 'settle_classes', 'ready_teacher',
-           'build_teacher', 'train_teacher', 'freeze_teachers', 'check_plan', 'warn_unknown', 'spec_of_student',
-           'build_student']
+           'weights_key', 'refuse_noise', 'chosen_norm', 'give_norm', 'stated_names', 'settle_classes',
+           'computed_teacher', 'ready_teacher', 'build_teacher', 'train_teacher', 'freeze_teachers', 'check_plan',
+           'warn_unknown', 'spec_of_student', 'build_student']
 
 # %% ../../nbs/06_trainers/04_build.ipynb #731a8183
-import os, shutil
+import os, shutil, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from ..distil import amalgam, asmb, crd, merging, multi, single    # they register their methods
+from ..distil import amalgam, analytic, asmb, crd, merging, multi, single    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of, refuse,
                                  trains_teachers)
@@ -27,12 +27,14 @@ from asibkd.models.cards import (OUTSIDE, card_norm, check_card, file_classes, l
     match_classes, module_classes, read_card, refuse_labels, refuse_unseen, save_teacher, task_of, unknown_to_all,
     warn_split)
 from ..models.kdmodel import KDModel, spread_classes
+from ..distil.analytic import fit_analytic
 from ..distil.methods import check_method, create_method, is_ours, list_methods
 from ..models.students import create_student
 from ..models.checkpoints import load_into, load_weights
 from ..models.norm import Norm, has_published_head, network_norm, norm_row, note_size, read_norm, set_norm
 from ..models.teachers import create_teacher, models as registered
 from ..models.trace import check_batch_of_one
+from ..models.trunks import is_analytic, network_trunk
 from .callbacks import PhaseCheckpoint
 from .phases import finetune
 
@@ -258,7 +260,7 @@ def load_start_weights(t, spec:TeacherSpec, data:Data)->str: # The file, '' wher
 @dataclass
 class WeightsInfo:
     "Where a teacher's weights come from"
-    source:str                     # 'finetuned', 'checkpoint', 'given', 'pretrained' (with a new head) or 'untrained'
+    source:str     # 'finetuned', 'computed', 'checkpoint', 'given', 'pretrained' (with a new head) or 'untrained'
     file:str = ''                  # Name of the checkpoint
     seconds:float|None = None      # Of fine-tuning
     classes:list|None = None       # Labels it was trained on; None = all
@@ -380,11 +382,35 @@ def settle_classes(
         spec.classes, spec.named = labels, [n if i == OUTSIDE else classes[i] for n, i in zip(names, labels)]
         log.info(f"{spec.name}: {labels_text(spec.named, labels, classes)}")
 
+# %% ../../nbs/06_trainers/04_build.ipynb #58977d34
+def computed_teacher(
+    spec:TeacherSpec, data:Data, cfg:Config,
+)->tuple: # (`AnalyticTeacher`, WeightsInfo)
+    "`analytic`, or `analytic:NETWORK`: a frozen trunk, and a head in closed form on the teachers' images"
+    name, trunk = spec.arch.partition(':')[2], None
+    if name:
+        if not (spec.ckpt or spec.pretrained):
+            raise ConfigError(f"{spec.name}: the trunk of {spec.arch} has no weights. Give them with "
+                              f"{weights_key(spec, cfg)}=FILE or {spec.name}_pretrained=1, or use `analytic` alone.")
+        net = replace(spec, arch=name, classes=None, named=None)
+        names = spec.ckpt and file_classes(spec.ckpt) or data.classes        # its own head is not used
+        t = new_teacher(net, replace(data, classes=list(names)), cfg)
+        if spec.ckpt:
+            load_into(t, load_weights(spec.ckpt), spec.ckpt)
+        give_norm(t, net, data, spec.ckpt)
+        trunk = network_trunk(t, cfg.analytic_dim, cfg.seed)
+    start = time.perf_counter()
+    t = fit_analytic(data, cfg, trunk)
+    log.info(f"{spec.name}: head in closed form on {t.sums.n:.0f} images and {t.feat_dim} features, λ = {t.lam:.3g}")
+    return t, WeightsInfo('computed', Path(spec.ckpt).name, time.perf_counter() - start)
+
 # %% ../../nbs/06_trainers/04_build.ipynb #e2e4309f
 def ready_teacher(
     spec:TeacherSpec, data:Data, cfg:Config,
 )->tuple: # (wrapped teacher, WeightsInfo; None where it still has to be fine-tuned)
     "A teacher with an output for each class of `data`: built, and loaded where there are weights"
+    if is_analytic(spec.arch):
+        return computed_teacher(spec, data, cfg)
     t, own, epochs = new_teacher(spec, data, cfg), isinstance(spec.arch, nn.Module), cfg.finetune_epochs
     f = load_start_weights(t, spec, data)
     give_norm(t, spec, data, f, ready=f or not epochs)
@@ -414,7 +440,8 @@ def build_teacher(
     data:Data, cfg:Config,
 )->tuple: # (wrapped teacher, WeightsInfo; None where it still has to be fine-tuned)
     "One teacher: built, and loaded where there are weights; its logits go to the columns of the classes it knows"
-    settle_classes(spec, data)
+    if not is_analytic(spec.arch) or spec.named:   # a trunk's own classes do not count
+        settle_classes(spec, data)
     if (labels := spec.classes) is None:
         return ready_teacher(spec, data, cfg)
     if spec.named is None:
