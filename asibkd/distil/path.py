@@ -95,7 +95,7 @@ def run_loss(
     ce = s.logsumexp(2) - s.gather(2, y[None, :, None].expand(len(s), -1, 1))[..., 0]
     return ((ce + betas[:, None]*nats)*use/use.sum(1, keepdim=True).clamp_min(1)).sum()
 
-# %% ../../nbs/05_distil/09_path.ipynb #3459513e
+# %% ../../nbs/05_distil/09_path.ipynb #6a944a61
 def rows_without(
     m:int, k:int,  # Teachers, classes
     without=(),    # 'u', 'delta'
