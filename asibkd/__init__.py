@@ -16,7 +16,8 @@ _WHERE = {
     # methods, teachers, students, data of your own
     'distil.methods': 'Method register_method check_method weighted',
     'trainers.build': 'create_method list_methods',   # there every method of the package is registered
-    'cl.methods': 'CLMethod register_cl_method list_cl_methods',
+    'cl.methods': 'CLMethod register_cl_method',
+    'run.cl': 'list_cl_methods',                       # there every method of the package is registered
     'models.teachers': 'register_model create_teacher list_teachers',
     'models.students': 'create_student list_students',
     'models.kdmodel': 'KDModel',

@@ -20,10 +20,10 @@ def numbers(s, drop=('time', 'run')): return {k: v for k, v in s.items() if k no
 class Stop(Exception): "What a callback of ours ends a run with"
 
 class StopCB(Callback):
-    "End the run in the second epoch of task 2, before that epoch's checkpoint"
+    "End the run in the second epoch of task 3, before that epoch's checkpoint"
     order = 80
     def after_epoch(self, loop):
-        if loop.phase.name == 't2-B' and loop.epoch == 1: raise Stop
+        if loop.phase.name == 't3-B' and loop.epoch == 1: raise Stop
 
 @pytest.mark.parametrize('method', list_cl_methods())
 def test_every_method(method, tmp_path, short_exam):

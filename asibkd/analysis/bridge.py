@@ -10,7 +10,7 @@ __all__ = ['outlook_table', 'outlook_section', 'path_table', 'plot_path', 'path_
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .notes import bridge_images_text, path_ends, price_text
+from .notes import bridge_images_text, path_ends, price_text, step_of
 from .page import picture, section, table, text
 from .tables import joined, load_metrics
 from ..core.picture import COLOURS, Picture
@@ -46,15 +46,16 @@ def outlook_section(
 # %% ../../nbs/09_analysis/07_bridge.ipynb #1bd1413a
 def path_table(
     s:dict, # summary.json
-)->pd.DataFrame: # stage, β, nats, NLL, accuracy %, chosen; empty for a run without a path
+)->pd.DataFrame: # stage (or task), β, nats, NLL, accuracy %, chosen; empty for a run without a path
     "Every price of every stage, as K-fold cross-validation measured it"
-    rows = []
+    rows, what = [], 'stage'
     for g in s.get('gates') or ():
         for r in g.get('path') or ():
+            what, step = step_of(g)
             chosen = price_text(r['beta']) == price_text(g['beta'])
-            rows.append(dict(stage=g['stage'], β=price_text(r['beta']), nats=r.get('nats'), NLL=r['cv_nll'],
-                             acc=r['cv_acc'], chosen=chosen))
-    t = pd.DataFrame(rows, columns=['stage', 'β', 'nats', 'NLL', 'acc', 'chosen'])
+            rows.append({what: step, 'β': price_text(r['beta']), 'nats': r.get('nats'), 'NLL': r['cv_nll'],
+                         'acc': r['cv_acc'], 'chosen': chosen})
+    t = pd.DataFrame(rows, columns=[what, 'β', 'nats', 'NLL', 'acc', 'chosen'])
     return t.assign(nats=t.nats.astype(float).round(2), NLL=t.NLL.astype(float).round(4),
                     acc=(100*t.acc.astype(float)).round(2)).rename(columns=dict(acc='accuracy %'))
 
@@ -67,11 +68,11 @@ def plot_path(
     fig = Picture(figsize=(7.4, 2.9), layout='constrained')
     left, right = fig.subplots(1, 2)
     prices = list(dict.fromkeys(t.β))
-    for i, (stage, g) in enumerate(t.groupby('stage', sort=False)):
+    for i, (step, g) in enumerate(t.groupby(t.columns[0], sort=False)):
         style = dict(color=COLOURS[i % 6], lw=1.2, ms=4, ls=('-', '--', ':')[i//6 % 3])
         at = [prices.index(b) for b in g.β]
         for ax, x, y in ((left, at, g.NLL), (right, g.nats, g['accuracy %'])):
-            ax.plot(x, y, marker='o', label=f'stage {stage}', **style)
+            ax.plot(x, y, marker='o', label=f'{t.columns[0]} {step}', **style)
             ax.plot([v for v, c in zip(x, g.chosen) if c], y[g.chosen], 's', mec='black', mfc=COLOURS[i % 6], ms=8)
     left.set_xticks(range(len(prices)), prices)
     left.set(xlabel='price β of a nat', ylabel='NLL (K-fold)')
@@ -92,9 +93,10 @@ def path_picture(
     gates = [g for g in s['gates'] if g.get('path')]
     def end(g):
         start, chosen = path_ends(g)
-        return (f"stage {g['stage']} ends at β = {price_text(g['beta'])} with NLL {chosen['cv_nll']:.4f} "
+        what, step = step_of(g)
+        return (f"{what} {step} ends at β = {price_text(g['beta'])} with NLL {chosen['cv_nll']:.4f} "
                 f"(β = ∞: {start['cv_nll']:.4f})")
-    caption = ('The path of prices, one line per stage; squares: the chosen β. Left: K-fold NLL along the path, from '
+    caption = (f'The path of prices, one line per {t.columns[0]}; squares: the chosen β. Left: K-fold NLL along the path, from '
                'the calibrated constant fusion (β = ∞) on. Right: accuracy against nats.')
     return picture(plot_path(t), caption, f'The path of prices: {joined(map(end, gates))}.')
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WARNINGS', 'TERMINAL_WARNINGS', 'main_row', 'count_text', 'run_sentence', 'warn_behind', 'warn_leak', 'is_noise',
-           'warn_untrained', 'price_text', 'path_ends', 'bridge_images_text', 'warn_gate', 'gate_lines', 'warn_oracle',
-           'warn_no_validation', 'warn_labels', 'warn_no_baseline', 'warn_seed', 'warnings_of', 'outlook_lines',
-           'verdict_lines', 'cl_text', 'run_text']
+           'warn_untrained', 'price_text', 'path_ends', 'bridge_images_text', 'step_of', 'warn_gate', 'gate_lines',
+           'warn_oracle', 'warn_no_validation', 'warn_labels', 'warn_no_baseline', 'warn_seed', 'warnings_of',
+           'outlook_lines', 'verdict_lines', 'cl_text', 'run_text']
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #93ddb942
 from pathlib import Path
@@ -135,6 +135,13 @@ def bridge_images_text(
     kind = FITTED_ON.get(o.get('split'), 'labelled images')
     return f"{o['n']:,} {kind}" if o.get('n') else kind
 
+# %% ../../nbs/09_analysis/02_notes.ipynb #8bedd4ae
+def step_of(
+    gate:dict, # A gate's record
+)->tuple: # ('stage', 1), ('task', 3)
+    "The stage of a one-shot run, or the task of a continual one"
+    return ('task', gate['task']) if 'task' in gate else ('stage', gate['stage'])
+
 # %% ../../nbs/09_analysis/02_notes.ipynb #e34b49ae
 def warn_gate(
     s:dict, # summary.json
@@ -144,7 +151,7 @@ def warn_gate(
     closed = [o for o in gates if not o['gate']]
     if not closed:
         return ''
-    where = joined(f"task {o['task']}" if 'task' in o else f"stage {o['stage']}" for o in closed)
+    where = joined('{} {}'.format(*step_of(o)) for o in closed)
     shut = f"The synergy gate was CLOSED in {where} ({len(closed)} of {len(gates)}): "
     if any(o.get('path') for o in closed):
         return shut + ("on held-out folds of the labelled images nothing learnt was better than the calibrated "
@@ -175,7 +182,7 @@ def gate_lines(
             return 'synergy gate off (no images to compare on)'
         state = 'off (synergy_gate=0)' if not g.get('checked', True) else 'open' if g['gate'] else 'closed'
         return f"synergy gate {state} (validation NLL {g['synergy_nll']:.4f}, average {g['average_nll']:.4f})"
-    return [f"stage {g['stage']}: {line(g)}" for g in s.get('gates', ())]
+    return ['{} {}: '.format(*step_of(g)) + line(g) for g in s.get('gates', ())]
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #2c5d5d2e
 def warn_oracle(

@@ -21,6 +21,7 @@ from .figures import (
     plot_reliability, reliability_table, student_curves)
 from .page import details, picture, section, table, text
 from .tables import cell, is_cl, joined, load_metrics, result_table
+from ..cl import rivals                                               # noqa: it registers its methods
 from ..cl.methods import cl_methods
 from ..core.config import Config, RunError, fields_read_by, resolve
 from ..core.files import FileDamaged, read_json
@@ -287,7 +288,7 @@ def difference_table(
                  [o['compared with'] == s['baseline'] for o in rows])
 
 # %% ../../nbs/09_analysis/06_sections.ipynb #b6cade50
-CL_COSTS = ('memory (MB)', 'of it logits (MB)', 'student images', 'teacher forwards', 'train (s)')
+CL_COSTS = ('memory (MB)', 'of it logits (MB)', 'statistics (MB)', 'student images', 'teacher forwards', 'train (s)')
 
 def result_section(
     s:dict, # summary.json

@@ -162,6 +162,7 @@ CL_COLUMNS = dict(      # … and for a continual one
     key='method', supervision='supervision', keeps='keeps', val_acc='val ACC %', ACC='ACC %', AIA='AIA %',
     BWT='BWT', forgetting='forgetting', learning_acc='learning acc %', task_ACC='task-IL ACC %',
     task_BWT='task-IL BWT', task_FWT='task-IL FWT', memory_mb='memory (MB)', logits_mb='of it logits (MB)',
+    statistics_mb='statistics (MB)',
     student_images='student images', teacher_forwards='teacher forwards', leak='leak', seconds='train (s)')
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #33e4c802
@@ -180,7 +181,7 @@ def shown_number(
         return round(100*v, 2)
     if key in ('params', 'macs'):
         return round(v/1e6, 3)
-    decimals = dict(latency_ms=2, seconds=1, memory_mb=4, logits_mb=4).get(key)
+    decimals = dict(latency_ms=2, seconds=1, memory_mb=4, logits_mb=4, statistics_mb=4).get(key)
     return v if decimals is None else round(v, decimals)
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #6f19fa10

@@ -269,7 +269,7 @@ def replay_loader(
         data, n = replace(data, train=self.memory_set()), len(data.train)
         return Balanced(data, Buffer(0), c.batch_size, n, **kw)
     if self.cls.fills_early:
-        share = len(self.stream.classes(t))/self.stream.n_seen(t)
+        share = 1/(t + 1) if self.stream.ranges else len(self.stream.classes(t))/self.stream.n_seen(t)
     return Replay(data, memory, c.batch_size, c.replay_ratio, share, views, **kw)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ec556f4c

@@ -90,7 +90,7 @@ def evaluate_task(self:Learner, t:int, method, teachers:list):
     if method.classifies_by_means:
         method.set_class_means(self.memory_features())
     z, y = self.all_logits(data.test, data, method, teachers)
-    class_il, task_il = task_accuracies(z['student'], y, self.stream, t)
+    class_il, task_il = task_accuracies(z['student'], y, self.stream, t, self.stream.tasks_until(t, 'test'))
     o.class_il.append(class_il)
     o.task_il.append(task_il)
     o.others.append({k: accuracy(v[:, :n_seen], y) for k, v in z.items()})
@@ -98,7 +98,7 @@ def evaluate_task(self:Learner, t:int, method, teachers:list):
     o.predictions = seen.argmax(1).tolist()
     o.confidence = [] if method.classifies_by_means else seen.softmax(1).amax(1).tolist()
     z, y = self.all_logits(data.val, data, method)
-    o.val_class_il.append(task_accuracies(z['student'], y, self.stream, t)[0])
+    o.val_class_il.append(task_accuracies(z['student'], y, self.stream, t, self.stream.tasks_until(t, 'val'))[0])
     count = torch.bincount(self.memory.y, minlength=self.stream.data.n_class) if len(self.memory) else []
     o.composition.append(list(map(int, count)))
     if t + 1 < len(self.stream):

@@ -15,12 +15,14 @@ from ..core.config import RunError
 # %% ../../nbs/07_cl/03_metrics.ipynb #48ac3626
 def predictions(
     z:Tensor,       # (N, K) logits over the seen classes
-    y:Tensor,       # (N,) labels; used only for the task of each image
+    task:Tensor,    # (N,) the task of each image
     stream:Stream,
 )->tuple: # (N,) predicted labels: class-IL, task-IL
     "The arg-max over all classes seen, and over those of the image's task"
-    column_task = stream.task_of(torch.arange(z.shape[1]))
-    other_task = column_task != stream.task_of(y)[:, None]
+    ends = torch.tensor([(c.start, c.stop) for c in map(stream.classes, range(len(stream)))])
+    lo, hi = ends[task].unbind(1)
+    column = torch.arange(z.shape[1])
+    other_task = (column < lo[:, None]) | (column >= hi[:, None])
     return z.argmax(1), z.masked_fill(other_task, float('-inf')).argmax(1)
 
 # %% ../../nbs/07_cl/03_metrics.ipynb #a01b522a
@@ -42,10 +44,11 @@ def task_accuracies(
     y:Tensor,       # (N,) labels, of tasks 0 … t
     stream:Stream,
     t:int,          # The task just learnt
+    task=None,      # (N,) the task of each image; None = the one that brought its label
 )->tuple: # Accuracy on task 0 … t: class-IL, task-IL
     "One row of both matrices, from the same logits"
-    task, rows = stream.task_of(y), []
-    for predicted in predictions(z[:, :stream.n_seen(t)], y, stream):
+    task, rows = stream.task_of(y) if task is None else task, []
+    for predicted in predictions(z[:, :stream.n_seen(t)], task, stream):
         right = predicted == y
         rows.append([right[task == j].float().mean().item() for j in range(t + 1)])
     check_rows(*rows, t)

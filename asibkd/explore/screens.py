@@ -15,6 +15,8 @@ from ..core.config import RunError
 from ..analysis.tables import load_metrics, load_summary
 from ..analysis.bridge import evidence_sentence, path_table, plot_path, stage_sentence, stage_table
 from ..analysis.cl import explain_cl, plot_forgetting, plot_memory, plot_R
+from ..analysis.knowledge import (
+    fusion_table, knowledge_rows, knowledge_sentence, plot_fusion, plot_knowledge, plot_strips)
 from ..analysis.figures import disagreement_table, plot_disagreement, plot_information
 from .opened import FinishedRun, attention_by_class, image_table, open_run, split_outputs, splits_of
 from .plots import plot_class_attention
@@ -82,7 +84,7 @@ def update_split(self:BottleneckExplorer):
 
 # %% ../../nbs/10_explore/05_screens.ipynb #fbc3315d
 class CLExplorer(Explorer):
-    "The matrix R, forgetting by task, and the contents of the memory"
+    "The matrix R, forgetting by task, what teachers and student know, and the contents of the memory"
     def __init__(self, run):  # Folder of a finished continual run, or its summary
         super().__init__()
         with self.report_errors():
@@ -90,12 +92,25 @@ class CLExplorer(Explorer):
             if s.get('kind') != 'cl':
                 raise RunError(f"'{s.get('exp_id', run)}' is not a continual run: it has no matrix R. "
                                "Explore a run with cl_mode=1.")
+            self.folder = None if isinstance(run, dict) else run
             self.method = w.Dropdown(options=list(s['R']), value=s['method'], description='method')
             self.which = w.ToggleButtons(options=[('class-IL', 'class_il'), ('task-IL', 'task_il')])
             self.R, self.lost = w.Image(format='png'), w.HTML()
             self.arrange()
             self.on_change(self.update_method, self.method, self.which)
             self.update_method()
+
+# %% ../../nbs/10_explore/05_screens.ipynb #c1865bc3
+@patch
+def knowledge_row(self:CLExplorer)->list: # Widgets; [] where nothing was recorded
+    "Who knows what after each task, how the bridge weighted them, and the images of the memory"
+    s, shown = self.summary, []
+    if knowledge_rows(s):
+        shown.append(show_figure(plot_knowledge(s)))
+    if len(fusion_table(s)):
+        shown.append(show_figure(plot_fusion(s)))
+    strips = self.folder and plot_strips(self.folder, s)
+    return shown + ([show_figure(strips)] if strips else [])
 
 # %% ../../nbs/10_explore/05_screens.ipynb #27b58544
 @patch
@@ -104,9 +119,11 @@ def arrange(self:CLExplorer):
     s = self.summary
     memory = show_figure(plot_memory(s)) if any(s['composition']) else w.HTML(
         f"{html.escape(s['method'])} kept no images.")
-    notes = w.HTML(f'<p style="max-width:70em; white-space:pre-line">{html.escape(explain_cl(s))}</p>')
+    words = '\n'.join(filter(None, (knowledge_sentence(s), explain_cl(s))))
+    notes = w.HTML(f'<p style="max-width:70em; white-space:pre-line">{html.escape(words)}</p>')
+    known = self.knowledge_row()
     self.children = [self.message, flow_row(self.method, self.which), flow_row(self.R, self.lost),
-                     flow_row(show_figure(plot_forgetting(s)), memory), notes]
+                     flow_row(show_figure(plot_forgetting(s)), memory), *([flow_row(*known)] if known else []), notes]
 
 # %% ../../nbs/10_explore/05_screens.ipynb #6ff8e598
 @patch

@@ -22,7 +22,8 @@ from ..core.config import Config, ConfigError, RunError, config_layers, log, rea
 from ..core.files import atomic_write
 from ..core.runfolder import Run, environment, setup_log
 from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic, trains_teachers
-from ..data.datasets import as_unlabelled_set, create_data
+from ..data.datasets import as_unlabelled_set
+from ..data.several import run_data
 from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
 from ..freeze import freeze_report
@@ -166,7 +167,7 @@ def open_context(
     set_deterministic(cfg.deterministic)
     teacher_counts.clear()
     acc = create_accelerator(cfg)
-    data = create_data(cfg, train, val, test, unlabelled=unlabelled)
+    data = run_data(cfg, train=train, val=val, test=test, unlabelled=unlabelled)
     key, n = 'cl_method' if cfg.cl_mode else 'method', len(data.train) - len(data.labelled)
     refuse_unlabelled(f'{key}={getattr(cfg, key)}', classes_of_run(cfg), n)
     cfg = settle_config(cfg, data)

@@ -1,0 +1,44 @@
+"Streams: a finished run that goes on, datasets one after the other, uneven tasks, one pass, weights after each task."
+import copy, json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from asibkd.core.config import ConfigError, RunError
+from asibkd.data.datasets import create_data, datasets
+from asibkd.data.images import ImageSet
+from asibkd.run.experiment import run_experiment
+
+SMALL = dict(report=0, cl_mode=1, compare=0, device='cpu', train_per_class=15, epochs=2, finetune_epochs=1, teacher_adapt_epochs=1, replay_capacity=20, batch_size=8, log_level='ERROR')
+
+@pytest.fixture
+def pets(monkeypatch):
+    "Digits under other names: `low` are 0 to 3, `high` 4 to 7, `all8` both, `drawn` 0 to 3 as negatives; with validation images of their own"
+    def part(classes, invert=False):
+        def read(cfg):
+            d, out = datasets['digits'](cfg), {}
+            for split, ds, lo, hi in (('train', d['train'], 0, 12), ('val', d['train'], 12, 15), ('test', d['test'], 0, 10)):
+                keep = torch.cat([(ds.y == c).nonzero().flatten()[lo:hi] for c in classes])
+                x = ds.images(keep) if hasattr(ds, 'images') and ds.shape else ds.source.x[ds.ids[keep]]
+                out[split] = ImageSet(255 - x if invert else x, torch.tensor([classes.index(int(y)) for y in ds.y[keep]]), [f'n{c}' for c in classes])
+            return out | dict(flip=False)
+        return read
+    for name, o in dict(low=part([*range(4)]), high=part([*range(4, 8)]), all8=part([*range(8)]), drawn=part([*range(4)], True)).items(): monkeypatch.setitem(datasets, name, o)
+
+def rows(s): return s['R'][s['method']]
+def same_weights(a, b, names=('student', 'memory', 'predictions')):
+    for n in names: assert all(v.equal(load_file(Path(b['run'])/f'{n}.safetensors')[k]) for k, v in load_file(Path(a['run'])/f'{n}.safetensors').items()), n
+
+@pytest.mark.parametrize('method', ['er', 'derpp', 'asib'])
+def test_goes_on_with_tasks_that_were_left(method, tmp_path, short_exam):
+    "Two of four tasks, then the rest: R, memory and every weight of the run that learned them all at once"
+    kw = SMALL | dict(cl_method=method, num_tasks=4, results_dir=str(tmp_path))
+    whole = run_experiment(**kw)
+    half = run_experiment(**kw, stop_after=2)
+    assert len(rows(half)['class_il']) == 2 == len(half['tasks']) and rows(half)['class_il'] == rows(whole)['class_il'][:2]
+    rest = run_experiment(extend=half['run'], report=0)
+    assert rest['R'] == whole['R'] and rest['tasks'] == whole['tasks'] and rest['run'] not in (half['run'], whole['run'])
+    assert rest['rows'] == whole['rows']
+    same_weights(whole, rest)
