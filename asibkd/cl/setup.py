@@ -22,7 +22,7 @@ from ..core.runtime import forked_rng, refuse
 from ..data.batches import Loader
 from ..data.images import ImageSet
 from ..data.several import run_plan
-from ..distil.analytic import AnalyticTeacher, RidgeSums, sample_images
+from ..distil.analytic import AnalyticTeacher, RidgeSums, sample_images, unpacked
 from ..distil.methods import with_method_defaults
 from ..models.cards import read_card
 from ..models.kdmodel import KDModel, spread_classes
@@ -131,14 +131,14 @@ def teacher_rules(
              f"cl_teachers={c.cl_teachers}: {key} learns from the snapshot. "
              "Use asib or avgz for other teachers.")]
 
-# %% ../../nbs/07_cl/05_setup.ipynb #623a39e1
+# %% ../../nbs/07_cl/05_setup.ipynb #133c36d9
 ONCE = ('epochs', 'finetune_epochs', 'teacher_adapt_epochs')
 
 def one_pass(c:Config)->Config:
     "With `cl_online`, every phase takes at most one epoch"
     return c.model_copy(update={k: min(getattr(c, k), 1) for k in ONCE} | dict(epochs=1)) if c.cl_online else c
 
-# %% ../../nbs/07_cl/05_setup.ipynb #3cafd347
+# %% ../../nbs/07_cl/05_setup.ipynb #442efa9f
 MAY_CHANGE = {'dataset', 'data_root', 'stream', 'extend', 'num_tasks', 'task_sizes', 'class_order', 'class_order_seed',
               'stop_after', 'epochs', 'student_lr', 'student_weight_decay', 'finetune_epochs', 'finetune_lr',
               'teacher_adapt_epochs', 'teacher_lr', 'replay_ratio', 'batch_size', 'compare', 'allow_leak'}
@@ -155,7 +155,7 @@ def check_extend(
             raise ConfigError(f"{k}={getattr(cfg, k)} with extend={cfg.extend}: that run has {k}={getattr(old, k)}, and its "
                               f"student, memory and teachers go on as they are. Leave {k} out, or start a new run.")
 
-# %% ../../nbs/07_cl/05_setup.ipynb #afa4e478
+# %% ../../nbs/07_cl/05_setup.ipynb #36ea6127
 def check_typed_cl(
     cfg:Config,
     given,       # Names of the parameters as typed
@@ -169,7 +169,7 @@ def check_typed_cl(
     if cfg.extend:
         check_extend(cfg, given)
 
-# %% ../../nbs/07_cl/05_setup.ipynb #72df52cd
+# %% ../../nbs/07_cl/05_setup.ipynb #e24c08e5
 def check_stream(stream:Stream, key:str, cls:type):
     "Refuse a method that compares new classes with old ones where a task brings none"
     if stream.ranges and cls.needs_new_classes:
@@ -372,7 +372,7 @@ def state(self:AnalyticMemory)->dict|None: # None before task 1
     "What a checkpoint keeps"
     if self.trunk is None:
         return None
-    return dict(trunk=self.trunk.state_dict(), sums=self.sums.state_dict())
+    return dict(trunk=self.trunk.state_dict(), sums=self.sums.packed())
 
 # %% ../../nbs/07_cl/05_setup.ipynb #d384b8c9
 @patch
@@ -389,5 +389,4 @@ def load(self:AnalyticMemory,
     else:
         self.trunk = self.create_trunk()
         self.trunk.load_state_dict(trunk)
-    self.sums = RidgeSums(self.trunk.dim, len(sums['counts']))
-    self.sums.load_state_dict(sums)
+    self.sums = unpacked(sums)
