@@ -11,7 +11,7 @@ __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'part_classes', 
 import torch
 
 from ..analysis.knowledge import save_strips
-from ..cl import loop, rivals                                             # noqa: with them a learner learns, by any method
+from ..cl import loop, rivals                     # noqa: with them a learner learns, by any method
 from ..cl.learner import CLResult, Learner
 from ..cl.methods import check_cl_method, list_cl_methods             # noqa: here all are registered
 from ..cl.metrics import cl_metrics
