@@ -20,7 +20,7 @@ from ..core.config import CheckpointError, Config, ConfigError
 from ..core.runtime import forked_rng, refuse
 from ..data.batches import Loader
 from ..data.images import ImageSet
-from ..distil.analytic import AnalyticTeacher, RidgeSums, sample_images
+from ..distil.analytic import AnalyticTeacher, RidgeSums, sample_images, unpacked
 from ..distil.methods import with_method_defaults
 from ..models.cards import read_card
 from ..models.kdmodel import KDModel, spread_classes
@@ -325,7 +325,7 @@ def state(self:AnalyticMemory)->dict|None: # None before task 1
     "What a checkpoint keeps"
     if self.trunk is None:
         return None
-    return dict(trunk=self.trunk.state_dict(), sums=self.sums.state_dict())
+    return dict(trunk=self.trunk.state_dict(), sums=self.sums.packed())
 
 # %% ../../nbs/07_cl/05_setup.ipynb #d384b8c9
 @patch
@@ -342,5 +342,4 @@ def load(self:AnalyticMemory,
     else:
         self.trunk = self.create_trunk()
         self.trunk.load_state_dict(trunk)
-    self.sums = RidgeSums(self.trunk.dim, len(sums['counts']))
-    self.sums.load_state_dict(sums)
+    self.sums = unpacked(sums)
