@@ -97,6 +97,7 @@ class CLMethod(Method):
     classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
     makes_synergy = False           # Combines its teachers' logits into logits that a memory may store
     mixes = False                   # Can be distilled on views between images (`cl_kd_mix`)
+    needs_new_classes = False       # Compares new classes with old ones: a task that is a new domain has none
     unused_weights = ()             # Weights without a term in this method: setting one is refused
     unlabelled = False              # Memory and metrics of the tasks need every label
     defaults = Method.defaults | dict(
