@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from asibkd.cl.learner import Learner
 from asibkd.cl.setup import AnalyticMemory, trunk_kind
 from asibkd.cl.streams import create_stream
 from asibkd.core.config import CheckpointError, ConfigError, resolve
+from asibkd.core.runtime import RunContext, create_accelerator
 from asibkd.data.batches import Loader
 from asibkd.data.datasets import create_data
 from asibkd.distil.analytic import AnalyticTeacher, RidgeSums, fit_analytic, fit_temperature
@@ -17,7 +19,7 @@ from asibkd.models.cards import save_teacher
 from asibkd.models.teachers import create_teacher
 from asibkd.models.trunks import KMeansTrunk, kmeans_trunk, network_trunk, normalised_patches, random_trunk, whitening
 from asibkd.run.experiment import run_experiment
-from asibkd.trainers.build import teacher_specs
+from asibkd.trainers.build import settle_config, teacher_specs
 from asibkd.trainers.loop import Callback
 
 @pytest.fixture(scope='module')
@@ -44,7 +46,7 @@ def test_sums_over_tasks_equal_the_closed_form(toy, order, batch):
 def test_statistics_grow_with_features_not_with_images(toy):
     x, y = toy
     few, many = RidgeSums(12).partial_fit(x[:20], y[:20], 6), RidgeSums(12).partial_fit(x.repeat(50, 1), y.repeat(50), 6)
-    assert few.megabytes == many.megabytes == 8*(12*12 + 12*6 + 6)/1e6 < RidgeSums(24, 6).megabytes
+    assert few.megabytes == many.megabytes == 8*(78 + 12*6 + 6)/1e6 < RidgeSums(24, 6).megabytes
     assert many.n == 6000
 
 # The closed form against other definitions
@@ -96,7 +98,7 @@ def test_triangle_and_pooling_by_definition():
     dist = torch.cdist((p - trunk.mean) @ trunk.whiten, trunk.centroids)
     f = (dist.mean(-1, keepdim=True) - dist).relu().reshape(3, 7, 7, 10)
     quadrants = [f[:, a, b].mean((1, 2)) for a in (slice(0, 4), slice(3, 7)) for b in (slice(0, 4), slice(3, 7))]
-    assert (trunk(x).reshape(3, 10, 4) - torch.stack(quadrants, 2)).abs().max() < 1e-4
+    assert (trunk(x).reshape(3, 4, 10) - torch.stack(quadrants, 1)).abs().max() < 1e-4
     assert trunk.dim == 40 and trunk.centroids.shape == (10, d)
 
 def test_whitening_decorrelates():
@@ -148,12 +150,13 @@ def test_stopped_in_task_3_the_same_bits(tmp_path):
     for f in ('student.safetensors', 'memory.safetensors'): assert (tmp_path/'a'/'x'/f).read_bytes() == (tmp_path/'b'/'x'/f).read_bytes()
     others, row = whole['others'], whole['rows'][-1]
     assert all(o['analytic1'] > .7 for o in others) and row['trunk'] == 'random'                # it has not forgotten
-    assert row['statistics_mb'] == pytest.approx(8*(60*60 + 60*10 + 10)/1e6)
+    assert row['statistics_mb'] == pytest.approx(8*(60*61/2 + 60*10 + 10)/1e6)
 
 @pytest.fixture(scope='module')
 def digits():
-    cfg = resolve(**CL | dict(preset='none', dataset='digits', teacher1_type='mlp'))[0]
-    return cfg, create_stream(create_data(cfg), 3, 0)
+    cfg = resolve(**CL | dict(preset='none', dataset='digits', teacher1_type='mlp', num_stages=1))[0]
+    data = create_data(cfg)
+    return settle_config(cfg, data), create_stream(data, 3, 0)
 
 @pytest.mark.parametrize('kind', ['random', 'kmeans', 'first'])
 def test_state_of_every_trunk(digits, kind):
@@ -170,6 +173,19 @@ def test_state_of_every_trunk(digits, kind):
     for m in (a, b): m.learn(plain(1), stream.n_seen(1))
     ta, tb = (m.teacher(stream.task(1).train, 1) for m in (a, b))
     assert ta.temperature == tb.temperature and all(v.equal(tb.state_dict()[k]) for k, v in ta.state_dict().items())
+
+def test_first_is_the_expert_after_task_1(digits):
+    "Its own, or that of the cast"
+    cfg, stream = digits
+    for cast in ('analytic', 'analytic+expert'):
+        c = cfg.model_copy(update=dict(cl_trunk='first', analytic_dim=0, cl_teachers=cast))
+        l = Learner('asib', stream, RunContext(c, stream.data, create_accelerator(c)), teacher_specs(c))
+        teachers, roles = l.gather_teachers(0)
+        assert roles == tuple(cast.split('+')) and [*l.teachers] == (['expert1'] if 'expert' in cast else [])
+        if 'expert' in cast: assert l.analytic.trunk.model.model.state_dict().keys() == teachers[1].model.state_dict().keys() and l.analytic.trunk.model is not teachers[1]
+        before = {k: v.clone() for k, v in l.analytic.trunk.state_dict().items()}
+        l.gather_teachers(1)
+        assert all(v.equal(before[k]) for k, v in l.analytic.trunk.state_dict().items())     # frozen, whatever the expert does
 
 def test_kinds_and_refusals(digits, tmp_path):
     cfg, stream = digits

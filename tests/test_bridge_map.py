@@ -119,10 +119,14 @@ def test_a_cell_from_end_to_end(tmp_path, monkeypatch, capsys):
     params, *rest = study.DATA['digits']
     quick = params | dict(student_epochs_per_stage=1, finetune_epochs=2)
     monkeypatch.setitem(study.DATA, 'digits', (quick, *rest))
-    call = '--cells specialists:10 --arms ce,wavg,asmb --seeds 0 --untuned'.split()
+    call = '--cells specialists:10 --arms ce,wavg,asmb,asmb_no_u,asmb_no_delta --seeds 0 --untuned'.split()
+    from asibkd.trainers import fusing
+    real, asked = fusing.fit_path, []
+    monkeypatch.setattr(fusing, 'fit_path', lambda *a, **how: asked.append(how.get('without', ())) or real(*a, **how))
     study.main(call)
     rows = study.read_rows(study.TABLE)
-    assert [r['arm'] for r in rows] == ['ce', 'wavg', 'asmb']
+    assert [r['arm'] for r in rows] == ['ce', 'wavg', 'asmb', 'asmb_no_u', 'asmb_no_delta']
+    assert asked == [(), (), ('u',), ('u',), ('delta',), ('delta',)]        # two stages each
     assert len({r['steps'] for r in rows}) == 1 and int(rows[0]['steps']) > 0
     stages = json.loads(next(r['stages'] for r in rows if r['arm'] == 'asmb'))
     assert len(stages) == 2 and all({'synergy', 'student'} <= {*s} for s in stages)

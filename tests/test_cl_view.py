@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from asibkd import run_experiment
-from asibkd.analysis.knowledge import (
-    fusion_table, knowledge_sections, knowledge_table, plot_strips, role_names, strips_of)
+from asibkd.analysis.cl import role_names
+from asibkd.analysis.knowledge import fusion_table, knowledge_sections, knowledge_table, plot_strips, strips_of
 from asibkd.analysis.report import run_page, save_report
 from asibkd.analysis.tables import load_summary, result_table
 from asibkd.core.files import check_folder

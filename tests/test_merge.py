@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from asibkd.core.config import CheckpointError, ConfigError
+from asibkd.run.cli import main
 from asibkd.run.experiment import run_experiment
 
 pytestmark = pytest.mark.usefixtures('short_exam')
@@ -67,20 +68,26 @@ def checkpoints(tmp_path):
 
 FAST = ('--method', 'avgz', '--compare', '0', '--report', '0', '--num_stages', '1', '--student_epochs_per_stage', '1', '--batch_size', '4', '--device', 'cpu', '--student_type', 'mlp')
 
-def test_merge_from_the_command_line(tmp_path, asibkd, folder):
+def test_merge_from_the_command_line(tmp_path, monkeypatch, capsys, folder):
     "Two foreign files and a folder: architectures from the files, classes from the file or the command line; the average is that of the two networks"
     a, b = checkpoints(tmp_path)
     shutil.copytree(folder(classes=('cat', 'cow', 'dog'), train=6, test=2)/'test', tmp_path/'photos/unlabelled/from_the_web')
-    r = asibkd('merge', 'a.pth', 'b.pth', '--data_root', 'photos', '--teacher1_classes', 'cat,bird,dog', *FAST, '--exp_id', 'm')
-    assert r.returncode == 0, r.stdout[-1500:] + r.stderr[-2000:]
-    for said in ('a.pth: mobilenetv3_small_050, 3 outputs', 'b.pth: shufflenet_v2_x0_5, 2 outputs', "knows 2 of the data's 3 classes (cat, dog); left out: bird", "knows 2 of the data's 3 classes (cow, dog)", 'teacher2_norm=… if'):
-        assert said in r.stdout, said
+    monkeypatch.chdir(tmp_path)
+    merge = ['merge', 'a.pth', 'b.pth', '--data_root', 'photos', *FAST]
+    torch.save(dict(model=b.state_dict()), tmp_path/'c.pth')
+    assert main(['merge', 'c.pth', 'b.pth', '--data_root', 'photos', *FAST]) == 2              # before any image is read
+    assert "'c.pth' has 2 outputs, and does not name them; the folder has 3 classes (cat, cow, dog)" in capsys.readouterr().err
+    assert main([*merge, '--teacher1_classes', 'cat,bird,dog', '--exp_id', 'm']) == 0
+    out = capsys.readouterr().out
+    for said in ('a.pth: mobilenetv3_small_050, 3 outputs', 'b.pth: shufflenet_v2_x0_5, 2 outputs', "knows 2 of the data's 3 classes (cat, dog); left out: bird", "knows 2 of the data's 3 classes (cow, dog)", 'teacher2_norm=imagenet if'):
+        assert said in out, said
     s = json.loads((tmp_path/'results/m/summary.json').read_text())
     w = s['weights']
     assert s['images']['train'] - s['images']['labelled'] == 6       # the same folder as photos without a class
     assert (w['teacher1']['outputs'], w['teacher1']['classes'], w['teacher2']['classes']) == ([0, -1, 2], [0, 2], [1, 2])
-    r = asibkd('merge', 'a.pth', 'b.pth', '--data_root', 'photos', '--teacher1_classes', 'cat,dog', *FAST)
-    assert r.returncode == 2 and 'another number of classes (3, here 2)' in r.stderr and 'teacher1_classes' in r.stderr, r.stderr
+    assert main([*merge, '--teacher1_classes', 'cat,dog']) == 2
+    err = capsys.readouterr().err
+    assert 'another number of classes (3, here 2)' in err and 'teacher1_classes' in err, err
 
 def test_merge_is_refused_in_a_sentence(tmp_path, asibkd, folder):
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path/'odd.pth')

@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = ['LEAKS', 'cl_summary', 'task_names', 'r_rows', 'r_table', 'newest_only', 'newest_wins', 'leak_note', 'memory_lines',
-           'explain_cl', 'draw_R', 'plot_R', 'plot_forgetting', 'plot_memory']
+           'role_names', 'knowledge_rows', 'knowledge_sentence', 'explain_cl', 'draw_R', 'plot_R', 'plot_forgetting',
+           'plot_memory']
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #8da5155c
-from .tables import baselines_ahead, is_cl, keeps_text, load_summary, sees_all_data, shorten
+import re
+
+from .tables import (
+    baselines_ahead, is_cl, joined, keeps_text, load_summary, sees_all_data, shorten)
 from ..core.config import RunError
 from ..core.text import one_line
 
@@ -118,6 +122,47 @@ def memory_lines(
         return []
     return [f'after {i}: {line(counts)}' for i, counts in enumerate(s['composition'], 1)]
 
+# %% ../../nbs/09_analysis/01_cl.ipynb #6207b03b
+def role_names(
+    outputs,  # Names as a run records them: student, synergy, average, and role + position
+)->dict: # recorded name → name for a reader
+    "Names without positions; several of one role are counted"
+    roles = [re.sub(r'\d+$', '', k) for k in outputs]
+    out = {}
+    for i, (key, role) in enumerate(zip(outputs, roles)):
+        n = roles[:i + 1].count(role)
+        out[key] = role if roles.count(role) == 1 else f'{role} {n}'
+    return out
+
+# %% ../../nbs/09_analysis/01_cl.ipynb #c284fdbd
+def knowledge_rows(
+    summary,  # As in `r_rows`
+)->list: # of dicts: '' → 'after i', name → class-IL accuracy in per cent; [] where no teacher was evaluated
+    "What the student, each teacher, their average and the synergy know after each task"
+    s = cl_summary(summary)
+    after = [{name: o[k] for k, name in role_names(o).items()} for o in s.get('others') or ()]
+    names = dict.fromkeys(k for o in after for k in o)
+    if not {*names} - {'student'}:
+        return []
+    def percent(o, k):
+        return round(100*o[k], 2) if k in o else None
+    return [{'': f'after {i}'} | {k: percent(o, k) for k in names} for i, o in enumerate(after, 1)]
+
+# %% ../../nbs/09_analysis/01_cl.ipynb #663611f1
+def knowledge_sentence(
+    summary,  # As in `r_rows`
+)->str: # '' where no teacher was evaluated
+    "Where everybody stands after the last task"
+    rows = knowledge_rows(summary)
+    if not rows:
+        return ''
+    last = {k: v for k, v in rows[-1].items() if k and v is not None}
+    stands = joined(f'{k} {v:.1f} %' for k, v in sorted(last.items(), key=lambda o: -o[1]))
+    best = max((k for k in last if k != 'student'), key=last.get, default='')
+    lead = last[best] - last['student'] if best else 0
+    ahead = f' A user who can keep the teachers gains {lead:.1f} points with the {best}.' if lead > 1 else ''
+    return f'After the last task: {stands}.{ahead}'
+
 # %% ../../nbs/09_analysis/01_cl.ipynb #3782faff
 def explain_cl(
     summary,  # As in `r_rows`
@@ -128,6 +173,7 @@ def explain_cl(
     lines = [newest_wins(s),
              f"{s['method']} is BEHIND {ahead[0]} in ACC in this run." if ahead else '',
              leak_note(s),
+             knowledge_sentence(s),
              "One seed; cl_compare or `asibkd loop --cl_mode 1` gives intervals.",
              f"The memory of {s['method']} after each task, class (images):" if kept else '', *kept]
     return '\n'.join(filter(None, lines))

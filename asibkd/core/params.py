@@ -476,10 +476,10 @@ class TaskKeys(Params):
         "all.", ge=0)
     cl_rows:int = cl_param(0, "Rows of the student's head from the first task on with cl_mask=full: room for classes "
         "that are still unknown; 0 = the classes of the data.", ge=0)
-    cl_online:bool = cl_param(False, "One pass: each image of a task is seen once by the student, and once by the "
-        "teachers that are fine-tuned on it.")
-    keep_task_weights:bool = cl_param(False, "Keep the student's weights after each task, in the run folder's tasks/.",
-        affects_result=False)
+    cl_online:bool = cl_param(False, "One pass: the student sees each new image once; teachers and bridge are "
+        "trained for one epoch.")
+    keep_task_weights:bool = cl_param(False, "Keep the student after each task, in the run folder's tasks/task1/, …, as "
+        "`load_student` reads it.", affects_result=False)
 
 # %% ../../nbs/00_core/00_params.ipynb #86ffdfba
 class Replaying(Params):
@@ -507,6 +507,8 @@ class Replaying(Params):
     clser_plastic:float = cl_param(0.9, "Probability that a step updates the plastic model of clser.", ge=0, le=1)
     cl_held:float = cl_param(0.2, "Share of the memory for validation images of past classes, never replayed: the "
         "teachers' fusion is fitted on them (asib, wavg). Less than one image a class: none.", ge=0, lt=1)
+    clser_decay:float = cl_param(0.999, "Largest decay of clser's averages; a short run may need 0.99 or less.",
+        ge=0, lt=1)
     cl_kd_mix:float | None = cl_param(None, "Weight of the distillation on views *between* images, new and replayed ones "
         "mixed by MixUp, which the teachers answer; empty = the method's default.", ge=0)
     cl_mix_alpha:float = cl_param(1.0, "Those views: α of MixUp's Beta(α, α); 1 = every mixing share is as likely.", gt=0)

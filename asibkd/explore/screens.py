@@ -14,9 +14,8 @@ from fastcore.basics import patch
 from ..core.config import RunError
 from ..analysis.tables import load_metrics, load_summary
 from ..analysis.bridge import evidence_sentence, path_table, plot_path, stage_sentence, stage_table
-from ..analysis.cl import explain_cl, plot_forgetting, plot_memory, plot_R
-from ..analysis.knowledge import (
-    fusion_table, knowledge_rows, knowledge_sentence, plot_fusion, plot_knowledge, plot_strips)
+from ..analysis.cl import explain_cl, knowledge_rows, plot_forgetting, plot_memory, plot_R
+from ..analysis.knowledge import fusion_table, plot_fusion, plot_knowledge, plot_strips
 from ..analysis.figures import disagreement_table, plot_disagreement, plot_information
 from .opened import FinishedRun, attention_by_class, image_table, open_run, split_outputs, splits_of
 from .plots import plot_class_attention
@@ -119,8 +118,7 @@ def arrange(self:CLExplorer):
     s = self.summary
     memory = show_figure(plot_memory(s)) if any(s['composition']) else w.HTML(
         f"{html.escape(s['method'])} kept no images.")
-    words = '\n'.join(filter(None, (knowledge_sentence(s), explain_cl(s))))
-    notes = w.HTML(f'<p style="max-width:70em; white-space:pre-line">{html.escape(words)}</p>')
+    notes = w.HTML(f'<p style="max-width:70em; white-space:pre-line">{html.escape(explain_cl(s))}</p>')
     known = self.knowledge_row()
     self.children = [self.message, flow_row(self.method, self.which), flow_row(self.R, self.lost),
                      flow_row(show_figure(plot_forgetting(s)), memory), *([flow_row(*known)] if known else []), notes]

@@ -162,15 +162,18 @@ def is_frozen(
 
 # %% ../../nbs/02_models/08_cache.ipynb #0418f999
 MIN_MACS = 200_000   # Multiply-accumulates per image above which reading a row is cheaper
+_macs = WeakKeyDictionary()   # teacher → {shape of an image: multiply-accumulates}
 
 def is_cheap(
     teacher:KDModel,
     loader:Loader,
 )->bool:
     "Is a forward pass faster than reading a row?"
-    p = next(teacher.model.parameters())
-    x = torch.zeros(1, *loader.ds.shape, device=p.device, dtype=p.dtype)
-    return count_macs(teacher.model, x) < MIN_MACS
+    counted, shape = _macs.setdefault(teacher, {}), tuple(loader.ds.shape)
+    if shape not in counted:   # counting runs the teacher once
+        p = next(teacher.model.parameters())
+        counted[shape] = count_macs(teacher.model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+    return counted[shape] < MIN_MACS
 
 # %% ../../nbs/02_models/08_cache.ipynb #871eb6d8
 def why_not_cached(

@@ -15,6 +15,7 @@ Resumable: a finished student is a row of bridge_map.csv (tuning: bridge_map_tun
 teachers are kept in results/bridge_map. Several processes may work at once: each locks the teachers' pair and seed."""
 import argparse, csv, json, logging, math, os, time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from multiprocessing import get_context
@@ -83,8 +84,11 @@ ARMS = dict(      # method, what makes the arm, its settings to choose from
     asmb_no_ib=('asmb', FUSE | dict(use_ib=0), BRIDGE),
     asmb_no_feature=('asmb', FUSE | dict(feat_kd_alpha=0), KD),
     asmb=('asmb', FUSE, BRIDGE),
-    asmb_no_query=('asmb', FUSE | dict(mbm_learnable_q=1), BRIDGE))
-GRID = [a for a in ARMS if a != 'asmb_no_query']    # the others only where --arms names them
+    asmb_no_query=('asmb', FUSE | dict(mbm_learnable_q=1), BRIDGE),
+    asmb_no_u=('asmb', FUSE, BRIDGE),
+    asmb_no_delta=('asmb', FUSE, BRIDGE))
+WITHOUT = dict(asmb_no_u=('u',), asmb_no_delta=('delta',))    # Parts of the formula that the path leaves closed
+GRID = [a for a in ARMS if a not in ('asmb_no_query', *WITHOUT)]    # the others only where --arms names them
 OURS, LABELS_ONLY = tuple(a for a in ARMS if a.startswith('asmb')), ('ce',)
 
 
@@ -251,6 +255,19 @@ def watcher(student, teachers, ctx, stages:list):
     return Watch()
 
 
+@contextmanager
+def ablation(arm):
+    "The path of β without a part of the formula, for the arms of `WITHOUT`"
+    from functools import partial
+    from asibkd.trainers import fusing
+    full = fusing.fit_path
+    fusing.fit_path = partial(full, without=WITHOUT[arm]) if arm in WITHOUT else full
+    try:
+        yield
+    finally:
+        fusing.fit_path = full
+
+
 def train_row(row:dict, teachers, params:dict)->dict:
     "Train and test one student"
     import torch
@@ -261,7 +278,8 @@ def train_row(row:dict, teachers, params:dict)->dict:
     watch = watcher(student, teachers, ctx, stages)
     blind = replace(ctx.data, val=ctx.data.val.subset([]))          # nothing is selected on validation images
     start = time.process_time()
-    _, gates, _ = train_student(ctx.cfg.method, student, teachers, ctx.but(data=blind, callbacks=(watch,)), extra)
+    with ablation(row['arm']):
+        _, gates, _ = train_student(ctx.cfg.method, student, teachers, ctx.but(data=blind, callbacks=(watch,)), extra)
     cpu = time.process_time() - start
     test = accuracies(dict(student=student), teachers, ctx)
     val = accuracies(dict(student=student), (), ctx, split='val')['student']

@@ -11,7 +11,7 @@ No test image selects anything.
 Tuning: every arm has `BUDGET` settings, tried on the tuning seeds, which are not reported; for each memory that is
 tuned, the setting with the best mean accuracy on validation images is taken. Ablations use the setting of `asib`.
 
-Equal bytes: a rival may keep as many more images as the statistics of `asib` would hold.
+Equal bytes: a rival may keep as many more images as the statistics of `asib` (or of `asib_small`) would hold.
 
 Resumable: a finished run is a row of cl_analytic.csv (tuning: cl_analytic_tuning.csv) and is not trained again. Several
 processes may work at once: each locks its row."""
@@ -44,6 +44,7 @@ def rates(*own)->list:
 
 CAST = dict(cl_teachers='analytic+snapshot')
 VIEWS = rates(dict(cl_kd_mix=1.), dict(cl_kd_mix=3.))
+DER = rates(dict(cl_der_alpha=.05), dict(cl_der_alpha=.2))
 LAMBDAS = [dict(analytic_lambda=v) for v in ('auto', 1., 10., 100.)]
 ARMS = dict(      # cl_method, what makes the arm, its settings to choose from
     naive=('naive', {}, LRS),
@@ -51,11 +52,12 @@ ARMS = dict(      # cl_method, what makes the arm, its settings to choose from
     analytic=('analytic', {}, LAMBDAS),
     er=('er', {}, LRS),
     er_ace=('er_ace', {}, LRS),
-    derpp=('derpp', {}, rates(dict(cl_der_alpha=.05), dict(cl_der_alpha=.2))),
-    wa=('wa', {}, LRS),
-    bic=('bic', {}, LRS),
-    ssil=('ssil', {}, LRS),
-    clser=('clser', {}, LRS),
+    derpp=('derpp', {}, DER),
+    derpp_transplant=('derpp', dict(cl_transplant=.85), DER),
+    wa=('wa', {}, rates(dict(cl_old_kd=1.), dict(cl_old_kd=2.))),
+    bic=('bic', {}, rates(dict(cl_old_kd=1.), dict(cl_old_kd=2.))),
+    ssil=('ssil', {}, rates(dict(cl_old_kd=1.), dict(cl_old_kd=.25))),
+    clser=('clser', {}, rates(dict(clser_decay=.95), dict(clser_decay=.99))),
     gdumb=('gdumb', {}, LRS),
     views=('avgz', dict(cl_teachers='snapshot'), VIEWS),           # the same views, without the analytic teacher
     avgz=('avgz', CAST, VIEWS),
@@ -67,11 +69,14 @@ ABLATIONS = dict(                                  # `asib` in its setting, but 
     asib_no_snapshot=dict(cl_teachers='analytic'),
     asib_no_stored=dict(cl_der_alpha=0.),
     asib_random=dict(cl_trunk='random'),
-    asib_kmeans=dict(cl_trunk='kmeans'))
+    asib_kmeans=dict(cl_trunk='kmeans'),
+    asib_small={})                                 # fewer features: see `FEW`
+FEW = dict(digits=200, cifar=64)                   # random features; centroids (four features each)
 WITHOUT_MEMORY = ('naive', 'joint', 'analytic')    # one run for all memories
 OURS = ('analytic', 'avgz', 'wavg', 'asib', *ABLATIONS)      # they ask the analytic teacher, so they are no rivals
 RIVALS = [a for a in ARMS if a not in (*OURS, *WITHOUT_MEMORY)]
-IN_BYTES = ('er_ace', 'derpp', 'wa', 'bic')        # rivals that get the bytes of the statistics as images
+IN_BYTES = ('er_ace', 'derpp', 'wa', 'bic')        # rivals that get the bytes of the statistics as images:
+BUDGETS = dict(bytes='asib', small='asib_small')   # those of which arm
 
 SMALL = dict(preset='quickstart', dataset='digits')
 PHOTOS = dict(preset='split_cifar', dataset='imagefolder', train_per_class=1112)      # 1,000 train, 112 validate
@@ -84,7 +89,8 @@ DATA = dict(      # parameters, memories, those that are tuned, seeds that are r
 
 def arms_of(data)->list:
     "Every arm; an ablation that is the same as `asib` on these data is left out"
-    return [*ARMS, *(a for a in ABLATIONS if a != f'asib_{DATA[data][-1]}')]
+    same = [f'asib_{DATA[data][-1]}', *(['asib_small'] if data not in FEW else [])]
+    return [*ARMS, *(a for a in ABLATIONS if a not in same)]
 
 
 def base_of(arm)->str:
@@ -107,7 +113,8 @@ def config_of(row, **params):
     given = dict(cl_mode=1, cl_method=method, compare=0, report=0, seed=row['seed'])
     if arm not in WITHOUT_MEMORY:
         given['replay_capacity'] = int(row['capacity'])
-    return resolve(**given | DATA[data][0] | own | choices[row['choice']] | ABLATIONS.get(arm, {}) | params)
+    less = dict(analytic_dim=FEW[data]) if arm == 'asib_small' else ABLATIONS.get(arm, {})
+    return resolve(**given | DATA[data][0] | own | choices[row['choice']] | less | params)
 
 
 def missing_parts(data, arms, params)->dict:
@@ -311,15 +318,16 @@ def load(file=None):
 
 
 def cells(t, budget='images'):
-    "((data, buffer), its runs); in bytes: the rivals with the larger memory, and everybody else as they are"
+    "((data, buffer), its runs); in bytes: the rivals with the larger memory, and what they are compared with"
     import pandas as pd
-    more = t[t.budget == 'bytes']
+    ours = [*({*OURS} - {*ABLATIONS})] if budget == 'bytes' else [BUDGETS.get(budget)]
+    more = t[t.budget == budget]
     for (data, b), g in t[t.budget == 'images'].groupby(['data', 'buffer'], sort=False):
-        if budget == 'bytes':
+        if budget != 'images':
             larger = more[(more.data == data) & (more.buffer == b)]
             if larger.empty:
                 continue
-            rest = g[g.arm.isin([*OURS, *WITHOUT_MEMORY])]
+            rest = g[g.arm.isin([*ours, *WITHOUT_MEMORY])]
             g = pd.concat([rest, larger[~larger.arm.isin({*rest.arm})]])
         yield (data, int(b)), g
 
@@ -508,9 +516,10 @@ def report(data):
     "Print the tables of one dataset"
     t = load()
     t = t[t.data == data]
-    for budget in ('images', 'bytes'):
+    for budget, ours in (dict(images='asib') | BUDGETS).items():
         for (_, b), g in cells(t, budget):
-            print(f'\n{data}, memory {b}, equal {budget}', table(g).to_string(index=False), sep='\n')
+            what = 'images' if budget == 'images' else f'bytes as {ours}'
+            print(f'\n{data}, memory {b}, equal {what}', table(g, ours).to_string(index=False), sep='\n')
     print('', parts(t).to_string(index=False), '', sentence(against_best(t)), sep='\n')
 
 
@@ -533,9 +542,10 @@ def main(argv=None):
     if o.budget != 'bytes':
         work_through(TABLE, rows, o.jobs, params)
     if o.budget != 'images':
-        room = room_in_bytes(load(), o.data)
+        rooms = {k: room_in_bytes(load(), o.data, ours) for k, ours in BUDGETS.items()}
         rivals = [a for a in IN_BYTES if a in arms]
-        larger = wanted(o.data, rivals, buffers, seeds, choice, 'bytes', lambda a, b: room.get((a, b)))
+        larger = [r for k, room in rooms.items()
+                  for r in wanted(o.data, rivals, buffers, seeds, choice, k, lambda a, b: room.get((a, b)))]
         work_through(TABLE, larger, o.jobs, params)
     report(o.data)
 
