@@ -74,9 +74,12 @@ def test_merge_from_the_command_line(tmp_path, monkeypatch, capsys, folder):
     shutil.copytree(folder(classes=('cat', 'cow', 'dog'), train=6, test=2)/'test', tmp_path/'photos/unlabelled/from_the_web')
     monkeypatch.chdir(tmp_path)
     merge = ['merge', 'a.pth', 'b.pth', '--data_root', 'photos', *FAST]
+    torch.save(dict(model=b.state_dict()), tmp_path/'c.pth')
+    assert main(['merge', 'c.pth', 'b.pth', '--data_root', 'photos', *FAST]) == 2              # before any image is read
+    assert "'c.pth' has 2 outputs, and does not name them; the folder has 3 classes (cat, cow, dog)" in capsys.readouterr().err
     assert main([*merge, '--teacher1_classes', 'cat,bird,dog', '--exp_id', 'm']) == 0
     out = capsys.readouterr().out
-    for said in ('a.pth: mobilenetv3_small_050, 3 outputs', 'b.pth: shufflenet_v2_x0_5, 2 outputs', "knows 2 of the data's 3 classes (cat, dog); left out: bird", "knows 2 of the data's 3 classes (cow, dog)", 'teacher2_norm=… if'):
+    for said in ('a.pth: mobilenetv3_small_050, 3 outputs', 'b.pth: shufflenet_v2_x0_5, 2 outputs', "knows 2 of the data's 3 classes (cat, dog); left out: bird", "knows 2 of the data's 3 classes (cow, dog)", 'teacher2_norm=imagenet if'):
         assert said in out, said
     s = json.loads((tmp_path/'results/m/summary.json').read_text())
     w = s['weights']

@@ -42,3 +42,28 @@ def test_goes_on_with_tasks_that_were_left(method, tmp_path, short_exam):
     assert rest['R'] == whole['R'] and rest['tasks'] == whole['tasks'] and rest['run'] not in (half['run'], whole['run'])
     assert rest['rows'] == whole['rows']
     same_weights(whole, rest)
+
+@pytest.mark.parametrize('method', ['er', 'derpp', 'asib'])
+def test_goes_on_with_classes_that_came_later(method, pets, tmp_path):
+    "A head with room for them makes derpp and asib, which see all rows from the start, equal, too"
+    rows_ = {} if method == 'er' else dict(cl_rows=8)
+    kw = SMALL | rows_ | dict(cl_method=method, results_dir=str(tmp_path))
+    first = run_experiment(**kw, dataset='low', num_tasks=2)
+    later = run_experiment(extend=first['run'], dataset='high', task_sizes=[1, 3], report=0)
+    order = sum(later['tasks'], [])
+    assert later['tasks'][:2] == first['tasks'] and [len(t) for t in later['tasks']] == [2, 2, 1, 3] and set(order) == {f'n{c}' for c in range(8)}
+    whole = run_experiment(**kw, stream='low,high', class_order=order, task_sizes=[2, 2, 1, 3])
+    assert later['R'] == whole['R'] and later['composition'] == whole['composition']
+    same_weights(whole, later)
+
+def test_a_stream_of_datasets(pets, tmp_path):
+    "New names bring new classes; the same names a new domain, which adds no row"
+    kw = SMALL | dict(cl_method='er', results_dir=str(tmp_path))
+    s = run_experiment(**kw, stream='low,drawn,high')
+    assert [len(t) for t in s['tasks']] == [4, 4, 4] and s['tasks'][0] == s['tasks'][1] and s['n_class'] == 8 and s['dataset'] == 'low+drawn+high'
+    R, told = rows(s)['class_il'], rows(s)['task_il']
+    assert [len(r) for r in R] == [1, 2, 3] and R[1] == told[1] and max(R[-1]) > .4
+    weights = load_file(Path(s['run'])/'student.safetensors')
+    assert weights['fc3.weight'].shape[0] == 8 if 'fc3.weight' in weights else True
+    with pytest.raises(ConfigError, match='together with n4'): run_experiment(**kw, stream='low,all8')
+    with pytest.raises(ConfigError, match='No folder of that name'): run_experiment(**kw, stream='low,hihg')

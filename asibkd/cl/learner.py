@@ -16,7 +16,7 @@ from torch import nn
 from .fisher import EWC, check_ewc, fisher_diag
 from .memory import Balanced, Buffer, Replay, join
 from .methods import TaskContext, check_cl_method
-from .setup import (AnalyticMemory, check_cl, first_teacher, leak_of, limit_to_seen, roles_of,
+from .setup import (AnalyticMemory, check_cl, check_stream, first_teacher, leak_of, limit_to_seen, roles_of,
                              student_spec, used_specs)
 from .streams import Stream, align_head, grow_head
 from ..core.config import ConfigError
@@ -67,9 +67,11 @@ class Learner:
         main=True,        # The run's method? Baselines prefix their phases with their name
     ):
         self.key, self.stream, self.cls = key, stream, check_cl_method(key)
+        check_stream(stream, key, self.cls)
         self.ctx = ctx.but(cfg=check_cl(ctx.cfg, key))
         self.cfg, self.acc, self.run = self.ctx.cfg, ctx.acc, ctx.run
         self.specs, self.params, self.prefix = list(specs), params, '' if main else f'{key}-'
+        self.on_task = None             # Called with the number of each task that is learned
         c, n_class = self.cfg, stream.data.n_class
         self.roles, self.out = roles_of(c), CLResult(key)
         self.memory = Buffer(c.replay_capacity if self.cls.rehearses else 0, c.replay_policy, c.seed)
@@ -270,7 +272,7 @@ def replay_loader(
         return Balanced(data, Buffer(0), c.batch_size, n, **kw)
     if self.cls.fills_early:
         share = 1/(t + 1) if self.stream.ranges else len(self.stream.classes(t))/self.stream.n_seen(t)
-    return Replay(data, memory, c.batch_size, c.replay_ratio, share, views, **kw)
+    return Replay(data, memory, c.batch_size, c.replay_ratio, share, views, c.cl_online, **kw)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ec556f4c
 @patch
@@ -284,7 +286,8 @@ def train_student(self:Learner, t:int, method, teachers:list):
                     name=self.phase_name(t, 'B'), loader=loader,
                     callbacks=[EmaCB(self.student.model, m.model, c.cl_ema_decay) for m in averages],
                     keep={f'ema{i}': m for i, m in enumerate(averages)})
-    n = len(loader)*fitted.epochs*(loader.batch_size + getattr(loader, 'n_old', 0))
+    images = len(loader)*loader.batch_size
+    n = fitted.epochs*(min(images, getattr(loader, 'n_new', images)) + len(loader)*getattr(loader, 'n_old', 0))
     self.out.cost['student_images'] += n*(2 if views else 1)
     if self.cls.teachers_used != 'none':
         self.out.cost['teacher_forwards'] += n*len(teachers)*(2 if views and views.plain else 1)

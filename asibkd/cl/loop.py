@@ -18,7 +18,7 @@ from .learner import CLResult, Learner
 from .metrics import task_accuracies
 from .setup import first_teacher
 from .streams import grow_head
-from ..core.config import RunError, log
+from ..core.config import ConfigError, RunError, log
 from ..core.files import atomic_save, read_weights
 from ..data.images import Data, ImageSet
 from ..distil.metrics import OF_TEACHERS, accuracy, collect_logits
@@ -179,6 +179,9 @@ def take_over(self:Learner)->int: # The task to begin with
     s = read_weights(f, 'Train that run again, or restore the file from a copy.')
     self.restore(s)
     t, n = s['task'], self.stream.data.n_class
+    if t + 1 >= self.n_tasks:
+        raise ConfigError(f"extend={self.cfg.extend}: {t + 1} tasks are learned, and nothing is left: no class is new. Name "
+                          "other data (dataset, data_root, stream), or raise stop_after.")
     self.out.composition = [o and o + [0]*(n - len(o)) for o in self.out.composition]
     if s['is_end']:
         self.anchor_weights(t)
@@ -220,5 +223,7 @@ def learn(self:Learner)->CLResult:
             self.fill_memory(t, method, teachers)
         self.evaluate_task(t, method, teachers)
         self.out.seconds += time.perf_counter() - start
+        if self.on_task:
+            self.on_task(t)
         self.save(t)
     return self.out

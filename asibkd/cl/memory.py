@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'quotas', 'herding_order', 'herding_ranks', 'keep_shares', 'reservoir', 'Buffer', 'transplanted',
-           'ReplayBatch', 'Chain', 'join', 'Replay', 'take', 'Balanced']
+           'ReplayBatch', 'Chain', 'join', 'Replay', 'take', 'memory_advice', 'Balanced']
 
 # %% ../../nbs/07_cl/01_memory.ipynb #5fd5e2e3
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -290,12 +291,13 @@ class Replay(Loader):
         ratio:float,      # Replayed images for each new one
         current=0.,       # Share of the replayed images that are of the current task
         views=None,       # `Views`: add as many views between the images of a batch as it has images
+        whole=False,      # Every new image once an epoch, in equal batches; else whole batches, and the rest is left out
         **kw,             # As `Loader` takes them
     ):
         ds = data.train
         super().__init__(join(ds, mem), data, batch_size, True, **kw)
         self.views, self.n_views = views, None if views else self.n_views      # lines between images have no number
-        self.mem, self.n_new, self.batch_size = mem, len(ds), min(batch_size, len(ds))
+        self.mem, self.n_new, self.batch_size, self.whole = mem, len(ds), min(batch_size, len(ds)), whole
         self.n_old = max(1, round(ratio*self.batch_size)) if ratio > 0 and len(mem) else 0
         self.n_current = round(current*self.n_old)
         order = torch.randperm(len(ds), generator=generator(*self.key, 'own'))
@@ -303,7 +305,7 @@ class Replay(Loader):
         self.current = order[:max(1, round(current*mem.capacity))]
 
     def __len__(self):
-        return self.n_new//self.batch_size
+        return -(-self.n_new//self.batch_size) if self.whole else self.n_new//self.batch_size
 
 # %% ../../nbs/07_cl/01_memory.ipynb #35ef3030
 def take(
@@ -328,8 +330,8 @@ def draw(self:Replay, e:int, k:int)->Tensor: # Positions in the joined set
 @patch
 def _steps(self:Replay, e:int, start:int)->list: # (step, positions in the joined set)
     "New images in random order, each batch followed by its replayed images"
-    order = torch.randperm(self.n_new, generator=generator(*self.key, e, 'order')).split(self.batch_size)
-    steps = range(start, len(self))
+    order, steps = torch.randperm(self.n_new, generator=generator(*self.key, e, 'order')), range(start, len(self))
+    order = order.tensor_split(len(self)) if self.whole else order.split(self.batch_size)
     return [(k, torch.cat([order[k], self.draw(e, k)]) if self.n_old else order[k]) for k in steps]
 
 # %% ../../nbs/07_cl/01_memory.ipynb #4c6919b5
@@ -340,7 +342,7 @@ def memory_rows(
     p:Tensor,   # (B,) positions in the joined set
 )->Tensor: # (B, …) on the device
     "The memory's rows for the images of a batch; zeros for images of the task"
-    n = self.batch_size + self.n_current
+    n = len(p) - self.n_old + self.n_current
     dtype = torch.float32 if v.is_floating_point() else v.dtype
     v = v[p[n:] - self.n_new].to(self.device, dtype, non_blocking=True)
     return torch.cat([v.new_zeros(n, *v.shape[1:]), v])
@@ -350,8 +352,9 @@ def memory_rows(
 def _batch(self:Replay, x, p, key)->ReplayBatch:
     "Augment as any loader does; then add the mask of new images and the stored rows"
     b = Loader._batch(self, x, p, key)
-    is_new = torch.arange(len(p), device=self.device) < self.batch_size
-    kw = dict(x=b.x, y=b.y, idx=b.idx, view=b.view, row=b.row, is_new=is_new, n_new=self.batch_size)
+    n = len(p) - self.n_old
+    is_new = torch.arange(len(p), device=self.device) < n
+    kw = dict(x=b.x, y=b.y, idx=b.idx, view=b.view, row=b.row, is_new=is_new, n_new=n)
     if self.views:
         mixed = mixed_views(x, self.views, self.data.flip, self.stats, *key)
         kw |= dict(x=torch.cat([b.x, mixed]), n_mixed=len(mixed), plain=self.views.plain)
@@ -360,6 +363,24 @@ def _batch(self:Replay, x, p, key)->ReplayBatch:
     m = self.mem
     kw |= dict(stored=self.memory_rows(m.logits, p), n_seen=self.memory_rows(m.n_seen, p))
     return ReplayBatch(**kw, certainty=self.memory_rows(m.certainty, p))
+
+# %% ../../nbs/07_cl/01_memory.ipynb #031da6d7
+def memory_advice(
+    capacity:int,   # Images in the memory
+    count:list,     # Training images of each class of the stream
+    shape,          # (C, H, W)
+)->str:
+    "What the memory holds of each class, what it costs, and where it is too small or too large"
+    each, mean, one = capacity//len(count), round(sum(count)/len(count)), math.prod(shape)/1e6
+    text = (f"memory: {capacity} images, {each} a class of {mean} "
+            f"({100*capacity/sum(count):.2g} %, {capacity*one:.2g} MB)")
+    if capacity >= sum(count):
+        return text + ". It holds every image: nothing has to be forgotten; a smaller replay_capacity shows more."
+    if not each:
+        return text + f": not one for each class. Set replay_capacity={len(count)} or more ({len(count)*one:.2g} MB)."
+    if each < 10:
+        return text + f". That is few: twice as many cost {capacity*one:.2g} MB more."
+    return text
 
 # %% ../../nbs/07_cl/01_memory.ipynb #71c3376c
 class Balanced(Loader):

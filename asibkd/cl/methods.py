@@ -16,11 +16,11 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .fisher import EWC, SI
-from ..core.config import Config, Registry, fields_read_by, method_params
+from ..core.config import Config, Registry, fields_read_by
 from ..core.runtime import FOREIGN
 from ..distil.asmb import ASMB
 from ..distil.losses import ce_loss, kd_loss, upcast
-from ..distil.methods import AvgZ, Method, check_class, check_name, check_params, kd_parameters, weighted
+from ..distil.methods import AvgZ, Method, kd_parameters, registering, weighted
 from ..distil.views import ViewKD
 
 # %% ../../nbs/07_cl/04_methods.ipynb #95505876
@@ -44,16 +44,8 @@ def register_cl_method(
     params=None,   # The method's parameters, a pydantic model
 ):
     "Class decorator; registering one of your names again replaces the class"
-    check_name('cl_method', name)
-    check_params(name, params)
-    def register(cls):
-        check_class(name, cls, cl_methods, ('cfg', 'student', 'teachers', 'params', 'task'))
-        cl_methods[name] = cls
-        method_params.pop(f'cl:{name}', None)
-        if params is not None:
-            method_params[f'cl:{name}'] = params
-        return cls
-    return register
+    takes = 'cfg', 'student', 'teachers', 'params', 'task'
+    return registering(cl_methods, name, params, 'cl:', takes=takes)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #3720832a
 def list_cl_methods()->list:
@@ -105,6 +97,7 @@ class CLMethod(Method):
     classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
     makes_synergy = False           # Combines its teachers' logits into logits that a memory may store
     mixes = False                   # Can be distilled on views between images (`cl_kd_mix`)
+    needs_new_classes = False       # Compares new classes with old ones: a task that is a new domain has none
     unused_weights = ()             # Weights without a term in this method: setting one is refused
     unlabelled = False              # Memory and metrics of the tasks need every label
     defaults = Method.defaults | dict(

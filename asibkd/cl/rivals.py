@@ -51,7 +51,7 @@ def soft_ce(
 @register_cl_method('wa')
 class WA(OneMean):
     "Weight aligning: distil from the snapshot, then scale the head (Zhao et al. 2020)"
-    only_snapshot = True
+    only_snapshot, needs_new_classes = True, True
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., cl_align=True)
 
     def loss(self, batch, s_out, t_outs, when):
@@ -178,7 +178,7 @@ def hold_out(
 @register_cl_method('ssil')
 class SSIL(OneMean):
     "Separated softmax: old and new classes never compete, distillation task by task (Ahn et al. 2021)"
-    only_snapshot = True
+    only_snapshot, needs_new_classes = True, True
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., cl_mask='separated')
 
     def past_tasks(self):

@@ -475,10 +475,10 @@ class TaskKeys(Params):
         "all.", ge=0)
     cl_rows:int = cl_param(0, "Rows of the student's head from the first task on with cl_mask=full: room for classes "
         "that are still unknown; 0 = the classes of the data.", ge=0)
-    cl_online:bool = cl_param(False, "One pass: each image of a task is seen once by the student, and once by the "
-        "teachers that are fine-tuned on it.")
-    keep_task_weights:bool = cl_param(False, "Keep the student's weights after each task, in the run folder's tasks/.",
-        affects_result=False)
+    cl_online:bool = cl_param(False, "One pass: the student sees each new image once; teachers and bridge are "
+        "trained for one epoch.")
+    keep_task_weights:bool = cl_param(False, "Keep the student after each task, in the run folder's tasks/task1/, …, as "
+        "`load_student` reads it.", affects_result=False)
 
 # %% ../../nbs/00_core/00_params.ipynb #86ffdfba
 class Replaying(Params):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['methods', 'check_term', 'weighted', 'kd_parameters', 'columns_of', 'Method', 'check_name', 'check_params', 'is_ours',
-           'check_signature', 'check_class', 'register_method', 'list_methods', 'check_method', 'with_method_defaults',
-           'refuse_unlabelled', 'create_method', 'CE', 'VanillaKD', 'AvgZ']
+           'check_signature', 'check_class', 'registering', 'register_method', 'list_methods', 'check_method',
+           'with_method_defaults', 'refuse_unlabelled', 'create_method', 'CE', 'VanillaKD', 'AvgZ']
 
 # %% ../../nbs/05_distil/02_methods.ipynb #6d096086
 import inspect, re
@@ -247,6 +247,25 @@ def check_class(
             raise unknown_name(f"parameter in {cls.__name__}.defaults:", k, Config.model_fields)
     check_signature(cls, takes)
 
+# %% ../../nbs/05_distil/02_methods.ipynb #b33c3063
+def registering(
+    registry:Registry,  # Its kind is what the decorator is called after
+    name:str, params,   # As in `register_method`
+    prefix='',          # Before the name, where its parameters are kept
+    **takes,            # As in `check_class`
+):
+    "The class decorator behind `register_method` and `register_cl_method`"
+    check_name(registry.kind, name)
+    check_params(name, params)
+    def register(cls):
+        check_class(name, cls, registry, **takes)
+        registry[name] = cls
+        method_params.pop(prefix + name, None)
+        if params is not None:
+            method_params[prefix + name] = params
+        return cls
+    return register
+
 # %% ../../nbs/05_distil/02_methods.ipynb #1377405a
 methods = Registry('method')
 
@@ -256,16 +275,7 @@ def register_method(
     params:type[BaseModel]=None,  # Its own parameters
 ):
     "Class decorator; registering a name of your own again replaces it"
-    check_name('method', name)
-    check_params(name, params)
-    def register(cls):
-        check_class(name, cls, methods)
-        methods[name] = cls
-        method_params.pop(name, None)
-        if params is not None:
-            method_params[name] = params
-        return cls
-    return register
+    return registering(methods, name, params)
 
 # %% ../../nbs/05_distil/02_methods.ipynb #96d79a01
 def list_methods()->list: # Sorted

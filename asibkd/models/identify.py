@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCH_KEYS', 'N_OUTPUTS', 'MOST_LACKING', 'FAMILIES', 'stated_arch', 'bare_shapes', 'shapes_lacking', 'fits_as',
-           'candidates', 'variants', 'identify', 'merge_params', 'check_merge']
+           'candidates', 'variants', 'identify', 'unnamed_outputs', 'merge_params', 'check_merge']
 
 # %% ../../nbs/02_models/11_identify.ipynb #6641c4dd
 import re, warnings
@@ -18,6 +18,8 @@ import torch
 from ..core.config import ConfigError, log
 from ..core.params import split_words
 from ..core.runtime import refuse
+from ..data.folders import data_entries
+from .cards import file_classes
 from .checkpoints import is_bookkeeping, load_weights, match_names, plain_name, read_tensors
 from .teachers import aliases
 from .zoo import create_zoo, zoo
@@ -149,6 +151,26 @@ def identify(
                       f"networks of torchvision, timm and this package.{said} Name the network: --teacher1_type NAME "
                       "(or teacher2_type, teachers), or pass your modules: run_experiment(teachers=[…]).")
 
+# %% ../../nbs/02_models/11_identify.ipynb #95f4102c
+def unnamed_outputs(
+    files:list,     # Checkpoints
+    known:list,     # From `identify`; None where the user named the network
+    given:dict,     # What the user typed
+    classes:list,   # Names of the class folders
+)->str: # '' where everything is known
+    "What the user has to add about the files' classes"
+    free = [i for i, (f, o) in enumerate(zip(files, known))
+            if o and o[1] != len(classes) and not given.get(f'teacher{i + 1}_classes') and not file_classes(f)]
+    if not free or given.get('teacher_classes'):
+        return ''
+    told = ', '.join(f"'{files[i]}' has {known[i][1]} outputs" for i in free)
+    words = {i: ','.join(f'NAME{n + 1}' for n in range(min(2, known[i][1]))) + ',…' for i in free}
+    typed = ' '.join(f'--teacher{i + 1}_classes {w}' for i, w in words.items())
+    if len(files) > 2:
+        typed = f"--teacher_classes '[\"{next(iter(words.values()))}\", …]', a list for each file"
+    return (f"{told}, and does not name them; the folder has {len(classes)} classes ({', '.join(classes[:12])}"
+            f"{', …' if len(classes) > 12 else ''}). Say what they stand for, in the order of the outputs: {typed}")
+
 # %% ../../nbs/02_models/11_identify.ipynb #271988fb
 def merge_params(
     files:list, # Checkpoints
@@ -158,6 +180,11 @@ def merge_params(
     names = given.get('teachers') or [given.get(f'teacher{i + 1}_type') for i in range(len(files))]
     names = split_words(names) if isinstance(names, str) else names
     known = [None if n else identify(f) for f, n in zip(files, names)]
+    train = Path(given.get('data_root') or '')/'train'
+    if 'dataset' not in given and train.is_dir():
+        classes = [e.name for e in data_entries(train) if e.is_dir()]
+        if said := unnamed_outputs(files, known, given, classes):
+            raise ConfigError(said)
     names = [n or o[0] for n, o in zip(names, known)]
     smallest = min(range(len(files)), key=lambda i: Path(files[i]).stat().st_size)
     out = dict(dataset='imagefolder', finetune_epochs=0, student_type=names[smallest])

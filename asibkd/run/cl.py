@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'part_classes', 'parts_plan', 'extended_plan', 'stream_of',
            'task_classes', 'check_given_teachers', 'create_learners', 'kept_megabytes', 'memory_columns', 'cl_row',
-           'cl_verdict', 'save_cl_results', 'cl_summary_of', 'run_cl']
+           'cl_verdict', 'save_task', 'keep_task', 'save_cl_results', 'cl_summary_of', 'run_cl']
 
 # %% ../../nbs/11_run/02_cl.ipynb #962e0e0e
 import torch
@@ -14,9 +14,10 @@ from ..analysis.knowledge import save_strips
 from ..cl import loop, rivals                     # noqa: with them a learner learns, by any method
 from ..cl.learner import CLResult, Learner
 from ..cl.methods import check_cl_method, list_cl_methods             # noqa: here all are registered
+from ..cl.memory import memory_advice
 from ..cl.metrics import cl_metrics
 from ..cl.setup import check_cl, roles_of
-from ..cl.streams import Stream, create_stream, domain_of, new_tasks, plan_of_parts, planned_stream
+from ..cl.streams import Stream, create_stream, domain_of, grow_head, new_tasks, plan_of_parts, planned_stream
 from ..core.config import Config, ConfigError, log
 from ..core.runtime import RunContext
 from ..core.text import one_line
@@ -178,6 +179,26 @@ def cl_verdict(
     y = stream.until(len(done[key].class_il) - 1).test.y
     return verdict(key, acc, predictions, y, max(acc, key=acc.get, default=''))
 
+# %% ../../nbs/11_run/02_cl.ipynb #b92fcfd0
+def save_task(
+    folder,
+    l:Learner,
+    t:int,           # The task just learned
+    card_type:str,   # Architecture of the student; '' for a module of the user's
+):
+    "Write the student as it is after task `t`, with the rows of the classes seen"
+    data, m = l.stream.until(t), l.examined
+    if m.n_class > data.n_class:                                               # cl_mask=full: it has rows of later classes
+        m = grow_head(copy.deepcopy(m), data.n_class)
+    card = student_card(card_type, seen_by(m, data), l.ctx.cfg.small_input == '1')
+    save_student(folder, m.model.state_dict(), card)
+
+# %% ../../nbs/11_run/02_cl.ipynb #3e1f67c6
+def keep_task(l:Learner, card_type:str, t:int):
+    "`keep_task_weights`: the student after task `t`, in the run folder"
+    if l.acc.is_main_process:
+        save_task(l.run/'tasks'/f'task{t + 1}', l, t, card_type)
+
 # %% ../../nbs/11_run/02_cl.ipynb #7239da38
 def save_cl_results(
     run,             # The run folder
@@ -186,9 +207,8 @@ def save_cl_results(
     card_type:str,   # Architecture of the student; '' for a module of the user's
 ):
     "Write student, predictions, the memory and its thumbnails"
-    cfg, stream = l.ctx.cfg, l.stream
-    card = student_card(card_type, seen_by(l.student, stream.data), cfg.small_input == '1')
-    save_student(run.path, l.examined.model.state_dict(), card)
+    stream = l.stream
+    save_task(run.path, l, l.n_tasks - 1, card_type)
     tensors = {k: torch.tensor(o.predictions, dtype=torch.int32) for k, o in done.items()}
     tensors['labels'] = stream.until(l.n_tasks - 1).test.y
     tensors |= {f'confidence.{k}': torch.tensor(o.confidence).half() for k, o in done.items() if o.confidence}
@@ -231,13 +251,16 @@ def run_cl(
     stream = stream_of(data, cfg)
     check_given_teachers(teachers, cfg)
     learners = create_learners(ctx, stream, teachers, student, params)
-    n = learners[key].n_tasks
+    card_type, n, l = '' if student is not None else cfg.student_type, learners[key].n_tasks, learners[key]
+    l.on_task = partial(keep_task, l, card_type) if cfg.keep_task_weights else None
     log.info(f"{n} tasks: " + ' | '.join(one_line(', '.join(names)) for names in task_classes(stream, n)))
+    if l.memory.capacity:
+        log.info(memory_advice(l.memory.capacity, torch.bincount(stream.data.train.y).tolist(), data.shape))
     done = {k: l.learn() for k, l in learners.items()}
     summary = cl_summary_of(ctx, done, learners, params)
     for l in learners.values():
         l.keep_state()
-    save_cl_results(ctx.run, done, learners[key], '' if student is not None else cfg.student_type)
+    save_cl_results(ctx.run, done, learners[key], card_type)
     row = next(r for r in summary['rows'] if r['key'] == key)
     columns = ('val_acc', 'ACC', 'AIA', 'BWT', 'task_ACC', 'params', 'macs')
     return summary, dict(method=key, dataset=data.name, seed=cfg.seed, student=learners[key].student.name,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..analysis.report import save_report
-from ..cl.setup import check_cl
+from ..cl.setup import check_cl, check_typed_cl
 from ..cl.methods import check_cl_method, cl_methods
 from ..core.config import Config, ConfigError, RunError, config_layers, log, read_yaml, resolve
 from ..core.files import atomic_write
@@ -113,6 +113,7 @@ def check_typed(
     key = 'cl_method' if cfg.cl_mode else 'method'
     classes = classes_of_run(cfg)
     if cfg.cl_mode:
+        check_typed_cl(cfg, given)
         check_cl(cfg, cfg.cl_method)        # its messages know more
     # a run's own config.json holds every parameter
     filed = read_yaml(_file) if _file and Path(_file).name != 'config.json' else ()

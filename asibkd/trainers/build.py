@@ -419,7 +419,7 @@ def ready_teacher(
         skips = f"; finetune_epochs={epochs} is skipped because of it ({anew} to fine-tune anew)" if epochs else ''
         known = spec.norm != 'auto' or t.norm or read_card(f) or card_norm(f)
         plain = '' if known else (
-            f" (no card: images are normalised as the data; {norm_flag(spec.name)}=… if it was trained otherwise)")
+            f" (no card: images are normalised as the data; {norm_flag(spec.name)}=imagenet if it was trained so)")
         log.info(f"{spec.name}: {t.name} from {f}{skips}{plain}")
         return t, WeightsInfo('checkpoint', Path(f).name, norm=norm_row(t))
     if epochs:
