@@ -118,7 +118,8 @@ def state(self:Learner, t:int)->dict:
     teachers = {k: dict(state=m.state_dict(), has_weights=h) for k, (m, h) in self.teachers.items()}
     si = None if self.si is None else self.si.state_dict()
     return dict(task=t, student=self.student.state_dict(), untrained=self.untrained.state_dict(),
-                memory=self.memory.state(), held=self.held.state(), ewc=self.ewc.state(), si=si, kept=self.kept, teachers=teachers,
+                memory=self.memory.state(), held=self.held.state(),
+                ewc=self.ewc.state(), si=si, kept=self.kept, teachers=teachers,
                 out=vars(self.out), analytic=self.analytic and self.analytic.state(), is_end=t + 1 == len(self.stream),
                 rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks))
 

@@ -100,8 +100,8 @@ def term_rules(
     "Weights and files that the method does not use"
     unused = next((k for k in cls.unused_weights if getattr(given, k)), '')
     return [(given.cl_kd_mix and not cls.mixes,
-             f"cl_kd_mix={given.cl_kd_mix}: {key} does not distil soft labels of new and replayed images. Leave it out, "
-             "or use asib, avgz or wavg."),
+             f"cl_kd_mix={given.cl_kd_mix}: {key} does not distil soft labels of new and replayed images. Leave it "
+             "out, or use asib, avgz or wavg."),
             (key == 'si' and c.grad_clip_norm,
              "grad_clip_norm with cl_method=si: the path integral needs the gradient as it is. Set it to 0."),
             (unused, f"{unused}={getattr(given, unused, '')}: {key} has no such term. "

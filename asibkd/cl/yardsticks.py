@@ -32,7 +32,8 @@ class WAvgCL(ViewKD, CLMethod, WAvg):
 class AnalyticCL(CLMethod):
     "The analytic teacher itself: a head in closed form that forgets nothing; no student is trained"
     rehearses, is_teacher = False, True
-    unused_weights = ('ce_alpha', 'kd_alpha', 'cl_old_kd', 'cl_der_alpha', 'cl_replay_ce', 'cl_mask', 'cl_align', 'lambda_ewc')
+    unused_weights = ('ce_alpha', 'kd_alpha', 'cl_old_kd', 'cl_der_alpha', 'cl_replay_ce', 'cl_mask', 'cl_align',
+                      'lambda_ewc')
     defaults = CLMethod.defaults | dict(cl_teachers='analytic')
 
     def networks(self, student):

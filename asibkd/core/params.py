@@ -509,11 +509,12 @@ class Replaying(Params):
         "teachers' fusion is fitted on them (asib, wavg). Less than one image a class: none.", ge=0, lt=1)
     clser_decay:float = cl_param(0.999, "Largest decay of clser's averages; a short run may need 0.99 or less.",
         ge=0, lt=1)
-    cl_kd_mix:float | None = cl_param(None, "Weight of the distillation on views *between* images, new and replayed ones "
-        "mixed by MixUp, which the teachers answer; empty = the method's default.", ge=0)
-    cl_mix_alpha:float = cl_param(1.0, "Those views: α of MixUp's Beta(α, α); 1 = every mixing share is as likely.", gt=0)
-    cl_mix_aug:Literal['standard', '0'] = cl_param('standard', "Those views: augmentation before mixing, crop + flip or "
-        "none; it is drawn apart from data_aug.")
+    cl_kd_mix:float | None = cl_param(None, "Weight of the distillation on views *between* images, new and "
+        "replayed ones mixed by MixUp, which the teachers answer; empty = the method's default.", ge=0)
+    cl_mix_alpha:float = cl_param(1.0, "Those views: α of MixUp's Beta(α, α); 1 = all shares are as likely.",
+        gt=0)
+    cl_mix_aug:Literal['standard', '0'] = cl_param('standard', "Those views: augmentation before mixing, crop + "
+        "flip or none; it is drawn apart from data_aug.")
 
 # %% ../../nbs/00_core/00_params.ipynb #9f86e968
 class Penalties(Params):

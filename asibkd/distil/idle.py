@@ -45,7 +45,8 @@ def idle_parameters(
 # %% ../../nbs/05_distil/07_idle.ipynb #5ce0178a
 SWITCHES = dict(kd_alpha=.9, hint_beta=100., at_beta=1000., feat_kd_alpha=1., use_disagree_weight=True, use_ib=True,
                 ib_beta=.001, bridge_objective='both', teacher_adapt_epochs=5, use_distillation_adapter=True,
-                use_partial_freeze=True, tau_end=1., lambda_ewc=.4, cl_old_kd=1., cl_der_alpha=.1, cl_kd_mix=3., si_c=5.,
+                use_partial_freeze=True, tau_end=1., lambda_ewc=.4, cl_old_kd=1., cl_der_alpha=.1, cl_kd_mix=3.,
+                si_c=5.,
                 cl_teachers='snapshot+ema', ewc_mode='online', cl_der_loss='kl')   # What may turn a parameter on
 
 # %% ../../nbs/05_distil/07_idle.ipynb #ee683107
