@@ -27,7 +27,7 @@ VIEWS = dict(CL, cl_kd_mix=3.)
 ANALYTIC = dict(CL, cl_teachers='analytic', analytic_dim=40)
 EWC3, SI3 = dict(CL, cl_method='ewc', num_tasks=3, lambda_ewc=50., epochs=4), dict(CL, cl_method='si', num_tasks=3, si_c=50., epochs=4)
 CHANGES = dict(
-    cl_mode=(1, TUNED), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), class_order=('9,8,7,6,5,4,3,2,1,0', CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
+    cl_mode=(1, TUNED), num_tasks=(3, CL), task_sizes=([7, 3], CL), class_order_seed=(7, CL), class_order=('9,8,7,6,5,4,3,2,1,0', CL), stop_after=(1, CL), cl_rows=(12, CL), cl_online=(1, CL), cl_method=('er', CL), cl_teachers=('expert', CL), cl_ema_decay=(.5, dict(CL, cl_teachers='expert+ema')),
     cl_mask=('ace', CL), cl_replay_ce=(.1, CL), cl_der_alpha=(5., CL), cl_der_loss=('kl', CL), cl_kd_mix=(1., CL), cl_mix_alpha=(.2, VIEWS), cl_mix_aug=('0', VIEWS), cl_old_kd=(9., dict(CL, teacher_adapt_epochs=4)), replay_ratio=(.3, CL), replay_capacity=(10, CL), replay_policy=('reservoir', CL),
     cl_trunk=('kmeans', ANALYTIC), analytic_dim=(50, ANALYTIC), analytic_lambda=(1e4, ANALYTIC),
     store=('synergy', CL), cl_align=(1, CL), cl_transplant=(.85, dict(CL, cl_method='derpp', num_tasks=3)), bic_share=(.5, dict(CL, cl_method='bic')),
@@ -53,6 +53,7 @@ CHANGES = dict(
     logit_standardization=(1, {}), hint_layer=(1, dict(method='fitnet')), stage_pairs=('end', dict(method='at', teacher_type='vgg8', at_beta=10., image_size=16)), hint_beta=(1., dict(method='fitnet')), at_beta=(1., dict(method='at')), crd_feat_dim=(16, CRD), crd_nce_k=(8, CRD), crd_nce_t=(.2, CRD),
     crd_momentum=(.9, CRD), teacher_cache=('off', FIXED), cache_gb=(1e-6, FIXED), cache_views=(1, {}), dkd_alpha=(3., DKD), dkd_beta=(1., DKD), dkd_warmup=(9, DKD))
 ELSEWHERE = dict(
+    stream='test_stream.py::test_a_stream_of_datasets', extend='test_stream.py::test_goes_on_with_classes_that_came_later', keep_task_weights='test_stream.py::test_the_student_after_each_task',
     allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', allow_untrained='test_recipe.py::test_B10_a_teacher_without_weights_is_refused', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
     compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
     checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/05_runtime.ipynb', track='test_tracking.py::test_D_tensorboard_once_after_resume',

@@ -1,5 +1,4 @@
 "Streams: a finished run that goes on, datasets one after the other, uneven tasks, one pass, weights after each task."
-import copy, json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,9 @@ from safetensors.torch import load_file
 from asibkd.core.config import ConfigError, RunError
 from asibkd.data.datasets import create_data, datasets
 from asibkd.data.images import ImageSet
+from asibkd.eval.deploy import load_student
 from asibkd.run.experiment import run_experiment
+from asibkd.trainers.loop import Callback
 
 SMALL = dict(report=0, cl_mode=1, compare=0, device='cpu', train_per_class=15, epochs=2, finetune_epochs=1, teacher_adapt_epochs=1, replay_capacity=20, batch_size=8, log_level='ERROR')
 
@@ -34,7 +35,7 @@ def same_weights(a, b, names=('student', 'memory', 'predictions')):
 @pytest.mark.parametrize('method', ['er', 'derpp', 'asib'])
 def test_goes_on_with_tasks_that_were_left(method, tmp_path, short_exam):
     "Two of four tasks, then the rest: R, memory and every weight of the run that learned them all at once"
-    kw = SMALL | dict(cl_method=method, num_tasks=4, results_dir=str(tmp_path))
+    kw = SMALL | dict(cl_method=method, num_tasks=4, compare=int(method == 'er'), results_dir=str(tmp_path))    # its baselines go on, too
     whole = run_experiment(**kw)
     half = run_experiment(**kw, stop_after=2)
     assert len(rows(half)['class_il']) == 2 == len(half['tasks']) and rows(half)['class_il'] == rows(whole)['class_il'][:2]
@@ -63,7 +64,55 @@ def test_a_stream_of_datasets(pets, tmp_path):
     assert [len(t) for t in s['tasks']] == [4, 4, 4] and s['tasks'][0] == s['tasks'][1] and s['n_class'] == 8 and s['dataset'] == 'low+drawn+high'
     R, told = rows(s)['class_il'], rows(s)['task_il']
     assert [len(r) for r in R] == [1, 2, 3] and R[1] == told[1] and max(R[-1]) > .4
-    weights = load_file(Path(s['run'])/'student.safetensors')
-    assert weights['fc3.weight'].shape[0] == 8 if 'fc3.weight' in weights else True
+    assert load_student(s['run']).classes == [f'n{c}' for c in range(8)]
     with pytest.raises(ConfigError, match='together with n4'): run_experiment(**kw, stream='low,all8')
     with pytest.raises(ConfigError, match='No folder of that name'): run_experiment(**kw, stream='low,hihg')
+
+class Stop(Exception): pass
+
+class StopCB(Callback):
+    order = 80
+    def after_epoch(self, loop):
+        if loop.phase.name == 't4-B': raise Stop
+
+def test_a_run_that_goes_on_can_be_interrupted(pets, tmp_path):
+    first = run_experiment(**SMALL, cl_method='derpp', dataset='low', num_tasks=2, results_dir=str(tmp_path))
+    more = dict(extend=first['run'], dataset='high', num_tasks=2, report=0)
+    whole = run_experiment(**more, results_dir=str(tmp_path/'a'))
+    with pytest.raises(Stop): run_experiment(**more, results_dir=str(tmp_path/'b'), callbacks=[StopCB()])
+    again = run_experiment(**more, results_dir=str(tmp_path/'b'))
+    assert again['R'] == whole['R'] and len(rows(whole)['class_il']) == 4
+    same_weights(whole, again)
+    with pytest.raises(ConfigError, match='nothing is left'): run_experiment(extend=whole['run'], report=0)
+    with pytest.raises(ConfigError, match='go on as they are. Leave student_type out'): run_experiment(extend=whole['run'], student_type='resnet8')
+    (Path(first['run'])/'tasks'/'derpp.pt').unlink()
+    with pytest.raises(RunError, match="no 'derpp.pt'"): run_experiment(**more, results_dir=str(tmp_path/'c'))
+
+def test_one_pass(tmp_path, short_exam):
+    "Each new image once, however many batches it takes"
+    s = run_experiment(**{k: v for k, v in SMALL.items() if k != 'epochs'}, cl_method='er', num_tasks=2, cl_online=1, replay_ratio=1, results_dir=str(tmp_path))
+    n = s['images']['train']                                                     # 135 in two tasks: nine steps each
+    assert s['rows'][0]['student_images'] == n + 8*9                             # task 2 replays eight images a step
+    with pytest.raises(ConfigError, match='epochs=3 with cl_online=1'): run_experiment(**SMALL | dict(epochs=3), cl_online=1)
+
+def test_the_student_after_each_task(tmp_path, short_exam):
+    "As it was examined, with the rows of the classes it had seen: derpp has all ten from the start"
+    s = run_experiment(**SMALL, cl_method='derpp', task_sizes='5,1,2,2', keep_task_weights=1, results_dir=str(tmp_path))
+    assert [len(t) for t in s['tasks']] == [5, 1, 2, 2] and sum(s['composition'][-1]) == 20 and set(s['composition'][-1]) == {2}
+    test = datasets['digits'](None)['test']
+    for t in (0, 1, 3):
+        student = load_student(Path(s['run'])/'tasks'/f'task{t + 1}')
+        assert student.classes == sum(s['tasks'][:t + 1], [])
+        with torch.no_grad():
+            right = [student.classes[int(student.model(student.preprocess(test.source.x[i])[None]).argmax())] == str(int(y))
+                     for i, y in zip(test.ids, test.y) if str(int(y)) in s['tasks'][t]]
+        assert abs(sum(right)/len(right) - rows(s)['class_il'][t][t]) < 1e-6
+
+@pytest.mark.parametrize('kw, say', [(dict(stream='digits,digits', num_tasks=2), 'each of its datasets is a task'), (dict(cl_method='er', cl_rows=20), 'cl_rows=20 has no effect'),
+                                     (dict(extend='nowhere'), 'no run whose config.json'), (dict(stream='digits,digits', cl_method='wa'), 'compares new classes with old ones')])
+def test_refused(kw, say, tmp_path):
+    with pytest.raises(ConfigError, match=say): run_experiment(**SMALL, **kw, results_dir=str(tmp_path))
+
+def test_memory_advice(tmp_path, capsys, short_exam):
+    run_experiment(**SMALL | dict(log_level='INFO'), cl_method='er', num_tasks=5, stop_after=1, results_dir=str(tmp_path))
+    assert 'memory: 20 images, 2 a class of 14 (' in capsys.readouterr().out

@@ -7,11 +7,11 @@ __all__ = ['KEPT_ENDINGS', 'KEPT_NAMES', 'PRESETS', 'BLOCKS', 'ALIASES', 'HYDRA_
            'is_on', 'Config', 'fields_that_affect_results', 'fields_read_by', 'parameter_rows', 'parameter_table',
            'list_presets', 'flatten_log', 'decoded', 'read_yaml', 'effective_value', 'trains_mobile', 'merge_presets',
            'preset_names', 'preset_values', 'apply_blocks', 'hydra_hint', 'refuse_key', 'check_keys', 'advice',
-           'explain_validation', 'run_plugin_file', 'load_plugins', 'config_layers', 'refuse_idle_cl', 'params_model',
-           'resolve', 'near_chance']
+           'explain_validation', 'run_plugin_file', 'load_plugins', 'extended_values', 'config_layers',
+           'refuse_idle_cl', 'params_model', 'resolve', 'near_chance']
 
 # %% ../../nbs/00_core/01_config.ipynb #f5cf8676
-import difflib, hashlib, importlib, importlib.util, os, sys
+import difflib, hashlib, importlib, importlib.util, json, os, sys
 from pathlib import Path
 
 import yaml
@@ -362,19 +362,36 @@ def load_plugins(
         except (Exception, SystemExit) as e:   # a plugin that exits must not end the command in silence
             raise ConfigError(f"plugin='{name}' failed: {type(e).__name__}: {e}") from e
 
+# %% ../../nbs/00_core/01_config.ipynb #8c532726
+def extended_values(
+    run, # A run folder, or '' for none
+)->dict:
+    "What `extend=run` takes over: every value, except those of its tasks, its name and `resume`"
+    if not run:
+        return {}
+    try:
+        d = json.loads((Path(run).expanduser()/'config.json').read_bytes())
+    except (OSError, ValueError):
+        raise ConfigError(f"extend={run}: there is no run whose config.json can be read. Give the folder of a finished "
+                          "continual run, e.g. results/cl-asib-….") from None
+    of_its_own = {'exp_id', 'resume', 'extend', 'stop_after', 'task_sizes', 'class_order', 'num_tasks'}
+    values = flatten_log(d) | d.get('_requested', {})
+    return {k: v for k, v in values.items() if k not in of_its_own} | dict(num_tasks=1)
+
 # %% ../../nbs/00_core/01_config.ipynb #33428240
 def config_layers(
     _file='',     # A YAML file of values
     _plugins=True,# False: do not run the plugins
     **given,      # What was typed
 )->list: # Dicts, the later ones win
-    "Environment, presets, file, given"
+    "Environment, presets, the run that is extended, file, given"
     given, filed = flatten_log(given), read_yaml(_file) if _file else {}
+    old = extended_values(given.get('extend', filed.get('extend', '')))
     preset = given.get('preset', filed.get('preset', Config.model_fields['preset'].default))
     env = {'lr_schedule': os.environ['LR_SCHEDULE']} if os.environ.get('LR_SCHEDULE') else {}
     presets = [preset_values(n) for n in preset_names(preset)]
     suite = [suite_values()] if suite_values() else []
-    layers = apply_blocks([env, *presets, *suite, filed, given])
+    layers = apply_blocks([env, *presets, *suite, *([old] if old else []), filed, given])
     if _plugins:
         load_plugins(effective_value(layers, 'plugin'))
     return layers

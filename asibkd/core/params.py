@@ -529,9 +529,9 @@ class Penalties(Params):
 class Analytic(Params):
     "Analytic teacher"
     cl_trunk:Literal['auto', 'teacher', 'kmeans', 'random', 'first'] = method_param('auto', "Frozen features of an "
-        "analytic teacher: teacher = those of teacher 1; kmeans = of patches (Coates & Ng 2011); random = of the pixels; "
-        "first = of the expert after task 1; auto = teacher where it has weights, else kmeans, or random for images "
-        "below 16 pixels.")
+        "analytic teacher: teacher = those of teacher 1; kmeans = of patches (Coates & Ng 2011); random = of the "
+        "pixels; first = of the expert after task 1; auto = teacher where it has weights, else kmeans, or random for "
+        "images below 16 pixels.")
     analytic_dim:int = method_param(0, "Centroids of kmeans, or random features; with the trunk of a network, random "
         "ReLU features of its own (RanPAC); 0 = 400, 1500, and the network's own.", ge=0)
     analytic_lambda:Annotated[float, Field(gt=0)] | Literal['auto'] = method_param('auto', "Ridge penalty λ of an "

@@ -136,7 +136,7 @@ def gcv(self:RidgeSums,
     return rss.clamp_min(0)/self.n/(1 - df/self.n).clamp_min(1e-9)**2
 
 # %% ../../nbs/05_distil/12_analytic.ipynb #05d6bdca
-GRID = 10.**torch.arange(-6, 3.1, .5, dtype=torch.float64)   # Values of λ, in units of the features' mean variance times n
+GRID = 10.**torch.arange(-6, 3.1, .5, dtype=torch.float64)   # Values of λ, in units of the centred gram's mean diagonal
 
 @patch
 def choose(self:RidgeSums)->float:
