@@ -19,7 +19,7 @@ from .methods import TaskContext, check_cl_method, fusion_parameters
 from .setup import (AnalyticMemory, check_cl, check_stream, first_teacher, leak_of, limit_to_seen, roles_of,
                              student_spec, used_specs)
 from .streams import Stream, align_head, grow_head
-from ..core.config import ConfigError
+from ..core.config import ConfigError, log
 from ..core.runtime import RunContext, forked_rng, generator
 from ..data.batches import Loader, normalise
 from ..data.images import Data, ImageSet
@@ -366,8 +366,8 @@ def consolidate(self:Learner, t:int, method):
     "Align the head (`cl_align`), and note which weights are important (SI, EWC)"
     new = self.stream.classes(t)
     if self.cfg.cl_align and new.start and len(new):
-        for m in method.networks(self.student):
-            align_head(m, new.start, new.stop)
+        gammas = [align_head(m, new.start, new.stop) for m in method.networks(self.student)]
+        log.info(f'{self.key}, task {t + 1}: the rows of the new classes times γ = {gammas[0]:.3f}')
     method.after_task()
     self.si = method.task.si
     if t + 1 < len(self.stream):                                             # after the last task nothing follows

@@ -26,7 +26,7 @@ def parameters_read(
     "Parameters that at least one of the methods, or an analytic teacher, reads, of the narrow ones"
     classes, of_teachers = list(classes), set()
     archs = [*(c.teachers or (c.teacher1_type, c.teacher2_type)), c.teacher_type]
-    if any(map(is_analytic, archs)) and any(cls.teachers_used != 'none' for cls in classes):
+    if not c.cl_mode and any(map(is_analytic, archs)) and any(cls.teachers_used != 'none' for cls in classes):
         of_teachers = {*Analytic.model_fields}
     return of_teachers.union(*(cls.reads(with_method_defaults(c, cls)) for cls in classes))
 
@@ -46,8 +46,8 @@ def idle_parameters(
 SWITCHES = dict(kd_alpha=.9, hint_beta=100., at_beta=1000., feat_kd_alpha=1., use_disagree_weight=True, use_ib=True,
                 ib_beta=.001, bridge_objective='both', teacher_adapt_epochs=5, use_distillation_adapter=True,
                 use_partial_freeze=True, tau_end=1., lambda_ewc=.4, cl_old_kd=1., cl_der_alpha=.1, cl_kd_mix=3.,
-                si_c=5.,
-                cl_teachers='snapshot+ema', ewc_mode='online', cl_der_loss='kl')   # What may turn a parameter on
+                si_c=5., cl_teachers='analytic+snapshot+ema', ewc_mode='online', cl_der_loss='kl',
+                teacher1_type='analytic')   # What may turn a parameter on
 
 # %% ../../nbs/05_distil/07_idle.ipynb #ee683107
 def remedy(

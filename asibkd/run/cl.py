@@ -9,6 +9,7 @@ __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'part_classes', 
 
 # %% ../../nbs/11_run/02_cl.ipynb #962e0e0e
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch

@@ -6,7 +6,7 @@
 __all__ = ['ABOUT', 'usage']
 
 # %% ../../nbs/11_run/06_usage.ipynb #5405f63c
-ABOUT = dict(run='run an experiment (or resume it): teachers, bridge, student, baselines',
+ABOUT = dict(run='run an experiment (or resume it; --extend RUN: go on with new classes)',
              merge='one student from checkpoints that know different classes, and a folder of images',
              finetune='fine-tune one teacher', baseline='train the student with labels alone',
              evaluate='train and test accuracy from checkpoints',

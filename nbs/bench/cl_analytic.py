@@ -29,7 +29,7 @@ TABLE, TUNING = HERE/'cl_analytic.csv', HERE/'cl_analytic_tuning.csv'
 WORK = HERE.parents[1]/'results'/'cl_analytic'
 KEY = ['data', 'budget', 'arm', 'buffer', 'seed', 'choice']
 COLUMNS = [*KEY, 'params', 'capacity', 'val', 'ACC', 'AIA', 'BWT', 'task_ACC', 'items', 'images_mb', 'statistics_mb',
-           'curves', 'gate', 'cpu', 'torch']
+           'trunk', 'curves', 'gate', 'cpu', 'torch']
 BUDGET = 4                                         # Settings that every arm may try
 
 
@@ -45,7 +45,7 @@ def rates(*own)->list:
 CAST = dict(cl_teachers='analytic+snapshot')
 VIEWS = rates(dict(cl_kd_mix=1.), dict(cl_kd_mix=3.))
 DER = rates(dict(cl_der_alpha=.05), dict(cl_der_alpha=.2))
-LAMBDAS = [dict(analytic_lambda=v) for v in ('auto', 1., 10., 100.)]
+LAMBDAS = [dict(analytic_lambda=v) for v in ('auto', .1, 1., 10.)]
 ARMS = dict(      # cl_method, what makes the arm, its settings to choose from
     naive=('naive', {}, LRS),
     joint=('joint', {}, LRS),
@@ -80,6 +80,8 @@ BUDGETS = dict(bytes='asib', small='asib_small')   # those of which arm
 
 SMALL = dict(preset='quickstart', dataset='digits')
 PHOTOS = dict(preset='split_cifar', dataset='imagefolder', train_per_class=1112)      # 1,000 train, 112 validate
+READY = dict(dataset='imagefolder', teacher1_type='resnet20', train_per_class=2000, finetune_epochs=20,
+             finetune_lr=.008, batch_size=64, data_aug='standard', seed=7, report=0)     # the pretrained trunk
 DATA = dict(      # parameters, memories, those that are tuned, seeds that are reported, seeds for tuning, its own trunk
     digits=(SMALL, (10, 20, 50, 200), (20, 200), range(200, 220), (1000, 1001, 1002), 'random'),
     cifar=(PHOTOS, (200, 500), (200,), range(11, 16), (1000,), 'kmeans'),
@@ -140,7 +142,7 @@ def part_of(ds, classes, names):
     new = torch.full((10,), -1)
     new[classes] = torch.arange(len(classes))
     keep = (new[ds.y] >= 0).nonzero().flatten()
-    return ImageSet(ds.x[keep], new[ds.y[keep]], [names[c] for c in classes])
+    return ImageSet(ds.source.x[ds.ids[keep]], new[ds.y[keep]], [names[c] for c in classes])
 
 
 @lru_cache(maxsize=2)
@@ -167,9 +169,8 @@ def ready_trunk(root)->str:
         if not file.exists():
             log.info('pretraining resnet20 on the first five classes')
             names = bridge_map.decoded(root)['train'].classes[:5]
-            run_finetune(dataset='imagefolder', data_root=root, teacher1_type='resnet20', teacher1_classes=names,
-                         train_per_class=2000, finetune_epochs=20, finetune_lr=.008, batch_size=64, seed=7,
-                         data_aug='standard', finetune_ckpt1=str(file), results_dir=str(WORK), report=0)
+            run_finetune(**READY, data_root=root, teacher1_classes=names, finetune_ckpt1=str(file),
+                         results_dir=str(WORK))
     return str(file)
 
 
@@ -207,7 +208,7 @@ def train_row(row:dict, params:dict)->dict:
                                                       task_ACC='task_ACC').items()}
     return row | percent | dict(
         items=r['memory_items'], images_mb=round(r['memory_mb'], 6),
-        statistics_mb=round(r.get('statistics_mb') or 0, 6),
+        statistics_mb=round(r.get('statistics_mb') or 0, 6), trunk=r.get('trunk', ''),
         curves=json.dumps(curves_of(out)), gate=json.dumps([g.get('gate') for g in out.gates]),
         cpu=round(cpu, 2), torch=torch.__version__.split('+')[0])
 
@@ -520,7 +521,9 @@ def report(data):
         for (_, b), g in cells(t, budget):
             what = 'images' if budget == 'images' else f'bytes as {ours}'
             print(f'\n{data}, memory {b}, equal {what}', table(g, ours).to_string(index=False), sep='\n')
-    print('', parts(t).to_string(index=False), '', sentence(against_best(t)), sep='\n')
+    if len(p := parts(t)):
+        print('', p.to_string(index=False), sep='\n')
+    print('', sentence(against_best(t)), sep='\n')
 
 
 def main(argv=None):
