@@ -169,9 +169,9 @@ def test_two_evaluations_are_equal_and_the_gate_gives_the_base(method):
 
 def test_what_auto_means_and_what_is_refused():
     auto = dict(bridge_objective='auto')
-    assert [objective_of(Config(**auto, **kw)) for kw in ({}, dict(cl_mode=1), dict(mbm_tokens='spatial'), dict(use_distillation_adapter=1))] == ['fuse', 'distil', 'distil', 'distil']
+    assert [objective_of(Config(**auto, **kw)) for kw in ({}, dict(cl_mode=1), dict(mbm_tokens='spatial'), dict(use_distillation_adapter=1))] == ['fuse', 'fuse', 'distil', 'distil']
     assert (base_of(Config(**auto)), base_of(Config(bridge_objective='ce'))) == ('wavg', 'average')
-    for kw in (dict(cl_mode=1), dict(mbm_tokens='spatial'), dict(use_distillation_adapter=1), dict(synergy_base='none')):
+    for kw in (dict(mbm_tokens='spatial'), dict(use_distillation_adapter=1), dict(synergy_base='none')):
         with pytest.raises(ConfigError, match='bridge_objective=fuse'): refuse_bridge(Config(bridge_objective='fuse', **kw))
     with pytest.raises(ConfigError, match='synergy_base=wavg'): refuse_bridge(Config(bridge_objective='ce', synergy_base='wavg'))
 

@@ -100,7 +100,7 @@ def test_own_modules_and_arrays(tmp_path):
     ds = [(a, int(b)) for a, b in zip(x, y)]
     net = lambda k: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, k))
     mine = net(6); before = {k: v.clone() for k, v in mine.state_dict().items()}
-    with pytest.raises(ConfigError, match='learns from snapshot'): run_experiment(**SMALL, teachers=[net(6)], train=ds, test=ds[:60], results_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match='learns from snapshot'): run_experiment(**SMALL, cl_teachers='snapshot', teachers=[net(6)], train=ds, test=ds[:60], results_dir=str(tmp_path))
     s = run_experiment(**SMALL | dict(compare=1, epochs=1), cl_teachers='expert+snapshot', teachers=[net(6)], student=mine, train=ds, test=ds[:60], results_dir=str(tmp_path))
     assert [len(t) for t in s['tasks']] == [2, 2, 2] and len(s['R']['asib']['class_il'][-1]) == 3
     assert all(v.equal(before[k]) for k, v in mine.state_dict().items())                              # your module stays as it is

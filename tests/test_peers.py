@@ -3,6 +3,7 @@
 The definitions follow RepDistiller, mdistiller, logit-standardization-KD, AE-KD, CA-MKD, RKD, Mammoth, AML and pathint.
 The last part is the table of (parameter, method): a parameter has an effect on the loss, or it is refused."""
 import copy, functools
+from dataclasses import replace
 from types import SimpleNamespace as NS
 
 import numpy as np
@@ -352,7 +353,7 @@ def cl_step(method, **given):
     c = with_method_defaults(Config(cl_mode=True, cl_method=method, bridge_objective='both', **given), cls)
     x, y, new = torch.randn(4, 3, 8, 8), torch.tensor([2, 2, 0, 1]), torch.tensor([True, True, False, False])
     stored = dict(stored=torch.randn(4, 1, 2)*~new[:, None, None], n_seen=torch.tensor([0, 0, 2, 2]), certainty=torch.ones(4))
-    if not cls.rehearses: y, new, stored = torch.tensor([2, 2, 3, 2]), torch.ones(4).bool(), {}
+    if not (cls.rehearses or cls.is_teacher): y, new, stored = torch.tensor([2, 2, 3, 2]), torch.ones(4).bool(), {}
     b = ReplayBatch(x, y, torch.arange(4), None, is_new=new, **stored)
     ewc = EWC() if cls.cumulative else EWC().consolidate(st.model, {k: torch.ones_like(v) for k, v in st.model.named_parameters()})
     si = SI(st.model); si.omega0 += 1.; si.consolidate()
@@ -361,6 +362,9 @@ def cl_step(method, **given):
     for p in (*m.parameters(), *st.parameters()): p.data.add_(.1*torch.randn_like(p))
     s_out, t_outs, out = st(x), [t(x) for t in ts], []
     for phase in 'AB' if cls.adapts else 'B':
+        if phase == 'B' and cls.mixes and m.views():                                         # views between the images, behind them
+            b = replace(b, x=torch.cat([x, x.roll(1, 0)/2 + x/2]), n_mixed=4, plain=m.views().plain)
+            s_out, t_outs = st(b.x), [t(b.for_teachers.x) for t in ts]
         m.prepare(phase); torch.manual_seed(1)
         o = (m.adapt_loss if phase == 'A' else m.loss)(b, s_out, t_outs, When(phase, stage=1, epoch=1, epochs=4))
         out += [o['loss'].item(), *(v.item() for v in o['parts'].values())]

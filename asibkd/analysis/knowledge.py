@@ -9,7 +9,7 @@ __all__ = ['STRIP', 'SHEET', 'THUMB', 'knowledge_table', 'plot_knowledge', 'fuse
 # %% ../../nbs/09_analysis/08_knowledge.ipynb #f0bdfadd
 from pathlib import Path
 
-from .cl import cl_summary, knowledge_rows, knowledge_sentence, role_names
+from .cl import classes_learnt, cl_summary, knowledge_rows, knowledge_sentence, role_names
 from .notes import price_text
 from .page import picture, section, table, text
 from .tables import joined, shorten
@@ -173,7 +173,7 @@ def plot_strips(
 )->'Picture': # None where the run kept no images
     "The images that the memory kept, one strip a class, in the order in which the classes were learnt"
     from asibkd.core.picture import Picture
-    classes = [c for t in s['tasks'] for c in t]
+    classes = classes_learnt(s)
     sheet = strips_of(run, len(classes))
     if sheet is None:
         return None
@@ -207,7 +207,8 @@ def knowledge_sections(
                 f"The path ended at β = {joined(t.β)}."),
         table(t, 'The fusion, task by task: NLL is K-fold cross-validated')]
     strips = plot_strips(run, s)
-    shown, every = strip_rows(sum(map(len, s['tasks'])))[0], sum(map(len, s['tasks']))
+    every = len(classes_learnt(s))
+    shown = strip_rows(every)[0]
     some = f' The first {shown} of {every} classes.' if shown < every else ''
     kept = strips and picture(strips, f'Images of the memory, one strip a class.{some}', f'Thumbnails of {shown} classes.')
     return [section('What is known after each task', *parts), section('The fusion over tasks', *fused),

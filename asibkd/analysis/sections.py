@@ -21,7 +21,7 @@ from .figures import (
     plot_reliability, reliability_table, student_curves)
 from .page import details, picture, section, table, text
 from .tables import cell, is_cl, joined, load_metrics, result_table
-from ..cl import rivals                                               # noqa: it registers its methods
+from ..cl import rivals, yardsticks                                   # noqa: it registers its methods
 from ..cl.methods import cl_methods
 from ..core.config import Config, RunError, fields_read_by, resolve
 from ..core.files import FileDamaged, read_json

@@ -15,7 +15,7 @@ from torch import nn
 
 from .fisher import EWC, check_ewc, fisher_diag
 from .memory import Balanced, Buffer, Replay, join
-from .methods import TaskContext, check_cl_method
+from .methods import TaskContext, check_cl_method, fusion_parameters
 from .setup import (AnalyticMemory, check_cl, check_stream, first_teacher, leak_of, limit_to_seen, roles_of,
                              student_spec, used_specs)
 from .streams import Stream, align_head, grow_head
@@ -30,7 +30,9 @@ from ..models.kdmodel import KDModel
 from ..models.trace import copied
 from ..trainers.build import build_student
 from ..trainers.callbacks import EmaCB
+from ..trainers.casts import balanced_rows, fuse_cast, left_out, set_base, unfitted
 from ..trainers.phases import adapt, distil, finetune, to_device
+from ..trainers.tables import fitting_table
 
 # %% ../../nbs/07_cl/06_learner.ipynb #38f24b73
 IMAGE_COUNTS = ('student_images', 'teacher_forwards', 'teacher_images', 'bridge_images')
@@ -75,6 +77,9 @@ class Learner:
         c, n_class = self.cfg, stream.data.n_class
         self.roles, self.out = roles_of(c), CLResult(key)
         self.memory = Buffer(c.replay_capacity if self.cls.rehearses else 0, c.replay_policy, c.seed)
+        self.alone = None                                # The analytic teacher, where it is what is examined
+        self.held = Buffer(0, seed=c.seed)               # Validation images of past classes: never replayed
+        self.holds = 'cl_held' in fusion_parameters(self.cls, c)
         self.ewc, self.si, self.teachers, self.kept = EWC(c.ewc_mode, c.ewc_gamma), None, {}, {}
         self.analytic = AnalyticMemory(c, self.specs, stream, ctx.acc.device) if 'analytic' in self.roles else None
         trunk = self.analytic.kind if self.analytic else ''
@@ -103,7 +108,7 @@ class Learner:
 @patch(as_prop=True)
 def examined(self:Learner)->KDModel:
     "The model that is evaluated and saved: the student, unless the method makes another one of it"
-    return self.cls.examined(self.student, self.kept)
+    return self.alone or self.cls.examined(self.student, self.kept)
 
 # %% ../../nbs/07_cl/06_learner.ipynb #ddba5ad0
 @patch
@@ -191,8 +196,9 @@ def compute_teacher(self:Learner, t:int)->KDModel:
             self.teachers.pop('expert1')
     self.analytic.learn(self.eval_loader(data.train, data), n_seen, network)
     self.out.cost['teacher_forwards'] += len(data.train)
-    teacher = self.analytic.teacher(join(data.train, self.memory), t)
-    return limit_to_seen(teacher, n_seen, self.width(t))
+    teacher = limit_to_seen(self.analytic.teacher(join(data.train, self.memory), t), n_seen, self.width(t))
+    self.alone = teacher if self.cls.is_teacher else None
+    return teacher
 
 # %% ../../nbs/07_cl/06_learner.ipynb #367e93fa
 @patch
@@ -233,11 +239,45 @@ def create_task_method(self:Learner, t:int, teachers:list, roles:tuple):
     to_device(self.ctx, method)
     return method
 
+# %% ../../nbs/07_cl/06_learner.ipynb #287b93d0
+@patch
+def fusion_set(
+    self:Learner,
+    t:int,
+    kept:Buffer,    # Images of old classes
+    new:ImageSet,   # Of the task's
+)->ImageSet:
+    "As many images of each new class as of the old ones, and those"
+    n = int(torch.bincount(kept.y).max()) if len(kept) else self.cfg.batch_size
+    return join(new.subset(balanced_rows(new.y, n, generator(self.cfg.seed, 'fusion', t))), kept)
+
+# %% ../../nbs/07_cl/06_learner.ipynb #3d4f74d6
+@patch
+def fuse(self:Learner, t:int, method, teachers:list):
+    "Fit the fusion of the task's teachers; with one teacher, or no image of an old class, there is nothing to fit"
+    c, roles, data = self.cfg, method.task.roles, self.task_data(t)
+    set_base(method, unfitted(len(teachers), roles.index('analytic') if 'analytic' in roles else None))
+    split = 'memory' if c.bridge_images == 'train' else 'held'
+    kept, new = (self.memory, data.train) if split == 'memory' else (self.held, data.val)
+    if len(teachers) < 2 or not len(kept):
+        return
+    sets = [self.fusion_set(t, kept, new), self.fusion_set(t, self.memory, data.train)]
+    table, seen = (fitting_table(self.student, teachers, self.eval_loader(o, data), self.ctx) for o in sets)
+    if split == 'memory':
+        table = left_out(table, teachers)
+    record = fuse_cast(method, self.ctx.but(data=data), table, dict(split=split, n=len(table)), seen,
+                       self.phase_name(t, 'A'))
+    self.out.gates.append(dict(record, task=t + 1))
+    self.out.cost['bridge_images'] += sum(map(len, sets))
+    self.out.cost['teacher_forwards'] += sum(map(len, sets))*len(teachers)
+
 # %% ../../nbs/07_cl/06_learner.ipynb #ed8bc71e
 @patch
 def fit_bridge(self:Learner, t:int, method, teachers:list):
-    "Phase A on class-balanced batches, if the method has a phase A"
+    "Fit the teachers' fusion, or phase A on class-balanced batches, if the method has either"
     c = self.cfg
+    if method.fuses(c):
+        return self.fuse(t, method, teachers)
     # labels can only validate a bridge on classes that its teachers were trained on
     columns = None if c.bridge_objective == 'distil' else method.known_columns
     data = self.with_memory(t, columns)
@@ -278,6 +318,8 @@ def replay_loader(
 @patch
 def train_student(self:Learner, t:int, method, teachers:list):
     "Phase B on new and replayed images"
+    if method.is_teacher:
+        return
     c, views = self.cfg, method.views() if method.mixes else None
     data, memory, held = method.hold_out(self.task_data(t), self.memory)
     loader = self.replay_loader(t, views, data, memory)
@@ -355,12 +397,31 @@ def logits_to_store(
     self.out.cost['teacher_forwards'] += len(data.train)*len(named)
     return o
 
+# %% ../../nbs/07_cl/06_learner.ipynb #f8fdab9c
+@patch
+def share_places(self:Learner, t:int):
+    "Divide the memory after task `t`: `cl_held` of it, in equal parts, for held-out images; the rest is replayed"
+    c, k = self.cfg, self.stream.n_seen(t)
+    held = k*int(c.cl_held*c.replay_capacity/k) if self.holds else 0
+    if self.holds:
+        self.held.capacity, self.memory.capacity = held, c.replay_capacity - held
+
+# %% ../../nbs/07_cl/06_learner.ipynb #5ca461ff
+@patch
+def hold_out(self:Learner, t:int):
+    "Keep validation images of the classes so far, equally many of each"
+    self.share_places(t)
+    if self.holds:
+        ds = self.task_data(t).val
+        self.held.add(ds, t, 1, torch.zeros(len(ds), 1, 1))
+
 # %% ../../nbs/07_cl/06_learner.ipynb #f1d61050
 @patch
 def fill_memory(self:Learner, t:int, method=None, teachers=()):
     "Offer the task's images to the memory, with their current logits; `cl_transplant` renews those of kept items"
     if not self.memory.capacity:
         return
+    self.hold_out(t)
     if self.cls.learns_from_memory:              # there is no network yet, and no use for logits
         ds, k = self.task_data(t).train, self.stream.n_seen(t)
         return self.memory.add(ds, t, k, torch.zeros(len(ds), 1, k))

@@ -118,7 +118,8 @@ def state(self:Learner, t:int)->dict:
     teachers = {k: dict(state=m.state_dict(), has_weights=h) for k, (m, h) in self.teachers.items()}
     si = None if self.si is None else self.si.state_dict()
     return dict(task=t, student=self.student.state_dict(), untrained=self.untrained.state_dict(),
-                memory=self.memory.state(), ewc=self.ewc.state(), si=si, kept=self.kept, teachers=teachers,
+                memory=self.memory.state(), held=self.held.state(),
+                ewc=self.ewc.state(), si=si, kept=self.kept, teachers=teachers,
                 out=vars(self.out), analytic=self.analytic and self.analytic.state(), is_end=t + 1 == len(self.stream),
                 rows=getattr(self.run, 'n_rows', 0), callbacks=callback_states(self.user_callbacks))
 
@@ -153,8 +154,11 @@ def restore(
         grow_head(m, self.stream.n_seen(t)).load_state_dict(o['state'])
         self.teachers[name] = m, o['has_weights']
     self.memory.load(s['memory'])
+    self.held.load(s['held'])
+    self.share_places(t)
     if self.analytic:
         self.analytic.load(s['analytic'])
+        self.alone = self.analytic.teacher(self.task_data(t).train, t) if self.cls.is_teacher else None
     self.ewc.load(s['ewc'], self.acc.device)
     self.out, self.kept = CLResult(**s['out']), s['kept']
     if s['si'] is not None:

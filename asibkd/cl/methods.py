@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cl_methods', 'TaskContext', 'register_cl_method', 'list_cl_methods', 'check_cl_method', 'mean_over', 'cl_parameters',
-           'CLMethod', 'SharedTerms', 'register_weights', 'SynapticIntelligence', 'LwF', 'ICaRL', 'FirstICaRL',
-           'AverageCL', 'ASIBCL']
+           'fusion_parameters', 'CLMethod', 'SharedTerms', 'register_weights', 'SynapticIntelligence', 'LwF', 'ICaRL',
+           'FirstICaRL', 'AverageCL', 'ASIBCL']
 
 # %% ../../nbs/07_cl/04_methods.ipynb #d1374204
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .fisher import EWC, SI
 from ..core.config import Config, Registry, fields_read_by
-from ..core.runtime import FOREIGN
+from ..core.runtime import FOREIGN, objective_of
 from ..distil.asmb import ASMB
 from ..distil.losses import ce_loss, kd_loss, upcast
 from ..distil.methods import AvgZ, Method, kd_parameters, registering, weighted
@@ -85,6 +85,14 @@ def cl_parameters(
             (cls.rehearses, memory), (cls.rehearses and c.cl_der_alpha, stored), (c.lambda_ewc, fishers)]
     return {k for on, names in rows if on for k in names} - {*cls.unused_weights}
 
+# %% ../../nbs/07_cl/04_methods.ipynb #e29dd7a8
+def fusion_parameters(cls:type, c:Config)->set: # Names
+    "Parameters of the images on which several teachers are fused"
+    cast = c.cl_teachers or ''
+    if not (cls.fuses(c) and ('+' in cast or 'generic' in cast)):
+        return set()
+    return {'bridge_images'} | ({'cl_held'} if c.bridge_images != 'train' else set())
+
 # %% ../../nbs/07_cl/04_methods.ipynb #ff930972
 class CLMethod(Method):
     "Base of every continual method: the shared terms, weighted by `defaults`"
@@ -93,6 +101,7 @@ class CLMethod(Method):
     cumulative = False              # A new student for every task, on all data so far (joint)
     learns_from_memory = False      # A new student for every task, on the memory alone (gdumb)
     only_snapshot = False           # Its one possible teacher is the snapshot
+    is_teacher = False              # Examines the analytic teacher itself; no student is trained
     without_teachers = None         # The class that is used while there is no teacher (first task, snapshot only)
     classifies_by_means = False     # Predicts by the memory's features: the learner calls `set_class_means`
     makes_synergy = False           # Combines its teachers' logits into logits that a memory may store
@@ -113,6 +122,11 @@ class CLMethod(Method):
     @classmethod
     def reads(cls, c):
         return super().reads(c) - {*cls.unused_weights} | cl_parameters(cls, c)
+
+    @classmethod
+    def fuses(cls, c):
+        "Is a fusion of the teachers fitted, on images that none has learnt from?"
+        return False
 
     @classmethod
     def examined(cls, student, kept):
@@ -363,7 +377,8 @@ class AverageCL(ViewKD, CLMethod, AvgZ):
     "Replay, and the plain average of the teachers' logits: what the bridge has to beat"
     makes_synergy = True
     unused_weights = ('cl_old_kd',)
-    defaults = CLMethod.defaults | dict(kd_alpha=1., cl_teachers='snapshot', cl_mask='full', cl_der_alpha=.1)
+    defaults = CLMethod.defaults | dict(
+        cl_kd_mix=3., cl_teachers='analytic+snapshot', cl_mask='full', cl_der_alpha=.1)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #c793a5be
 @register_cl_method('asib')
@@ -375,9 +390,15 @@ class ASIBCL(ViewKD, CLMethod, ASMB):
     @classmethod
     def reads(cls, c):
         "Teachers are frozen by their role: the levels and scopes of one-shot runs have no effect"
-        frozen = {k for k in fields_read_by('bridge') if '_freeze' in k or k.endswith('bn_head_only')}
+        idle = {k for k in fields_read_by('bridge') if '_freeze' in k or k.endswith('bn_head_only')}
+        idle |= {'cl_old_kd'} if cls.fuses(c) else set()
         old = kd_parameters(c) if c.cl_old_kd > 0 and 'snapshot' in (c.cl_teachers or '') else set()
-        return (super().reads(c) | old) - frozen - {'teacher_weight_decay', 'reg_lambda'}
+        found = super().reads(c) - {'bridge_images'} | old | fusion_parameters(cls, c)
+        return found - idle - {'teacher_weight_decay', 'reg_lambda'}
+
+    @classmethod
+    def fuses(cls, c):
+        return objective_of(c) == 'fuse'
 
     @classmethod
     def asks_plain(cls, c):

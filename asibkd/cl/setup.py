@@ -100,8 +100,8 @@ def term_rules(
     "Weights and files that the method does not use"
     unused = next((k for k in cls.unused_weights if getattr(given, k)), '')
     return [(given.cl_kd_mix and not cls.mixes,
-             f"cl_kd_mix={given.cl_kd_mix}: {key} does not distil soft labels of new and replayed images. Leave it out, "
-             "or use asib, avgz or wavg."),
+             f"cl_kd_mix={given.cl_kd_mix}: {key} does not distil soft labels of new and replayed images. Leave it "
+             "out, or use asib, avgz or wavg."),
             (key == 'si' and c.grad_clip_norm,
              "grad_clip_norm with cl_method=si: the path integral needs the gradient as it is. Set it to 0."),
             (unused, f"{unused}={getattr(given, unused, '')}: {key} has no such term. "
@@ -127,6 +127,8 @@ def teacher_rules(
     return [(not (roles or without), f"cl_teachers='': {key} needs teachers, e.g. expert+snapshot."),
             (roles and without and given.cl_teachers,
              f"cl_teachers={given.cl_teachers}: {key} uses no teacher. Use asib or avgz."),
+            (cls.is_teacher and roles != ['analytic'],
+             f"cl_teachers={c.cl_teachers}: {key} is the analytic teacher alone. Use asib, avgz or wavg."),
             (roles and cls.only_snapshot and roles != ['snapshot'],
              f"cl_teachers={c.cl_teachers}: {key} learns from the snapshot. "
              "Use asib or avgz for other teachers.")]

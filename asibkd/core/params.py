@@ -295,9 +295,10 @@ class Bridge(Params):
         "code); auto: wavg with the objective fuse, else average.")
     bridge_objective:Literal['auto', 'fuse', 'distil', 'ce', 'both'] = bridge_param('auto', "fuse: fit the fusion on "
         "labelled images; distil: match the average of the teachers' soft logits; ce: predict the labels; both: distil "
-        "+ ce; auto: fuse, or distil with adapters, spatial tokens and in continual learning.")
+        "+ ce; auto: fuse, or distil with adapters and spatial tokens.")
     bridge_images:Literal['auto', 'train', 'val'] = bridge_param('auto', "Images that fit the fusion: the labelled "
-        "training images, or the validation split; auto: train where no teacher has learnt from them.")
+        "training images, or the validation split; auto: train where no teacher has learnt from them. With "
+        "cl_mode: val (auto) = held-out images of task and memory, train = those that are learnt from.")
     synergy_gate:bool = bridge_param(True, "Use the synergy logits only if their NLL on held-out images is below "
         "that of what they start as.")
 
@@ -504,13 +505,16 @@ class Replaying(Params):
     clser_stable:float = cl_param(0.7, "Probability that a step updates the stable model of clser, the one evaluated "
         "(published for CIFAR-10: 0.1, with 80,000 steps).", ge=0, le=1)
     clser_plastic:float = cl_param(0.9, "Probability that a step updates the plastic model of clser.", ge=0, le=1)
+    cl_held:float = cl_param(0.2, "Share of the memory for validation images of past classes, never replayed: the "
+        "teachers' fusion is fitted on them (asib, wavg). Less than one image a class: none.", ge=0, lt=1)
     clser_decay:float = cl_param(0.999, "Largest decay of clser's averages; a short run may need 0.99 or less.",
         ge=0, lt=1)
-    cl_kd_mix:float | None = cl_param(None, "Weight of the distillation on views *between* images, new and replayed ones "
-        "mixed by MixUp, which the teachers answer; empty = the method's default.", ge=0)
-    cl_mix_alpha:float = cl_param(1.0, "Those views: α of MixUp's Beta(α, α); 1 = every mixing share is as likely.", gt=0)
-    cl_mix_aug:Literal['standard', '0'] = cl_param('standard', "Those views: augmentation before mixing, crop + flip or "
-        "none; it is drawn apart from data_aug.")
+    cl_kd_mix:float | None = cl_param(None, "Weight of the distillation on views *between* images, new and "
+        "replayed ones mixed by MixUp, which the teachers answer; empty = the method's default.", ge=0)
+    cl_mix_alpha:float = cl_param(1.0, "Those views: α of MixUp's Beta(α, α); 1 = all shares are as likely.",
+        gt=0)
+    cl_mix_aug:Literal['standard', '0'] = cl_param('standard', "Those views: augmentation before mixing, crop + "
+        "flip or none; it is drawn apart from data_aug.")
 
 # %% ../../nbs/00_core/00_params.ipynb #9f86e968
 class Penalties(Params):

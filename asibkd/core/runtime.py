@@ -205,8 +205,7 @@ def objective_of(
     "What phase A trains"
     if cfg.bridge_objective != 'auto':
         return cfg.bridge_objective
-    on_images = (cfg.cl_mode or cfg.use_distillation_adapter or cfg.mbm_tokens == 'spatial'
-                 or cfg.synergy_base == 'none')
+    on_images = cfg.use_distillation_adapter or cfg.mbm_tokens == 'spatial' or cfg.synergy_base == 'none'
     return 'distil' if on_images else 'fuse'
 
 # %% ../../nbs/00_core/05_runtime.ipynb #71b0b758

@@ -36,7 +36,8 @@ def clean(
     return printable(o) if isinstance(o, str) else o
 
 # %% ../../nbs/00_core/06_text.ipynb #f6235a39
-FITTED_ON = dict(train='labelled training images', val='validation images')
+FITTED_ON = dict(train='labelled training images', val='validation images',
+                 held='held-out images of old and new classes', memory='images of memory and task')
 
 # %% ../../nbs/00_core/06_text.ipynb #a9904ce1
 def escape_markdown(

@@ -58,9 +58,7 @@ def refuse_bridge(c:Config):
     fuses, base = objective_of(c) == 'fuse', base_of(c)
     reads = ['use_distillation_adapter=1'] if c.use_distillation_adapter else []
     reads += ['mbm_tokens=spatial'] if c.mbm_tokens == 'spatial' else []
-    faults = [(fuses and c.cl_mode, "bridge_objective=fuse needs all classes at once, and cl_mode=1 brings them task "
-               "by task. Use bridge_objective=ce or distil, or leave it out."),
-              (fuses and reads, f"bridge_objective=fuse reads a table of pooled features; {' and '.join(reads)} trains "
+    faults = [(fuses and reads, f"bridge_objective=fuse reads a table of pooled features; {' and '.join(reads)} trains "
                "on images. Leave one of them out."),
               (fuses and base == 'none', "synergy_base=none is the free head of bridge_objective=ce and both; "
                "bridge_objective=fuse starts from the teachers. Use synergy_base=wavg or average."),

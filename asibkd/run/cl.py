@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'part_classes', 'parts_plan', 'extended_plan', 'stream_of',
            'task_classes', 'check_given_teachers', 'create_learners', 'kept_megabytes', 'memory_columns', 'cl_row',
-           'cl_verdict', 'save_task', 'keep_task', 'save_cl_results', 'cl_summary_of', 'run_cl']
+           'cl_verdict', 'save_task', 'keep_task', 'save_cl_results', 'learner_costs', 'cl_summary_of', 'run_cl']
 
 # %% ../../nbs/11_run/02_cl.ipynb #962e0e0e
 import copy
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from ..analysis.knowledge import save_strips
-from ..cl import loop, rivals                     # noqa: with them a learner learns, by any method
+from ..cl import loop, rivals, yardsticks                                 # noqa: with them a learner learns, by any method
 from ..cl.learner import CLResult, Learner
 from ..cl.methods import check_cl_method, list_cl_methods             # noqa: here all are registered
 from ..cl.memory import memory_advice
@@ -165,7 +166,7 @@ def cl_row(
     class_il, last = cl_metrics(o.class_il, n), len(o.class_il) - 1
     task_il = cl_metrics(o.task_il, n, o.before_learning[:last], o.untrained[:last])
     class_il.pop('FWT')
-    return dict(key=o.key, model=l.student.name, role='student', target=['labels', *roles_of(l.cfg)],
+    return dict(key=o.key, model=l.examined.name, role='student', target=['labels', *roles_of(l.cfg)],
                 val_acc=cl_metrics(o.val_class_il)['ACC'], **class_il, task_ACC=task_il['ACC'],
                 task_BWT=task_il['BWT'], task_FWT=task_il['FWT'], **memory_columns(l), **o.cost, leak=o.leak)
 
@@ -191,6 +192,9 @@ def save_task(
 ):
     "Write the student as it is after task `t`, with the rows of the classes seen"
     data, m = l.stream.until(t), l.examined
+    if l.alone is not None:                                                    # no student was trained: trunk and head
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return save_state(m.model.state_dict(), Path(folder)/'analytic.safetensors')
     if m.n_class > data.n_class:                                               # cl_mask=full: it has rows of later classes
         m = grow_head(copy.deepcopy(m), data.n_class)
     card = student_card(card_type, seen_by(m, data), l.ctx.cfg.small_input == '1')
@@ -220,6 +224,19 @@ def save_cl_results(
         save_state(l.memory.items, run/'memory.safetensors')
         save_strips(run.path, l.memory.x, l.memory.y, stream.n_seen(l.n_tasks - 1))
 
+# %% ../../nbs/11_run/02_cl.ipynb #14975385
+def learner_costs(
+    learners:dict,  # name → Learner
+)->dict: # name → as `model_costs` returns it
+    "What the examined model of each method costs; networks of one name are measured once"
+    found, out = {}, {}
+    for k, l in learners.items():
+        m = l.examined
+        if m.name not in found:
+            found[m.name] = model_costs(m, l.stream.data.shape)
+        out[k] = dict(found[m.name])
+    return out
+
 # %% ../../nbs/11_run/02_cl.ipynb #7b5569a2
 def cl_summary_of(
     ctx:RunContext,
@@ -230,12 +247,12 @@ def cl_summary_of(
     "summary.json of a continual run"
     cfg, data, key = ctx.cfg, ctx.data, ctx.cfg.cl_method
     out, l = done[key], learners[key]
-    costs = model_costs(l.student, data.shape)
-    latency = costs.pop('latency_ms')
-    rows = [cl_row(o, learners[k], l.stream) | costs for k, o in done.items()]
+    costs = learner_costs({k: learners[k] for k in done})
+    latency = {k: c.pop('latency_ms') for k, c in costs.items()}
+    rows = [cl_row(o, learners[k], l.stream) | costs[k] for k, o in done.items()]
     R = {k: dict(class_il=o.class_il, task_il=o.task_il, val_class_il=o.val_class_il) for k, o in done.items()}
     norms = {n: norm_row(m) for n, (m, _) in l.teachers.items()}              # of its teachers' input
-    time = dict(seconds={k: o.seconds for k, o in done.items()}, latency_ms={k: latency for k in done},
+    time = dict(seconds={k: o.seconds for k, o in done.items()}, latency_ms=latency,
                 teacher_images=dict(teacher_counts))
     return dict(exp_id=ctx.run.id, kind='cl', method=key, dataset=data.name, seed=cfg.seed, rows=rows,
                 gates=out.gates, method_params=params, tasks=task_classes(l.stream, l.n_tasks), R=R, others=out.others, plan=l.stream.plan,

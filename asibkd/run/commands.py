@@ -126,7 +126,7 @@ def help_text(
     command:str, # One that takes the parameters of `Config`
 )->str:
     "The page that `asibkd COMMAND --help` prints"
-    from asibkd.cl import rivals                                            # noqa: they register their methods
+    from asibkd.cl import rivals, yardsticks                                # noqa: they register their methods
     from asibkd.distil import amalgam, asmb, crd, merging, multi, single
     from asibkd.distil.methods import list_methods
     about = f"{ABOUT[command]}. Presets: {', '.join(list_presets())}. Methods: {', '.join(list_methods())}."

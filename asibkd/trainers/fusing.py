@@ -111,9 +111,10 @@ def fit_code(
     method:Method, ctx:RunContext,
     stage=0,
     judge=None,          # Table of labelled images: they choose the epoch
+    name=None,           # Of the phase; None = A<stage>
 )->FitResult: # The method holds the selected weights
     "Train the bridge to rebuild the base: teacher_adapt_epochs over the table"
-    cfg, name, n = ctx.cfg, f'A{stage + 1}', ctx.cfg.teacher_adapt_epochs
+    cfg, name, n = ctx.cfg, name or f'A{stage + 1}', ctx.cfg.teacher_adapt_epochs
     loader = RowLoader(len(table), cfg.batch_size, cfg.seed, name)
     step = TableStep(method, table.to(ctx.acc.device))
     phase = Phase(name, step, adapt_groups([], method, cfg), loader, n, code_validator(method, judge, ctx.acc),

@@ -45,7 +45,7 @@ def rates(*own)->list:
 CAST = dict(cl_teachers='analytic+snapshot')
 VIEWS = rates(dict(cl_kd_mix=1.), dict(cl_kd_mix=3.))
 DER = rates(dict(cl_der_alpha=.05), dict(cl_der_alpha=.2))
-LAMBDAS = [dict(analytic_lambda=v) for v in ('auto', 1., 10., 100.)]
+LAMBDAS = [dict(analytic_lambda=v) for v in ('auto', .1, 1., 10.)]
 ARMS = dict(      # cl_method, what makes the arm, its settings to choose from
     naive=('naive', {}, LRS),
     joint=('joint', {}, LRS),
