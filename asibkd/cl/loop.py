@@ -184,8 +184,8 @@ def take_over(self:Learner)->int: # The task to begin with
     self.restore(s)
     t, n = s['task'], self.stream.data.n_class
     if t + 1 >= self.n_tasks:
-        raise ConfigError(f"extend={self.cfg.extend}: {t + 1} tasks are learned, and nothing is left: no class is new. Name "
-                          "other data (dataset, data_root, stream), or raise stop_after.")
+        raise ConfigError(f"extend={self.cfg.extend}: {t + 1} tasks are learned, and nothing is left: no class is new. "
+                          "Name other data (dataset, data_root, stream), or raise stop_after.")
     self.out.composition = [o and o + [0]*(n - len(o)) for o in self.out.composition]
     if s['is_end']:
         self.anchor_weights(t)

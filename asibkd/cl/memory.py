@@ -291,7 +291,7 @@ class Replay(Loader):
         ratio:float,      # Replayed images for each new one
         current=0.,       # Share of the replayed images that are of the current task
         views=None,       # `Views`: add as many views between the images of a batch as it has images
-        whole=False,      # Every new image once an epoch, in equal batches; else whole batches, and the rest is left out
+        whole=False,      # Every new image once an epoch, in equal batches; else whole batches without the rest
         **kw,             # As `Loader` takes them
     ):
         ds = data.train

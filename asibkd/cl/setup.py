@@ -157,8 +157,8 @@ def check_extend(
     old, fixed = resolve(extend=cfg.extend)[0], {*fields_that_affect_results()} - MAY_CHANGE
     for k in given:
         if k in fixed and getattr(cfg, k) != getattr(old, k):
-            raise ConfigError(f"{k}={getattr(cfg, k)} with extend={cfg.extend}: that run has {k}={getattr(old, k)}, and its "
-                              f"student, memory and teachers go on as they are. Leave {k} out, or start a new run.")
+            raise ConfigError(f"{k}={getattr(cfg, k)} with extend={cfg.extend}: that run has {k}={getattr(old, k)}; "
+                              f"its student, memory and teachers go on as they are. Leave {k} out, or start a new run.")
 
 # %% ../../nbs/07_cl/05_setup.ipynb #36ea6127
 def check_typed_cl(
@@ -169,8 +169,8 @@ def check_typed_cl(
     for k in [k for k in ONCE if cfg.cl_online and k in given and getattr(cfg, k) > 1]:
         raise ConfigError(f"{k}={getattr(cfg, k)} with cl_online=1: images are seen in one pass. Leave {k} out.")
     if cfg.stream and 'num_tasks' in given:
-        raise ConfigError(f"num_tasks={cfg.num_tasks} with stream: each of its datasets is a task. Leave num_tasks out; "
-                          "where all bring new classes, task_sizes cuts finer.")
+        raise ConfigError(f"num_tasks={cfg.num_tasks} with stream: each of its datasets is a task. Leave num_tasks "
+                          "out; where all bring new classes, task_sizes cuts finer.")
     if cfg.extend:
         check_extend(cfg, given)
 
@@ -178,8 +178,8 @@ def check_typed_cl(
 def check_stream(stream:Stream, key:str, cls:type):
     "Refuse a method that compares new classes with old ones where a task brings none"
     if stream.ranges and cls.needs_new_classes:
-        raise ConfigError(f"cl_method={key} compares new classes with old ones, and a task of this stream is a new domain "
-                          "of classes that are known. Use er, derpp or asib.")
+        raise ConfigError(f"cl_method={key} compares new classes with old ones, and a task of this stream is a new "
+                          "domain of classes that are known. Use er, derpp or asib.")
 
 # %% ../../nbs/07_cl/05_setup.ipynb #01f3eb97
 def check_cl(

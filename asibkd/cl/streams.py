@@ -253,10 +253,9 @@ def domain_of(
     same = next((t for t in plan if {*t['classes']} == {*names}), None)
     if same is None:
         known, new = [c for c in names if c in seen], [c for c in names if c not in seen]
-        raise ConfigError(f"A dataset of the stream brings {', '.join(known[:5])} again" +
-                          (f", together with {', '.join(new[:5])}. " if new else ", but not all classes of that task. ") +
-                          "It must bring new classes only, or exactly those of one earlier task (a new domain). Rename or "
-                          "split its classes.")
+        more = f", together with {', '.join(new[:5])}" if new else ", but not all classes of that task"
+        raise ConfigError(f"A dataset of the stream brings {', '.join(known[:5])} again{more}. It must bring new "
+                          "classes only, or exactly those of one earlier task (a new domain). Rename or split some.")
     return same
 
 # %% ../../nbs/07_cl/00_streams.ipynb #9e4c90e2

@@ -478,8 +478,8 @@ class TaskKeys(Params):
         "that are still unknown; 0 = the classes of the data.", ge=0)
     cl_online:bool = cl_param(False, "One pass: the student sees each new image once; teachers and bridge are "
         "trained for one epoch.")
-    keep_task_weights:bool = cl_param(False, "Keep the student after each task, in the run folder's tasks/task1/, …, as "
-        "`load_student` reads it.", affects_result=False)
+    keep_task_weights:bool = cl_param(False, "Keep the student after each task, in the run folder's tasks/task1/, …, "
+        "as `load_student` reads it.", affects_result=False)
 
 # %% ../../nbs/00_core/00_params.ipynb #86ffdfba
 class Replaying(Params):

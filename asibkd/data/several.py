@@ -20,7 +20,7 @@ from .datasets import class_list, create_data, datasets
 from .images import Data, ImageSet, join_sets
 
 # %% ../../nbs/01_data/06_several.ipynb #8dc41c7f
-@dataclass
+@dataclass(repr=False)
 class SeveralData(Data):
     "Several datasets as one, classes told apart by name"
     part:dict = None   # 'train', 'val', 'test' → (N,) number of the dataset that each image is from
@@ -84,7 +84,8 @@ def run_plan(run)->list: # Task → dict(classes=names, parts=numbers of dataset
     "The tasks of a finished continual run, those included that `stop_after` left"
     file = Path(run).expanduser()/'summary.json'
     if not file.exists():
-        raise RunError(f"extend={run}: the run is not finished. Let it finish (the same command goes on), then extend it.")
+        raise RunError(f"extend={run}: the run is not finished. Let it finish (the same command goes on), then extend "
+                       "it.")
     plan = read_json(file).get('plan')
     if plan is None:
         raise RunError(f"extend={run}: this is no continual run, or one of an earlier version, which kept no memory to "

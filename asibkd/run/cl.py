@@ -60,8 +60,8 @@ def parts_plan(
     if not (cfg.task_sizes or cfg.class_order):
         return plan_of_parts(part_classes(data)) if len(cfg.stream) > 1 else [dict(classes=data.classes, parts=None)]
     if len(cfg.stream) > 1 and sum(map(len, part_classes(data))) > data.n_class:
-        raise ConfigError("task_sizes and class_order with a stream whose datasets share classes: there each dataset is "
-                          "one task. Leave them out.")
+        raise ConfigError("task_sizes and class_order with a stream whose datasets share classes: there each dataset "
+                          "is one task. Leave them out.")
     parts = [*range(len(cfg.stream))] if len(cfg.stream) > 1 else None
     return new_tasks(data.classes, len(cfg.stream), 0, cfg.task_sizes, cfg.class_order or data.classes, parts)
 
@@ -195,7 +195,7 @@ def save_task(
     if l.alone is not None:                                                    # no student was trained: trunk and head
         Path(folder).mkdir(parents=True, exist_ok=True)
         return save_state(m.model.state_dict(), Path(folder)/'analytic.safetensors')
-    if m.n_class > data.n_class:                                               # cl_mask=full: it has rows of later classes
+    if m.n_class > data.n_class:                                               # cl_mask=full: rows of later classes
         m = grow_head(copy.deepcopy(m), data.n_class)
     card = student_card(card_type, seen_by(m, data), l.ctx.cfg.small_input == '1')
     save_student(folder, m.model.state_dict(), card)
@@ -255,9 +255,9 @@ def cl_summary_of(
     time = dict(seconds={k: o.seconds for k, o in done.items()}, latency_ms=latency,
                 teacher_images=dict(teacher_counts))
     return dict(exp_id=ctx.run.id, kind='cl', method=key, dataset=data.name, seed=cfg.seed, rows=rows,
-                gates=out.gates, method_params=params, tasks=task_classes(l.stream, l.n_tasks), R=R, others=out.others, plan=l.stream.plan,
+                gates=out.gates, method_params=params, tasks=task_classes(l.stream, l.n_tasks), R=R, others=out.others,
                 composition=out.composition, n_class=data.n_class, notes=dict(data.notes), norms=norms,
-                images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')},
+                images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')}, plan=l.stream.plan,
                 time=time) | cl_verdict(done, key, l.stream)
 
 # %% ../../nbs/11_run/02_cl.ipynb #7ab4f393
