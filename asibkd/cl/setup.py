@@ -66,6 +66,9 @@ def role_rules(c:Config)->list: # (condition, message)
     return [(unknown, f"cl_teachers='{c.cl_teachers}': unknown {', '.join(unknown)}. "
                       f"Join {', '.join(ROLES)} with +, e.g. expert+snapshot."),
             (len({*roles}) < len(roles), f"cl_teachers='{c.cl_teachers}' has a role twice."),
+            ('analytic' in roles and c.use_distillation_adapter,
+             f"use_distillation_adapter=1 with cl_teachers={c.cl_teachers}: the analytic teacher has no adapter. "
+             "Use cl_teachers=snapshot or expert+snapshot, or leave the adapter out."),
             (grown and not c.finetune_epochs,
              "finetune_epochs=0: expert and generic teachers get new rows for new classes, which would stay "
              "untrained. Raise it, or choose other cl_teachers."),
