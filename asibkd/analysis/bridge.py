@@ -96,8 +96,8 @@ def path_picture(
         what, step = step_of(g)
         return (f"{what} {step} ends at β = {price_text(g['beta'])} with NLL {chosen['cv_nll']:.4f} "
                 f"(β = ∞: {start['cv_nll']:.4f})")
-    caption = (f'The path of prices, one line per {t.columns[0]}; squares: the chosen β. Left: K-fold NLL along the path, from '
-               'the calibrated constant fusion (β = ∞) on. Right: accuracy against nats.')
+    caption = (f'The path of prices, one line per {t.columns[0]}; squares: the chosen β. Left: K-fold NLL along '
+               'the path, from the calibrated constant fusion (β = ∞) on. Right: accuracy against nats.')
     return picture(plot_path(t), caption, f'The path of prices: {joined(map(end, gates))}.')
 
 # %% ../../nbs/09_analysis/07_bridge.ipynb #52405ec2

@@ -85,7 +85,8 @@ def plot_fusion(
     bottom = [0.]*len(gates)
     for i, name in enumerate(every):
         w = [dict(zip(names, g['weights'])).get(name, 0.) for g, names in gates]
-        ax.bar(at, w, .6, bottom=bottom, color=COLOURS[i % 6], hatch=HATCHES[i % 6], edgecolor='white', label=shorten(name))
+        ax.bar(at, w, .6, bottom=bottom, color=COLOURS[i % 6], hatch=HATCHES[i % 6], edgecolor='white',
+               label=shorten(name))
         bottom = [b + v for b, v in zip(bottom, w)]
     for x, (g, _) in zip(at, gates):
         ax.text(x, 1.02, f"β {price_text(g.get('beta'))}", ha='center', fontsize=8)
@@ -199,8 +200,8 @@ def knowledge_sections(
     words, parts = knowledge_sentence(s), []
     if words:
         caption = 'Class-IL accuracy on the test images of all tasks so far, in per cent'
-        parts = [text(words), picture(plot_knowledge(s), 'Who knows how much of the classes seen, after each task.', words),
-                 table(knowledge_table(s).reset_index(names=''), caption)]
+        curves = picture(plot_knowledge(s), 'Who knows how much of the classes seen, after each task.', words)
+        parts = [text(words), curves, table(knowledge_table(s).reset_index(names=''), caption)]
     t = fusion_table(s)
     fused = [] if t.empty else [
         picture(plot_fusion(s), 'Constant weights w*, and the price β where the path of the task ended (∞: shut).',
@@ -210,6 +211,7 @@ def knowledge_sections(
     every = len(classes_learnt(s))
     shown = strip_rows(every)[0]
     some = f' The first {shown} of {every} classes.' if shown < every else ''
-    kept = strips and picture(strips, f'Images of the memory, one strip a class.{some}', f'Thumbnails of {shown} classes.')
+    kept = strips and picture(strips, f'Images of the memory, one strip a class.{some}',
+                              f'Thumbnails of {shown} classes.')
     return [section('What is known after each task', *parts), section('The fusion over tasks', *fused),
             section('Images in the memory', kept)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..analysis.knowledge import save_strips
-from ..cl import loop, rivals, yardsticks                                 # noqa: with them a learner learns, by any method
+from ..cl import loop, rivals, yardsticks                         # noqa: with them a learner learns
 from ..cl.learner import CLResult, Learner
 from ..cl.methods import check_cl_method, list_cl_methods             # noqa: here all are registered
 from ..cl.memory import memory_advice

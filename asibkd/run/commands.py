@@ -335,8 +335,8 @@ def cmd_export(argv):
 def cmd_explore(argv):
     "asibkd explore"
     p = argparse.ArgumentParser('asibkd explore', description=ABOUT['explore'])
-    p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/, else a quickstart '
-                   'run that is made first')
+    p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/, else the run '
+                   'of make demo, which is made first')
     p.add_argument('--port', type=int, default=0, help='port of 127.0.0.1 [a free one]')
     p.add_argument('--no-browser', action='store_true', help='only print the address')
     p.add_argument('--plugin', default='', help='your Python file, if the run used one: what a folder names is not run')
@@ -345,7 +345,8 @@ def cmd_explore(argv):
     try:
         run = run or newest()
     except AsibError:
-        print('No finished run in results/: the run of `make demo` is made, without its baselines (20 to 60 s on two cores).', flush=True)
+        print('No finished run in results/: the run of `make demo` is made, without its baselines '
+              '(20 to 60 s on two cores).', flush=True)
         from asibkd.run.tasks import demo_run
         run = demo_run()
     from asibkd.explore.serve import serve
