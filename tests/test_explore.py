@@ -85,7 +85,7 @@ def test_voila(evil_run, page, shots, tmp_path):
         other = page.context.browser.new_page(); assert other.goto(address.replace('127.0.0.1', 'evil.example')).status == 403; other.close()   # a name that an attacker points here
         page.goto(address)
         page.locator('.asibkd-shares tbody').wait_for()
-        before = {n: until(page, lambda: drawn(page, n), bool) for n in ('image', 'attention')}
+        before = {n: until(page, lambda: drawn(page, n), bool) for n in ('image', 'attention', 'target')}
         # choose an image by its number
         number = page.get_by_label('image number').or_(page.locator('.widget-text', has_text='image number').locator('input')).first
         number.fill('7'); number.press('Enter')
@@ -94,7 +94,7 @@ def test_voila(evil_run, page, shots, tmp_path):
         until(page, lambda: shares(page), near(table))
         text = lambda: page.locator('.asibkd-top tbody').inner_text().replace('\xa0', ' ')
         until(page, text, lambda t: all(c in t for c in top['synergy']))
-        attention, old_target = drawn(page, 'attention'), drawn(page, 'target'); shots(page, 'image')
+        attention, old_target = (until(page, lambda: drawn(page, n), lambda h: h != before[n]) for n in ('attention', 'target')); shots(page, 'image')
         # move the query to the mean feature
         handle = page.locator('.widget-hslider', has_text='query → mean').locator('.noUi-handle')
         handle.focus(); page.keyboard.press('End')

@@ -200,6 +200,7 @@ def test_C2_every_signal_ends_it(tmp_path, sign, monkeypatch, capsys):
     "Called from Python, too: the server is ended, and the handlers are as before"
     from asibkd.explore import serve
     if not hasattr(signal, sign): pytest.skip('not on this system')
+    if sign == 'SIGINT': signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background job has it off
     before = signal.getsignal(getattr(signal, sign)); started = []
     def fake(run, port, token, output, plugin):
         started.append(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdin=subprocess.PIPE, start_new_session=True)); return started[0]

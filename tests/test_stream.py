@@ -13,6 +13,7 @@ from asibkd.run.experiment import run_experiment
 from asibkd.trainers.loop import Callback
 
 SMALL = dict(report=0, cl_mode=1, compare=0, device='cpu', train_per_class=15, epochs=2, finetune_epochs=1, teacher_adapt_epochs=1, replay_capacity=20, batch_size=8, log_level='ERROR')
+OF = dict(asib=dict(analytic_dim=60))      # a small trunk
 
 @pytest.fixture
 def pets(monkeypatch):
@@ -35,7 +36,7 @@ def same_weights(a, b, names=('student', 'memory', 'predictions')):
 @pytest.mark.parametrize('method', ['er', 'derpp', 'asib'])
 def test_goes_on_with_tasks_that_were_left(method, tmp_path, short_exam):
     "Two of four tasks, then the rest: R, memory and every weight of the run that learned them all at once"
-    kw = SMALL | dict(cl_method=method, num_tasks=4, compare=int(method == 'er'), results_dir=str(tmp_path))    # its baselines go on, too
+    kw = SMALL | OF.get(method, {}) | dict(cl_method=method, num_tasks=4, compare=int(method == 'er'), results_dir=str(tmp_path))    # its baselines go on, too
     whole = run_experiment(**kw)
     half = run_experiment(**kw, stop_after=2)
     assert len(rows(half)['class_il']) == 2 == len(half['tasks']) and rows(half)['class_il'] == rows(whole)['class_il'][:2]
@@ -47,8 +48,8 @@ def test_goes_on_with_tasks_that_were_left(method, tmp_path, short_exam):
 @pytest.mark.parametrize('method', ['er', 'derpp', 'asib'])
 def test_goes_on_with_classes_that_came_later(method, pets, tmp_path):
     "A head with room for them makes derpp and asib, which see all rows from the start, equal, too"
-    rows_ = {} if method == 'er' else dict(cl_rows=8)
-    kw = SMALL | rows_ | dict(cl_method=method, results_dir=str(tmp_path))
+    room = {} if method == 'er' else dict(cl_rows=8)
+    kw = SMALL | OF.get(method, {}) | room | dict(cl_method=method, results_dir=str(tmp_path))
     first = run_experiment(**kw, dataset='low', num_tasks=2)
     later = run_experiment(extend=first['run'], dataset='high', task_sizes=[1, 3], report=0)
     order = sum(later['tasks'], [])

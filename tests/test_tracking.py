@@ -1,5 +1,5 @@
 "TensorBoard and Weights & Biases, the real packages, offline: what they read back is what the run logged, once."
-import json, struct, threading
+import json, struct, threading, time
 from pathlib import Path
 
 import pytest
@@ -50,7 +50,10 @@ def records(file):
     return out
 
 def sent(file):
-    "id, config, {tag: [(step, value)]}, exit code of a .wandb file"
+    "id, config, {tag: [(step, value)]}, exit code of a .wandb file; wandb's own process may still be writing it"
+    for _ in range(600):
+        if any(r.HasField('exit') for r in records(file)): break
+        time.sleep(.1)
     found, tags, config, code, name = '', {}, {}, None, ''
     for r in records(file):
         if r.HasField('run'):

@@ -345,7 +345,7 @@ def cmd_explore(argv):
     try:
         run = run or newest()
     except AsibError:
-        print('No finished run in results/: a quickstart run is made (20 to 60 s on two cores).', flush=True)
+        print('No finished run in results/: the run of `make demo` is made, without its baselines (20 to 60 s on two cores).', flush=True)
         from asibkd.run.tasks import demo_run
         run = demo_run()
     from asibkd.explore.serve import serve

@@ -206,8 +206,8 @@ def demo_run(
     results='results', # Where the run folder is
     **params,          # Any parameter, e.g. mbm_tokens='spatial'
 )->str: # The run folder
-    "A finished quickstart run for the explorer: an existing one, or a new one"
-    return run_experiment(**dict(preset='quickstart', compare=0, results_dir=str(results)) | params)['run']
+    "A finished run of two specialists for the explorer: an existing one, or a new one"
+    return run_experiment(**dict(preset='specialists', compare=0, results_dir=str(results)) | params)['run']
 
 # %% ../../nbs/11_run/04_tasks.ipynb #b21a2e51
 def with_defaults(

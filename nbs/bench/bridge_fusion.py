@@ -53,9 +53,9 @@ def fit_gate(table, pool):
                           cv=StratifiedKFold(k, shuffle=True, random_state=0), scoring='neg_log_loss')
     domain = make_pipeline(StandardScaler(), search).fit(features(table), knows.int().argmax(0).numpy())
     def fused(t):
-        evidence = torch.tensor(domain.predict_log_proba(features(t)), dtype=torch.float32)
+        p = torch.tensor(domain.predict_proba(features(t)), dtype=torch.float32)
         logp = calibrated(t.logits.float(), base.temps, t.columns)
-        return fuse(logp, torch.ones(len(logp)), t.columns, evidence), None
+        return fuse(logp, torch.ones(len(logp)), t.columns, p.clamp(min=1e-12).log()), None
     return fused
 
 
