@@ -64,7 +64,7 @@ ARMS = dict(      # cl_method, what makes the arm, its settings to choose from
     wavg=('wavg', CAST, VIEWS),
     asib=('asib', CAST, VIEWS))
 ABLATIONS = dict(                                  # `asib` in its setting, but for this
-    asib_no_views=dict(cl_kd_mix=0.),
+    asib_no_views=dict(cl_kd_mix=0., kd_alpha=1.),   # distilled on the images as they are
     asib_no_bridge=dict(bridge_objective='distil', teacher_adapt_epochs=0),
     asib_no_snapshot=dict(cl_teachers='analytic'),
     asib_no_stored=dict(cl_der_alpha=0.),
