@@ -105,11 +105,11 @@ def test_bounds(tmp_path):
 
 def test_continual(tmp_path):
     "Snapshots are cached within their task; the result is that of a second run, bit by bit; an average that moves is run on every batch"
-    kw = dict(preset='none', dataset='digits', device='cpu', use_amp=0, data_aug='standard', cl_mode=1, num_stages=1, num_tasks=3, epochs=3, batch_size=32, train_per_class=40, replay_capacity=30, student_type='resnet8', teacher1_type='resnet8',
+    kw = dict(preset='none', dataset='digits', device='cpu', use_amp=0, data_aug='standard', cl_mode=1, num_stages=1, num_tasks=3, epochs=3, batch_size=32, train_per_class=40, replay_capacity=30, student_type='resnet8', teacher1_type='resnet8', cl_teachers='expert+snapshot', kd_alpha=1, cl_kd_mix=0, bridge_objective='ce',
               teacher_adapt_epochs=2, finetune_epochs=1, log_level='ERROR', disable_tqdm=1, results_dir=str(tmp_path))
     a, b = (run_experiment(**kw, exp_id=n) for n in 'ab')
     requested, computed = images(a); assert computed < .8*requested and images(b) == (requested, computed) and same(a, b)
-    e = run_experiment(**kw, exp_id='ema', cl_teachers='ema', teacher_cache='memory'); assert images(e)[0] == images(e)[1] > 0
+    e = run_experiment(**kw | dict(exp_id='ema', cl_teachers='ema', teacher_cache='memory')); assert images(e)[0] == images(e)[1] > 0
 
 def test_compile(tmp_path, monkeypatch):
     "compile=1 compiles the networks of training steps, changes rounding only, and says what it misses where there is no compiler"

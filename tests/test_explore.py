@@ -69,6 +69,14 @@ def until(page, ask, good):
         page.wait_for_timeout(200)
     raise AssertionError(f'still {got!r} after 30 s')
 
+def settled(page, name):
+    "A picture that is drawn, and stays as it is"
+    before = None
+    while before is None or drawn(page, name) != before:
+        before = until(page, lambda: drawn(page, name), bool)
+        page.wait_for_timeout(1500)
+    return before
+
 def shares(page): return [float(v) for v in re.findall(r'[01](?:\.\d+)?(?=\s|$)', page.locator('.asibkd-shares tbody').inner_text().replace('head 1', ''))]
 
 def test_voila(evil_run, page, shots, tmp_path):
@@ -85,7 +93,7 @@ def test_voila(evil_run, page, shots, tmp_path):
         other = page.context.browser.new_page(); assert other.goto(address.replace('127.0.0.1', 'evil.example')).status == 403; other.close()   # a name that an attacker points here
         page.goto(address)
         page.locator('.asibkd-shares tbody').wait_for()
-        before = {n: until(page, lambda: drawn(page, n), bool) for n in ('image', 'attention', 'target')}
+        before = {n: until(page, lambda: drawn(page, n), bool) for n in ('image', 'attention')}
         # choose an image by its number
         number = page.get_by_label('image number').or_(page.locator('.widget-text', has_text='image number').locator('input')).first
         number.fill('7'); number.press('Enter')
@@ -94,7 +102,7 @@ def test_voila(evil_run, page, shots, tmp_path):
         until(page, lambda: shares(page), near(table))
         text = lambda: page.locator('.asibkd-top tbody').inner_text().replace('\xa0', ' ')
         until(page, text, lambda t: all(c in t for c in top['synergy']))
-        attention, old_target = (until(page, lambda: drawn(page, n), lambda h: h != before[n]) for n in ('attention', 'target')); shots(page, 'image')
+        attention = settled(page, 'attention'); shots(page, 'image')
         # move the query to the mean feature
         handle = page.locator('.widget-hslider', has_text='query → mean').locator('.noUi-handle')
         handle.focus(); page.keyboard.press('End')
@@ -104,7 +112,7 @@ def test_voila(evil_run, page, shots, tmp_path):
         until(page, text, lambda t: all(c in t for c in top2['synergy']))
         until(page, lambda: drawn(page, 'attention'), lambda h: h != attention)
         # another temperature changes the target and nothing else
-        now = drawn(page, 'attention'); target = until(page, lambda: drawn(page, 'target'), lambda h: h != old_target)
+        now, target = settled(page, 'attention'), settled(page, 'target')
         page.locator('.widget-hslider', has_text='τ').locator('.noUi-handle').focus(); page.keyboard.press('ArrowRight')
         until(page, lambda: drawn(page, 'target'), lambda h: h != target); assert drawn(page, 'attention') == now
         # nonsense is answered in a line

@@ -154,7 +154,7 @@ def images(self:ImageSet,
     with one_thread():
         if not self.streamed: return self.source.gather(self.ids[pos], device)
         ims = [resize_and_crop(self.source[i], self.shape) for i in self.ids[pos].tolist()]
-        return torch.stack(ims).to(device)
+        return (torch.stack(ims) if ims else torch.empty(0, *self.shape, dtype=torch.uint8)).to(device)
 
 # %% ../../nbs/01_data/02_images.ipynb #cc211f0b
 def _evenly_spaced(n, k):
