@@ -41,25 +41,17 @@ def notebook(tmp_path, door):
     path = root/'nbs'/'run_experiment.ipynb'
     return lambda out, *argv: door(*argv, cwd=tmp_path, notebook=(str(path), str(out)))
 
-def digits_with_few_tests(monkeypatch, images):
-    import torch
-    from asibkd.data.datasets import datasets
-    real = datasets['digits']
-    def few(cfg):
-        d = real(cfg)
-        first = torch.cat([(d['test'].y == c).nonzero()[:images//10, 0] for c in range(10)])
-        return d | dict(test=d['test'].subset(first.sort().values))
-    monkeypatch.setitem(datasets, 'digits', few)
-
 @pytest.fixture
 def short_exam(monkeypatch):
     "The digits with 100 test images instead of 500, where it does not matter how well they are recognised"
-    digits_with_few_tests(monkeypatch, 100)
+    from _short import digits_with_few_tests
+    digits_with_few_tests(monkeypatch.setitem, 100)
 
 @pytest.fixture
 def tiny_exam(monkeypatch):
     "The digits with two test images a class"
-    digits_with_few_tests(monkeypatch, 20)
+    from _short import digits_with_few_tests
+    digits_with_few_tests(monkeypatch.setitem, 20)
 
 @pytest.fixture
 def folder(tmp_path):

@@ -131,7 +131,7 @@ def test_large_images_and_too_few_patches():
 
 # Continual learning
 
-CL = dict(preset='quickstart', report=0, cl_mode=1, compare=0, device='cpu', use_amp=0, train_per_class=12, num_tasks=3, epochs=2, finetune_epochs=1, teacher_adapt_epochs=0, replay_capacity=20,
+CL = dict(preset='quickstart', teacher1_type='mlp', student_type='mlp', report=0, cl_mode=1, compare=0, device='cpu', use_amp=0, train_per_class=12, num_tasks=3, epochs=2, finetune_epochs=1, teacher_adapt_epochs=0, replay_capacity=20,
           log_level='ERROR', cl_teachers='analytic', analytic_dim=60)
 
 class Stop(Exception): "What a callback of ours ends a run with"
@@ -155,7 +155,7 @@ def test_stopped_in_task_3_the_same_bits(tmp_path, short_exam):
 
 @pytest.fixture(scope='module')
 def digits():
-    cfg = resolve(**CL | dict(preset='none', dataset='digits', teacher1_type='mlp', num_stages=1))[0]
+    cfg = resolve(**CL | dict(preset='none', dataset='digits', num_stages=1))[0]
     data = create_data(cfg)
     return settle_config(cfg, data), create_stream(data, 3, 0)
 
@@ -201,13 +201,13 @@ def test_kinds_and_refusals(digits, tmp_path, short_exam):
     f = tmp_path/'ten.pth'                                                                   # a trunk that saw the labels of the future
     data = create_data(cfg)
     save_teacher(create_teacher('mlp', n_class=10, img_size=8), f, data, 'mlp', .9)
-    with pytest.raises(CheckpointError, match='would teach the future'): run(teacher1_type='mlp', teacher1_ckpt=str(f))
-    s = run(teacher1_type='mlp', teacher1_ckpt=str(f), allow_leak=1, epochs=1, num_tasks=2, cl_teachers='analytic')
+    with pytest.raises(CheckpointError, match='would teach the future'): run(teacher1_ckpt=str(f))
+    s = run(teacher1_ckpt=str(f), allow_leak=1, epochs=1, num_tasks=2)
     assert s['rows'][-1]['leak'] == 'yes' and s['rows'][-1]['trunk'] == 'teacher' and s['rows'][-1]['statistics_mb'] < .1
 
 # One-shot
 
-SMALL = dict(preset='quickstart', compare=0, report=0, device='cpu', use_amp=0, train_per_class=30, num_stages=1, student_epochs_per_stage=1, log_level='ERROR')
+SMALL = dict(preset='quickstart', student_type='mlp', compare=0, report=0, device='cpu', use_amp=0, train_per_class=30, num_stages=1, student_epochs_per_stage=1, log_level='ERROR')
 
 def test_a_teacher_without_fine_tuning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

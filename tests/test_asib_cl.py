@@ -1,10 +1,12 @@
 "ASIB-CL with a teacher that cannot forget: views between images, the cast's fusion, its yardsticks, the ablations."
+import io
 from pathlib import Path
 from types import SimpleNamespace as NS
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _short import digits_with_few_tests, shorten
 
 from asibkd.cl import loop, rivals, yardsticks  # noqa: they register their methods
 from asibkd.cl.learner import Learner
@@ -20,12 +22,14 @@ from asibkd.distil.methods import with_method_defaults
 from asibkd.distil.views import Views, mixup
 from asibkd.models.kdmodel import spread_classes
 from asibkd.models.students import create_student
+from asibkd.run.cl import memory_columns
 from asibkd.trainers.build import settle_config, teacher_specs
 from asibkd.trainers.casts import balanced_rows, cast_base, complete, left_out, unfitted
 
 TINY = dict(preset='none', cl_mode=1, dataset='digits', device='cpu', use_amp=0, batch_size=16, data_aug=0, num_tasks=3, val_frac=.2,
             epochs=2, train_per_class=30, replay_capacity=40, replay_ratio=1, tau_start=2, num_stages=1, student_type='mlp', student_lr=.003,
             teacher1_type='mlp', finetune_epochs=1, finetune_lr=.003, teacher_adapt_epochs=1, analytic_dim=100, disable_tqdm=1, log_level='ERROR', feat_kd_alpha=0)
+ALL = dict(cl_teachers='analytic+expert+snapshot', replay_capacity=60, epochs=1)
 exam = pytest.mark.usefixtures('tiny_exam')
 
 def learner(key='asib', **kw):
@@ -38,6 +42,22 @@ def learnt(key='asib', **kw):
     l = learner(key, **kw)
     l.learn()
     return l
+
+def saved(state):
+    f = io.BytesIO(); torch.save(state, f); f.seek(0)
+    return f
+
+@pytest.fixture(scope='module')
+def whole():
+    "Three tasks with every role, and the state between the second and the third"
+    with pytest.MonkeyPatch.context() as patch:                # both are for one test, this is for three
+        shorten(patch.setattr)
+        digits_with_few_tests(patch.setitem, 20)
+        l = learner(**ALL)
+        states = {}
+        l.on_task = lambda t: states.update({t: saved(l.state(t))})
+        l.learn()
+    return l, states[1]
 
 # The views
 
@@ -153,10 +173,9 @@ def test_leave_one_out_rows():
     z = alone(next(iter(loader.epoch(0))).x[:1])['logit'][0]/teacher.temperature
     assert torch.allclose(out.logits[0, 0, :4], z[:4], atol=1e-3*z.abs().max().item()) and not torch.allclose(table.logits[0, 0, :4], z[:4], atol=1e-3)
 
-@exam
-def test_fused_in_the_task_loop():
+def test_fused_in_the_task_loop(whole):
     "A record a task from the second on, fitted on images that were held out; the target is a mixture or the analytic teacher"
-    l = learnt(cl_teachers='analytic+expert+snapshot', replay_capacity=60, epochs=1)
+    l, _ = whole
     assert [g['task'] for g in l.out.gates] == [2, 3]
     for g in l.out.gates:
         assert g['images']['split'] == 'held' and len(g['weights']) == len(g['temps']) == 3 and g['path'][0]['beta'] is None
@@ -166,25 +185,26 @@ def test_fused_in_the_task_loop():
     assert not kept & {o.numpy().tobytes() for t in range(3) for o in l.stream.task(t).train.x}        # never learnt from
     assert l.out.others[-1]['synergy'] > max(l.out.others[-1]['analytic1'] - .05, .8)
 
-@exam
-def test_resumed_between_tasks():
-    "What is held out survives; the next task's fusion is the same"
-    a = learnt(cl_teachers='analytic+snapshot')
-    b = learner(cl_teachers='analytic+snapshot')
-    for t in (0, 1):
-        teachers, roles = b.gather_teachers(t)
-        m = b.train_task(t, teachers, roles); b.consolidate(t, m); b.fill_memory(t, m, teachers); b.evaluate_task(t, m, teachers)
-    c = learner(cl_teachers='analytic+snapshot')
-    c.restore(torch.load(saved(b.state(1)), weights_only=True))
-    assert c.held.x.equal(b.held.x) and c.memory.capacity == b.memory.capacity
-    teachers, roles = c.gather_teachers(2)
-    m = c.train_task(2, teachers, roles); c.fill_memory(2, m, teachers); c.evaluate_task(2, m, teachers)
-    assert c.out.gates == a.out.gates and c.out.class_il == a.out.class_il
+def test_what_is_held_out_is_counted(whole):
+    "60 places: 50 images are replayed and ten held out, each of 3 · 8 · 8 bytes and a label of eight"
+    l, _ = whole
+    assert (len(l.memory), len(l.held)) == (50, 10)
+    row = memory_columns(l)
+    assert row['memory'] == 'replay' and row['memory_items'] == 60 == sum(l.out.composition[-1])
+    logits = 2*(l.memory.n_seen.sum().item()*l.memory.logits.shape[1] + 50)                 # half precision, and a certainty
+    assert row['logits_mb'] == pytest.approx(logits/1e6) and row['memory_mb'] == pytest.approx((60*(192 + 8) + logits)/1e6)
 
-def saved(state):
-    import io
-    f = io.BytesIO(); torch.save(state, f); f.seek(0)
-    return f
+@exam
+def test_resumed_between_tasks(whole):
+    "What is held out survives; the next task's fusion is the same"
+    a, state = whole
+    c = learner(**ALL)
+    c.restore(torch.load(state, weights_only=True))
+    assert len(c.held) == 7 and c.memory.capacity == 53
+    teachers, roles = c.gather_teachers(2)
+    m = c.train_task(2, teachers, roles); c.consolidate(2, m); c.fill_memory(2, m, teachers); c.evaluate_task(2, m, teachers)
+    assert c.out.gates == a.out.gates and c.out.class_il == a.out.class_il
+    assert c.held.x.equal(a.held.x) and all(v.equal(a.student.state_dict()[k]) for k, v in c.student.state_dict().items())
 
 # What the teacher is worth, and the ablations
 

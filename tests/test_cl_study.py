@@ -121,14 +121,16 @@ def test_a_cell_from_end_to_end(tmp_path, monkeypatch, capsys):
     small = dict(epochs=1, train_per_class=12, num_tasks=2, analytic_dim=30, teacher_adapt_epochs=1)
     params, *rest = study.DATA['digits']
     monkeypatch.setitem(study.DATA, 'digits', (params | small, *rest))
-    call = '--methods naive,derpp,asib --buffers 20 --seeds 200 --untuned'.split()
+    call = '--methods naive,derpp,asib --buffers 50 --seeds 200 --untuned'.split()
     study.main(call)
     rows = study.read_rows(study.TABLE)
     assert {(r['budget'], r['arm']) for r in rows} == {
         ('images', 'naive'), ('images', 'derpp'), ('images', 'asib'), ('bytes', 'derpp')}
-    derpp = next(r for r in rows if r['arm'] == 'derpp')
-    assert 0 < float(derpp['ACC']) < 100 and len(json.loads(derpp['curves'])['student']) == 2 and derpp['items'] == '20'
-    assert 'digits, memory 20, equal images' in capsys.readouterr().out
+    derpp, asib = (next(r for r in rows if r['arm'] == a) for a in ('derpp', 'asib'))
+    assert 0 < float(derpp['ACC']) < 100 and len(json.loads(derpp['curves'])['student']) == 2 and derpp['items'] == '50'
+    assert 'digits, memory 50, equal images' in capsys.readouterr().out
+    # an image and its label are 200 bytes; ten logits and a certainty, 22: of asib's images ten are held out, without
+    assert [(o['items'], float(o['images_mb'])) for o in (derpp, asib)] == [('50', 50*(200 + 22)/1e6), ('50', (50*200 + 40*22)/1e6)]
     monkeypatch.setattr(study, 'train_row', None)
     study.main(call)
     assert study.read_rows(study.TABLE) == rows

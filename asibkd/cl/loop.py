@@ -99,8 +99,8 @@ def evaluate_task(self:Learner, t:int, method, teachers:list):
     o.confidence = [] if method.classifies_by_means else seen.softmax(1).amax(1).tolist()
     z, y = self.all_logits(data.val, data, method)
     o.val_class_il.append(task_accuracies(z['student'], y, self.stream, t, self.stream.tasks_until(t, 'val'))[0])
-    count = torch.bincount(self.memory.y, minlength=self.stream.data.n_class) if len(self.memory) else []
-    o.composition.append(list(map(int, count)))
+    kept = [b.y for b in (self.memory, self.held) if len(b)]
+    o.composition.append(torch.bincount(torch.cat(kept), minlength=self.stream.data.n_class).tolist() if kept else [])
     if t + 1 < len(self.stream):
         self.look_at_next(t)
     log.info(f'{self.key}: after task {t + 1} of {self.n_tasks}: {r_line(class_il, task_il)}')

@@ -146,14 +146,15 @@ def kept_megabytes(
 
 # %% ../../nbs/11_run/02_cl.ipynb #77067db0
 def memory_columns(l:Learner)->dict:
-    "What the method stores of earlier tasks, and its size"
-    mb = l.memory.megabytes
+    "What the method stores of earlier tasks, replayed or held out for the fusion, and its size"
+    mb, held = l.memory.megabytes, l.held.megabytes['images']                  # of held-out images no logits are kept
     logits = mb['logits'] if l.cfg.cl_der_alpha else 0.                        # stored, but not used
     kind = 'all' if l.cls.cumulative else 'replay' if l.memory.capacity else 'none'
     sums = dict(trunk=l.analytic.kind, statistics_mb=l.analytic.megabytes) if l.analytic else {}
     if networks := kept_megabytes(l.kept):
         sums['statistics_mb'] = sums.get('statistics_mb', 0.) + networks
-    return dict(memory=kind, memory_items=len(l.memory), memory_mb=mb['images'] + logits, logits_mb=logits) | sums
+    return dict(memory=kind, memory_items=len(l.memory) + len(l.held), memory_mb=mb['images'] + held + logits,
+                logits_mb=logits) | sums
 
 # %% ../../nbs/11_run/02_cl.ipynb #edcbeaa5
 def cl_row(
