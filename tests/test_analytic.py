@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from _stop import Stop, StopCB
 from asibkd.cl.learner import Learner
 from asibkd.cl.setup import AnalyticMemory, trunk_kind
 from asibkd.cl.streams import create_stream
@@ -21,7 +22,6 @@ from asibkd.models.teachers import create_teacher
 from asibkd.models.trunks import kmeans_trunk, network_trunk, normalised_patches, random_trunk, whitening
 from asibkd.run.experiment import run_experiment
 from asibkd.trainers.build import settle_config, teacher_specs
-from asibkd.trainers.loop import Callback
 
 @pytest.fixture(scope='module')
 def toy():
@@ -133,14 +133,6 @@ def test_large_images_and_too_few_patches():
 
 CL = dict(preset='quickstart', teacher1_type='mlp', student_type='mlp', report=0, cl_mode=1, compare=0, device='cpu', use_amp=0, train_per_class=12, num_tasks=3, epochs=2, finetune_epochs=1, teacher_adapt_epochs=0, replay_capacity=20,
           log_level='ERROR', cl_teachers='analytic', analytic_dim=60)
-
-class Stop(Exception): "What a callback of ours ends a run with"
-
-class StopCB(Callback):
-    "End the run in the second epoch of task 3"
-    order = 80
-    def after_epoch(self, loop):
-        if loop.phase.name == 't3-B' and loop.epoch == 1: raise Stop
 
 def test_stopped_in_task_3_the_same_bits(tmp_path, short_exam):
     run = lambda where, **kw: run_experiment(**CL, results_dir=str(tmp_path/where), exp_id='x', checkpoint_steps=2, **kw)

@@ -1,5 +1,6 @@
 "The study of the bridge: its statistics on rows made up here, its resumability, and that every arm is treated alike"
-import csv, json, sys
+import json, sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'nbs'/'bench'))
 import bridge_map as study
+from _rows import written as written_rows
+
+written = partial(written_rows, columns=study.COLUMNS)
 
 ARMS = ('best', 'avgz', 'wavg', 'stack', 'asmb')
 
@@ -25,14 +29,6 @@ def rows(gain:dict, seeds=10, steps=300):
             shift = dict(best=-2, avgz=-1, wavg=0, stack=-3, asmb=d)
             out += [row(setting, seed, a, level + shift[a] + rng.normal(0, .2)) for a in ARMS]
     return out
-
-
-def written(file, rows):
-    with open(file, 'w', newline='') as f:
-        w = csv.DictWriter(f, study.COLUMNS, lineterminator='\n')
-        w.writeheader()
-        w.writerows(rows)
-    return file
 
 
 def test_map_finds_what_was_planted(tmp_path):

@@ -6,24 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from _stop import Stop, StopCB
 from asibkd.cl.methods import list_cl_methods
 from asibkd.core.config import CheckpointError, ConfigError, RunError
 from asibkd.run.experiment import run_experiment
 from asibkd.run.tasks import run_finetune
-from asibkd.trainers.loop import Callback
 
 root = Path(__file__).parents[1]
 SMALL = dict(report=0, cl_mode=1, compare=0, device='cpu', train_per_class=30, num_tasks=3, epochs=3, finetune_epochs=2, teacher_adapt_epochs=1, replay_capacity=30, log_level='ERROR')
 
 def numbers(s, drop=('time', 'run')): return {k: v for k, v in s.items() if k not in drop}
-
-class Stop(Exception): "What a callback of ours ends a run with"
-
-class StopCB(Callback):
-    "End the run in the second epoch of task 3, before that epoch's checkpoint"
-    order = 80
-    def after_epoch(self, loop):
-        if loop.phase.name == 't3-B' and loop.epoch == 1: raise Stop
 
 @pytest.mark.parametrize('method', [m for m in list_cl_methods() if m != 'analytic'])     # it has no epochs to be stopped in: tests/test_asib_cl.py
 def test_every_method(method, tmp_path, short_exam):

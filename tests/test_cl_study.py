@@ -1,5 +1,6 @@
 "The study of the analytic teacher: its tables on rows made up here, equal treatment of every arm, and that it resumes"
-import csv, json, sys
+import json, sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'nbs'/'bench'))
 import cl_analytic as study
+from _rows import written as written_rows
+
+written = partial(written_rows, columns=study.COLUMNS)
 
 
 MADE = ('er', 'derpp', 'avgz', 'asib', 'asib_no_views', 'joint')
@@ -29,14 +33,6 @@ def made(gain, seeds=10, buffers=(20, 50)):
                     statistics_mb=.01 if arm in ('asib', 'avgz', 'asib_no_views') else 0,
                     curves=json.dumps(dict(student=[99, acc], analytic1=[98, 97], snapshot1=[None, 70]))))
     return [*{study.key_of(r): r for r in rows}.values()]
-
-
-def written(file, rows):
-    with open(file, 'w', newline='') as f:
-        w = csv.DictWriter(f, study.COLUMNS, lineterminator='\n')
-        w.writeheader()
-        w.writerows(rows)
-    return file
 
 
 def test_tables_find_what_was_planted(tmp_path):
@@ -100,8 +96,8 @@ def test_tuning_takes_the_best_mean_of_its_arm():
     rows = [dict(data='digits', arm=a, buffer=b, seed=s, choice=c, val=v)
             for a, b, s, c, v in (('asib', 20, 1, 0, 80), ('asib', 20, 2, 0, 60), ('asib', 20, 1, 1, 79),
                                   ('asib', 20, 2, 1, 70), ('asib', 200, 1, 2, 90), ('joint', 0, 1, 3, 99))]
-    best = study.chosen(rows, 'digits')
-    assert best == {('asib', 20): 1, ('asib', 200): 2, ('joint', 0): 3} and study.chosen(rows, 'cifar') == {}
+    best = study.chosen(rows, 'digits', 'buffer')
+    assert best == {('asib', 20): 1, ('asib', 200): 2, ('joint', 0): 3} and study.chosen(rows, 'cifar', 'buffer') == {}
     asked = (('asib', 10), ('asib_no_views', 50), ('joint', 0), ('er', 20))
     assert [study.nearest(best, *o) for o in asked] == [1, 1, 3, 0]
 

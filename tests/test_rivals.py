@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from _stop import Stop, StopCB
 from asibkd.cl import loop, rivals                                         # noqa: they register
 from asibkd.cl.learner import Learner
 from asibkd.cl.memory import ReplayBatch, transplanted
@@ -188,14 +189,6 @@ def test_gdumb_knows_the_memory_alone():
     ld = a.replay_loader(1); assert len(ld) == len(a.task_data(1).train)//8 and len(ld.ds) == 20           # as many steps as the others
 
 # --- the door ------------------------------------------------------------------------------------------------------------
-class Stop(Exception): "What a callback of ours ends a run with"
-
-class StopCB(Callback):
-    "End the run in task 3, before its second epoch's checkpoint"
-    order = 80
-    def after_epoch(self, loop):
-        if loop.phase.name == 't3-B' and loop.epoch == 1: raise Stop
-
 def test_transplant_and_alignment_resume_in_task_3(tmp_path, short_exam):
     kw = dict(SMALL, cl_method='derpp', cl_mask='seen', cl_transplant=.85, cl_align=1, compare=0)
     whole = run_experiment(**kw, report=1, results_dir=str(tmp_path/'a'), exp_id='x')

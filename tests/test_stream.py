@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from _stop import Stop, StopCB
 from asibkd.core.config import ConfigError, RunError
 from asibkd.data.datasets import create_data, datasets
 from asibkd.data.images import ImageSet
 from asibkd.eval.deploy import load_student
 from asibkd.run.experiment import run_experiment
-from asibkd.trainers.loop import Callback
 
 SMALL = dict(report=0, cl_mode=1, compare=0, device='cpu', train_per_class=15, epochs=1, finetune_epochs=1, teacher_adapt_epochs=1, replay_capacity=20, batch_size=8, log_level='ERROR')
 OF = dict(asib=dict(analytic_dim=60))      # a small trunk
@@ -69,18 +69,11 @@ def test_a_stream_of_datasets(pets, tmp_path):
     with pytest.raises(ConfigError, match='together with n4'): run_experiment(**kw, stream='low,all8')
     with pytest.raises(ConfigError, match='No folder of that name'): run_experiment(**kw, stream='low,hihg')
 
-class Stop(Exception): pass
-
-class StopCB(Callback):
-    order = 80
-    def after_epoch(self, loop):
-        if loop.phase.name == 't4-B': raise Stop
-
 def test_a_run_that_goes_on_can_be_interrupted(pets, tmp_path):
     first = run_experiment(**SMALL, cl_method='derpp', dataset='low', num_tasks=2, results_dir=str(tmp_path))
     more = dict(extend=first['run'], dataset='high', num_tasks=2, report=0)
     whole = run_experiment(**more, results_dir=str(tmp_path/'a'))
-    with pytest.raises(Stop): run_experiment(**more, results_dir=str(tmp_path/'b'), callbacks=[StopCB()])
+    with pytest.raises(Stop): run_experiment(**more, results_dir=str(tmp_path/'b'), callbacks=[StopCB('t4-B', 0)])
     again = run_experiment(**more, results_dir=str(tmp_path/'b'))
     assert again['R'] == whole['R'] and len(rows(whole)['class_il']) == 4
     same_weights(whole, again)

@@ -7,6 +7,8 @@ __all__ = ['balanced_rows', 'left_out', 'complete', 'leaning_weights', 'leaning'
            'set_base', 'needs_code', 'fuse_cast']
 
 # %% ../../nbs/06_trainers/08_casts.ipynb #f199232b
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def left_out(
     for i, t in enumerate(teachers):
         if hasattr(t, 'unseen_logits'):
             logits[i] = t.unseen_logits(table.feats[i], table.y).to(logits)
-    return TeacherTable(logits, table.feats, table.y, table.columns, table.student, table.student_logits)
+    return replace(table, logits=logits)
 
 # %% ../../nbs/06_trainers/08_casts.ipynb #0831ba15
 def complete(

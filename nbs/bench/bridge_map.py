@@ -14,7 +14,7 @@ labels a class, the setting with the best mean accuracy on validation images is 
 Resumable: a finished student is a row of bridge_map.csv (tuning: bridge_map_tuning.csv) and is not trained again;
 teachers are kept in results/bridge_map. Several processes may work at once: each locks the teachers' pair and seed."""
 import argparse, csv, json, logging, math, os, time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -339,15 +339,15 @@ def wanted(data, cells, arms, seeds, choice)->list:
     return [*rows.values()]
 
 
-def chosen(tuning:list, data)->dict:
-    "(arm, labels) → the setting with the best mean validation accuracy over teachers and tuning seeds"
+def chosen(tuning:list, data, of='labels')->dict:
+    "(arm, labels) → the setting with the best mean validation accuracy over teachers and tuning seeds; `of`: a column"
     import pandas as pd
     t = pd.DataFrame([r for r in tuning if r['data'] == data])
     if t.empty:
         return {}
-    t = t.assign(val=t.val.astype(float), labels=t.labels.astype(int), choice=t.choice.astype(int))
-    mean = t.groupby(['arm', 'labels', 'choice']).val.mean()
-    return {k: int(g.droplevel([0, 1]).idxmax()) for k, g in mean.groupby(['arm', 'labels'])}
+    t = t.astype(dict(val=float, choice=int) | {of: int})
+    mean = t.groupby(['arm', of, 'choice']).val.mean()
+    return {k: int(g.droplevel([0, 1]).idxmax()) for k, g in mean.groupby(['arm', of])}
 
 
 def nearest(best:dict, arm, labels)->int:
@@ -356,22 +356,31 @@ def nearest(best:dict, arm, labels)->int:
     return best[min((k for k in best if k[0] == arm), key=lambda k: far(k[1]))] if any(k[0] == arm for k in best) else 0
 
 
+def results_of(tasks:list, jobs:int):
+    "What (function, *arguments) return, as they finish, in `jobs` processes"
+    if jobs == 1:
+        yield from (work(*given) for work, *given in tasks)
+        return
+    with ProcessPoolExecutor(jobs, get_context('spawn')) as pool:
+        for f in as_completed([pool.submit(*t) for t in tasks]):
+            yield f.result()
+
+
+def run_all(tasks:list, jobs:int, what):
+    "Run tasks that return how many rows they added, and say how far it is"
+    start, n = time.monotonic(), 0
+    for i, added in enumerate(results_of(tasks, jobs), 1):
+        n += added
+        print(f'{i}/{len(tasks)} {what}, {n} trained, {(time.monotonic() - start)/60:.0f} min', flush=True)
+
+
 def work_through(file, rows:list, jobs:int, params:dict):
     "Train what the file lacks, in units that share their teachers"
     done, units = {key_of(r) for r in read_rows(file)}, {}
     for r in rows:
         if key_of(r) not in done:
             units.setdefault((r['data'], r['setting'], r['seed']), []).append(r)
-    start = time.monotonic()
-    def said(i, n): print(f'{i}/{len(units)} units, {n} students, {(time.monotonic() - start)/60:.0f} min', flush=True)
-    if jobs == 1:
-        for i, (k, todo) in enumerate(units.items()):
-            said(i + 1, run_unit(file, *k, todo, params))
-        return
-    with ProcessPoolExecutor(jobs, get_context('spawn')) as pool:
-        results = [pool.submit(run_unit, file, *k, todo, params) for k, todo in units.items()]
-        for i, f in enumerate(results):
-            said(i + 1, f.result())
+    run_all([(run_unit, file, *k, todo, params) for k, todo in units.items()], jobs, 'units')
 
 
 # Statistics
@@ -556,16 +565,22 @@ def plot_arms(t, title='', arms=('ce', 'best', 'avgz', 'wavg', 'stack', 'asmb'))
 
 # The command
 
+def cpu_time(todo:list, known)->str:
+    "CPU time of rows that are missing: the mean of their arm in the rows that exist"
+    import pandas as pd
+    cpu = pd.to_numeric(known.cpu).groupby(known.arm).mean()
+    seconds = sum(cpu.get(r['arm'], cpu.mean()) for r in todo)
+    return f'{seconds/3600:.1f} h of CPU' if seconds == seconds else 'no row yet to estimate the time from'
+
+
 def estimate(rows:list, file)->str:
     "How much is missing, and its CPU time from the rows that exist"
     import pandas as pd
     known = pd.DataFrame(read_rows(TABLE) + read_rows(TUNING), columns=COLUMNS)
-    cpu = pd.to_numeric(known.cpu).groupby(known.arm).mean()
     done = {key_of(r) for r in read_rows(file)}
     todo = [r for r in rows if key_of(r) not in done]
-    seconds = sum(cpu.get(r['arm'], cpu.mean()) for r in todo)
-    hours = f'{seconds/3600:.1f} h of CPU' if seconds == seconds else 'no row yet to estimate the time from'
-    return f'{Path(file).name}: {len(rows) - len(todo)} of {len(rows)} students are there; {len(todo)} missing, {hours}'
+    return (f'{Path(file).name}: {len(rows) - len(todo)} of {len(rows)} students are there; {len(todo)} missing, '
+            f'{cpu_time(todo, known)}')
 
 
 def read_cells(text, data)->list:

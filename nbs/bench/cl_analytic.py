@@ -16,13 +16,11 @@ Equal bytes: a rival may keep as many more images as the statistics of `asib` (o
 Resumable: a finished run is a row of cl_analytic.csv (tuning: cl_analytic_tuning.csv) and is not trained again. Several
 processes may work at once: each locks its row."""
 import argparse, json, logging, math, os, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import bridge_map
-from bridge_map import add_row, p_value, read_rows
+from bridge_map import add_row, chosen, cpu_time, p_value, read_rows, run_all
 
 HERE = Path(__file__).parent
 TABLE, TUNING = HERE/'cl_analytic.csv', HERE/'cl_analytic_tuning.csv'
@@ -257,17 +255,6 @@ def every(arm, buffer):
     return range(len(ARMS[base_of(arm)][2]))
 
 
-def chosen(tuning:list, data)->dict:
-    "(arm, buffer) → the setting with the best mean validation accuracy over the tuning seeds"
-    import pandas as pd
-    t = pd.DataFrame([r for r in tuning if r['data'] == data])
-    if t.empty:
-        return {}
-    t = t.assign(val=t.val.astype(float), buffer=t.buffer.astype(int), choice=t.choice.astype(int))
-    mean = t.groupby(['arm', 'buffer', 'choice']).val.mean()
-    return {k: int(g.droplevel([0, 1]).idxmax()) for k, g in mean.groupby(['arm', 'buffer'])}
-
-
 def nearest(best:dict, arm, buffer)->int:
     "The chosen setting for this memory, or for the nearest that was tuned; 0 without tuning"
     there = [b for a, b in best if a == base_of(arm)]
@@ -288,17 +275,7 @@ def room_in_bytes(t, data, ours='asib')->dict:
 def work_through(file, rows:list, jobs:int, params:dict):
     "Train what the file lacks"
     done = {key_of(r) for r in read_rows(file)}
-    todo, start, n = [r for r in rows if key_of(r) not in done], time.monotonic(), 0
-    def said(i): print(f'{i}/{len(todo)} runs, {n} trained, {(time.monotonic() - start)/60:.0f} min', flush=True)
-    if jobs == 1:
-        for i, r in enumerate(todo, 1):
-            n += try_row(file, r, params)
-            said(i)
-        return
-    with ProcessPoolExecutor(jobs, get_context('spawn')) as pool:
-        for i, f in enumerate(as_completed([pool.submit(try_row, file, r, params) for r in todo]), 1):
-            n += f.result()
-            said(i)
+    run_all([(try_row, file, r, params) for r in rows if key_of(r) not in done], jobs, 'runs')
 
 
 # Statistics
@@ -411,7 +388,7 @@ def settings_table(tuning:list):
     import pandas as pd
     out = []
     for data in dict.fromkeys(r['data'] for r in tuning):
-        best = chosen(tuning, data)
+        best = chosen(tuning, data, 'buffer')
         for arm in dict.fromkeys(a for a, _ in best):
             settings = {b: ARMS[arm][2][c] for (a, b), c in best.items() if a == arm}
             said = {b: ', '.join(f'{k} {v}' for k, v in o.items()) for b, o in settings.items()}
@@ -471,12 +448,10 @@ def estimate(rows:list, file)->str:
     import pandas as pd
     known = pd.DataFrame(read_rows(TABLE) + read_rows(TUNING), columns=COLUMNS)
     known = known[known.data.isin({r['data'] for r in rows})]
-    cpu = pd.to_numeric(known.cpu).groupby(known.arm).mean()
     done = {key_of(r) for r in read_rows(file)}
     todo = [r for r in rows if key_of(r) not in done]
-    seconds = sum(cpu.get(r['arm'], cpu.mean()) for r in todo)
-    hours = f'{seconds/3600:.1f} h of CPU' if seconds == seconds else 'no row yet to estimate the time from'
-    return f'{Path(file).name}: {len(rows) - len(todo)} of {len(rows)} runs are there; {len(todo)} missing, {hours}'
+    return (f'{Path(file).name}: {len(rows) - len(todo)} of {len(rows)} runs are there; {len(todo)} missing, '
+            f'{cpu_time(todo, known)}')
 
 
 def options(argv):
@@ -537,7 +512,7 @@ def main(argv=None):
     tuning = wanted(o.data, dict.fromkeys(map(base_of, arms)), tuned_at, trial, every)
     if not (o.untuned or o.tuned_on or o.plan):
         work_through(TUNING, tuning, o.jobs, params)
-    best = {} if o.untuned else chosen(read_rows(TUNING), o.tuned_on or o.data)
+    best = {} if o.untuned else chosen(read_rows(TUNING), o.tuned_on or o.data, 'buffer')
     def choice(a, b): return [nearest(best, a, b)]
     rows = wanted(o.data, arms, buffers, seeds, choice)
     if o.plan:
