@@ -13,7 +13,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], author_email=cfg['author_email'], license='MIT', license_files=['LICENSE'],
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
-    packages=find_packages(include=['asibkd', 'asibkd.*']), package_data={'asibkd': ['presets/**/*.yaml', 'presets/*.yaml', 'notebooks/*.ipynb', 'notebooks/voila/templates/*/*', 'templates/*']},
+    packages=find_packages(include=['asibkd', 'asibkd.*']), package_data={'asibkd': ['references.bib', 'presets/**/*.yaml', 'presets/*.yaml', 'notebooks/*.ipynb', 'notebooks/voila/templates/*/*', 'templates/*']},
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'onnx': cfg['onnx_requirements'].split(),
                     'mnist': cfg['mnist_requirements'].split()},
