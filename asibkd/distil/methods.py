@@ -79,6 +79,7 @@ class Method(nn.Module):
     unlabelled = True            # Can use images without a label (`batch.labelled` says which have one)
     labels_only = False          # Learns from labels alone: its batches hold the labelled images, repeated
     closed_form = False          # Computes the student's head instead of training it (`fit_student`)
+    whole_batch = False          # Needs a batch in one process, not only its outputs: several processes are refused
     defaults = dict(ce_alpha=.1, kd_alpha=.9, rkd_loss_weight=0.)   # Where the user gave no weight
 
     def __init__(self,
