@@ -7,7 +7,7 @@ __all__ = ['full_precision', 'cosine_shares', 'pkt_loss', 'gram_rows', 'sp_loss'
            'unit_trace', 'mutual_loss', 'Predictor', 'PKTParams', 'PKT', 'check_maps', 'SPParams', 'SP', 'ITRDParams',
            'ITRD', 'VIDParams', 'VID']
 
-# %% ../../nbs/05_distil/16_features.ipynb #9ae83977
+# %% ../../nbs/05_distil/16_features.ipynb #d3edecaa
 import math
 
 import torch
@@ -22,14 +22,14 @@ from .losses import upcast
 from .methods import register_method, weighted
 from .single import SingleTeacher, aligned
 
-# %% ../../nbs/05_distil/16_features.ipynb #bbd8949c
+# %% ../../nbs/05_distil/16_features.ipynb #1c3ebccf
 def full_precision(
     x:Tensor, # Its device counts
 ): # A context
     "A context in which autocast is off"
     return torch.autocast(x.device.type, enabled=False)
 
-# %% ../../nbs/05_distil/16_features.ipynb #397a7982
+# %% ../../nbs/05_distil/16_features.ipynb #ee2b023f
 def cosine_shares(
     f:Tensor,  # (B, D) features
     eps=1e-7,
@@ -39,7 +39,7 @@ def cosine_shares(
     s = (f @ f.T + 1)/2
     return s/s.sum(1, keepdim=True)
 
-# %% ../../nbs/05_distil/16_features.ipynb #bb5ee6b9
+# %% ../../nbs/05_distil/16_features.ipynb #8e2fdbbd
 def pkt_loss(
     f_s:Tensor,  # (B, D) the student's pooled feature
     f_t:Tensor,  # (B, D') the teacher's; detached here
@@ -50,7 +50,7 @@ def pkt_loss(
         p_s, p_t = cosine_shares(upcast(f_s), eps), cosine_shares(upcast(f_t.detach()), eps)
         return (p_t*((p_t + eps)/(p_s + eps)).log()).mean()
 
-# %% ../../nbs/05_distil/16_features.ipynb #ba850051
+# %% ../../nbs/05_distil/16_features.ipynb #eb58e286
 def gram_rows(
     f:Tensor,  # (B, …) maps or features
 )->Tensor: # (B, B) rows of length 1
@@ -58,7 +58,7 @@ def gram_rows(
     f = f.flatten(1)
     return F.normalize(f @ f.T, dim=1)
 
-# %% ../../nbs/05_distil/16_features.ipynb #acac75ea
+# %% ../../nbs/05_distil/16_features.ipynb #4d14793d
 def sp_loss(
     f_s:Tensor,  # (B, C, h, w) the student's map
     f_t:Tensor,  # (B, C', h', w') the teacher's; detached here
@@ -67,7 +67,7 @@ def sp_loss(
     with full_precision(f_s):
         return F.mse_loss(gram_rows(upcast(f_s)), gram_rows(upcast(f_t.detach())))
 
-# %% ../../nbs/05_distil/16_features.ipynb #79fcfac9
+# %% ../../nbs/05_distil/16_features.ipynb #6442ffb8
 def standardised(
     f:Tensor,  # (B, D)
 )->Tensor: # (B, D) of mean 0 and standard deviation 1, or 0 where a dimension is constant
@@ -76,7 +76,7 @@ def standardised(
     var = c.pow(2).sum(0)/max(len(f) - 1, 1)
     return c*torch.where(var > 1e-8, var.clamp_min(1e-8).rsqrt(), 0.)
 
-# %% ../../nbs/05_distil/16_features.ipynb #7e9b6178
+# %% ../../nbs/05_distil/16_features.ipynb #b6ddf649
 def correlation_loss(
     e_s:Tensor,  # (B, D) the student's feature, embedded
     f_t:Tensor,  # (B, D) the teacher's; detached here
@@ -86,14 +86,14 @@ def correlation_loss(
     c = (standardised(upcast(e_s))*standardised(upcast(f_t.detach()))).mean(0)
     return (c - 1).abs().pow(2*alpha).sum().log2()
 
-# %% ../../nbs/05_distil/16_features.ipynb #463d1bd6
+# %% ../../nbs/05_distil/16_features.ipynb #2eaab89a
 def unit_trace(
     g:Tensor,  # (B, B)
 )->Tensor:
     "A matrix divided by its trace"
     return g/g.trace().clamp_min(1e-12)
 
-# %% ../../nbs/05_distil/16_features.ipynb #abb98cbf
+# %% ../../nbs/05_distil/16_features.ipynb #7e1fd4da
 def mutual_loss(
     f_s:Tensor,  # (B, D) the student's feature
     f_t:Tensor,  # (B, D') the teacher's; detached here
@@ -104,7 +104,7 @@ def mutual_loss(
         g_s = s @ s.T
         return (unit_trace(g_s).pow(2) - unit_trace(g_s*(t @ t.T)).pow(2)).sum()
 
-# %% ../../nbs/05_distil/16_features.ipynb #ad7f39c3
+# %% ../../nbs/05_distil/16_features.ipynb #ec263338
 class Predictor(nn.Module):
     "The teacher's map given the student's: three 1×1 convolutions for the mean, a variance per channel"
     def __init__(self,
@@ -124,7 +124,7 @@ class Predictor(nn.Module):
         "The variance of each channel"
         return F.softplus(upcast(self.rho)) + self.eps
 
-# %% ../../nbs/05_distil/16_features.ipynb #239d7212
+# %% ../../nbs/05_distil/16_features.ipynb #47e2d934
 @patch
 def forward(self:Predictor,
     f_s:Tensor,  # (B, C, h, w) the student's map
@@ -135,15 +135,16 @@ def forward(self:Predictor,
     var = self.variance.view(-1, 1, 1)
     return ((upcast(self.mean(f_s)) - upcast(f_t)).pow(2)/var + var.log()).mean()/2
 
-# %% ../../nbs/05_distil/16_features.ipynb #f1c18c7c
+# %% ../../nbs/05_distil/16_features.ipynb #d341554c
 class PKTParams(BaseModel, extra='forbid'):
     "The parameter of PKT"
     pkt_beta:float = Field(30_000., ge=0, description="Weight of the PKT term.")
 
-# %% ../../nbs/05_distil/16_features.ipynb #e42fbcec
+# %% ../../nbs/05_distil/16_features.ipynb #1f9896bc
 @register_method('pkt', PKTParams)
 class PKT(SingleTeacher):
     "CE + pkt_beta · PKT on pooled features (Passalis & Tefas 2018); resnet32x4 → resnet8x4: 73.64 (RepDistiller)"
+    cited_by = ('passalis2018pkt',)
 
     def loss(self, batch, s_out, t_outs, when):
         terms = self.usual_terms(batch, s_out, t_outs, when)
@@ -151,7 +152,7 @@ class PKT(SingleTeacher):
             terms['pkt'] = (self.params.pkt_beta, pkt_loss(s_out['feat_2d'], t_outs[0]['feat_2d']))
         return weighted(**terms)
 
-# %% ../../nbs/05_distil/16_features.ipynb #64cb00eb
+# %% ../../nbs/05_distil/16_features.ipynb #0900673a
 def check_maps(
     method:str, # For the message
     *models,    # Wrapped models
@@ -162,15 +163,16 @@ def check_maps(
             raise ConfigError(f"{method} compares the last feature maps; '{m.name}' has none. "
                               "Use a network with maps, or pkt, itrd or rkd, which compare pooled features.")
 
-# %% ../../nbs/05_distil/16_features.ipynb #3e9f9382
+# %% ../../nbs/05_distil/16_features.ipynb #3f43962b
 class SPParams(BaseModel, extra='forbid'):
     "The parameter of SP"
     sp_beta:float = Field(3000., ge=0, description="Weight of the similarity term.")
 
-# %% ../../nbs/05_distil/16_features.ipynb #961cb3a3
+# %% ../../nbs/05_distil/16_features.ipynb #aa914209
 @register_method('sp', SPParams)
 class SP(SingleTeacher):
     "CE + sp_beta · SP on the last maps (Tung & Mori 2019); resnet32x4 → resnet8x4: 72.94 (RepDistiller)"
+    cited_by = ('tung2019sp',)
     needs_maps = True
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
@@ -183,7 +185,7 @@ class SP(SingleTeacher):
             terms['sp'] = (self.params.sp_beta, sp_loss(s_out['feat_4d'], t_outs[0]['feat_4d']))
         return weighted(**terms)
 
-# %% ../../nbs/05_distil/16_features.ipynb #c48c4d69
+# %% ../../nbs/05_distil/16_features.ipynb #3dc4b21a
 class ITRDParams(BaseModel, extra='forbid'):
     "The parameters of ITRD"
     itrd_beta:float = Field(1., ge=0, description="Weight of both terms together.")
@@ -191,10 +193,11 @@ class ITRDParams(BaseModel, extra='forbid'):
     itrd_mutual:float = Field(1., ge=0, description="Weight of the mutual information term.")
     itrd_alpha:float = Field(1.5, gt=0, description="Order α of the correlation term, |c − 1|^2α.")
 
-# %% ../../nbs/05_distil/16_features.ipynb #ec442af1
+# %% ../../nbs/05_distil/16_features.ipynb #806f077c
 @register_method('itrd', ITRDParams)
 class ITRD(SingleTeacher):
     "CE + correlation + mutual information on pooled features (Miles et al. 2022); resnet32x4 → resnet8x4: 76.69"
+    cited_by = ('miles2022itrd',)
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
@@ -212,16 +215,17 @@ class ITRD(SingleTeacher):
                 terms['mutual'] = (p.itrd_beta*p.itrd_mutual, mutual_loss(e_s, f_t))
         return weighted(**terms)
 
-# %% ../../nbs/05_distil/16_features.ipynb #87d15109
+# %% ../../nbs/05_distil/16_features.ipynb #aebf8ed8
 class VIDParams(BaseModel, extra='forbid'):
     "The parameters of VID"
     vid_beta:float = Field(1., ge=0, description="Weight of the VID term.")
     vid_variance:float = Field(5., gt=1e-4, description="Variance of each channel before training.")
 
-# %% ../../nbs/05_distil/16_features.ipynb #012623ed
+# %% ../../nbs/05_distil/16_features.ipynb #0c15300b
 @register_method('vid', VIDParams)
 class VID(SingleTeacher):
     "CE + vid_beta · Σ VID over the stages after the stem (Ahn et al. 2019); resnet32x4 → resnet8x4: 73.09 (RepDistiller)"
+    cited_by = ('ahn2019vid',)
     needs_maps = True
 
     @classmethod
