@@ -160,6 +160,7 @@ def kd(self:Weighing, batch, s_out, t_outs, when)->Tensor: # Scalar
 @register_method('aver')
 class AVER(Weighing):
     "The mean of the teachers' losses"
+    cited_by = ('you2017multiple',)
 
 # %% ../../nbs/05_distil/06_multi.ipynb #1816032f
 class EBKDParams(BaseModel, extra='forbid'):
@@ -171,6 +172,7 @@ class EBKDParams(BaseModel, extra='forbid'):
 @register_method('ebkd', EBKDParams)
 class EBKD(Weighing):
     "Entropy-based weights (Kwon et al. 2020)"
+    cited_by = ('kwon2020ebkd',)
     weigh = staticmethod(weigh_entropy)
 
     def weights(self, z_s, z_t, y, tau):
@@ -187,6 +189,7 @@ class AEKDParams(BaseModel, extra='forbid'):
 @register_method('aekd', AEKDParams)
 class AEKD(Weighing):
     "Min-norm weights of the gradients (Du et al. 2020)"
+    cited_by = ('du2020aekd',)
     weigh = staticmethod(weigh_min_norm)
     defaults = {**Weighing.defaults, 'kd_alpha': .9}
 
@@ -240,6 +243,7 @@ def check_last_maps(
 @register_method('camkd', CAMKDParams)
 class CAMKD(Weighing):
     "Confidence-aware weights on logits and on features (Zhang et al. 2022)"
+    cited_by = ('zhang2022camkd',)
     weigh = staticmethod(weigh_confidence)
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
@@ -273,6 +277,7 @@ def own_terms(self:CAMKD, batch, s_out, t_outs, when)->dict: # name → (weight,
 @register_method('fitnet_mkd')
 class FitNetMKD(Weighing):
     "AVER + hint_beta · mean over teachers of the hint"
+    cited_by = ('you2017multiple', 'romero2015fitnets')
     needs_maps = True
 
     @classmethod
