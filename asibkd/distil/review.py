@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hcl_loss', 'SingleValueNorm', 'Fusion', 'ReviewParams', 'ReviewKD']
 
-# %% ../../nbs/05_distil/17_review.ipynb #277f72dd
+# %% ../../nbs/05_distil/17_review.ipynb #c58a598b
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -13,10 +13,10 @@ from pydantic import BaseModel, Field
 from torch import nn, Tensor
 
 from .losses import upcast
-from .methods import register_method, weighted
+from .methods import register_method
 from .single import SingleTeacher, aligned
 
-# %% ../../nbs/05_distil/17_review.ipynb #8af3a633
+# %% ../../nbs/05_distil/17_review.ipynb #30084048
 def hcl_loss(
     f_s:Tensor,  # (B, C, h, w) the student's fused map
     f_t:Tensor,  # (B, C, h, w) the teacher's; detached here
@@ -31,7 +31,7 @@ def hcl_loss(
             total += share
     return loss/total
 
-# %% ../../nbs/05_distil/17_review.ipynb #4d19efd5
+# %% ../../nbs/05_distil/17_review.ipynb #76aadd25
 class SingleValueNorm(nn.BatchNorm2d):
     "BatchNorm that normalises a single value per channel with its running statistics"
     def forward(self, x):
@@ -39,7 +39,7 @@ class SingleValueNorm(nn.BatchNorm2d):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
         return super().forward(x)
 
-# %% ../../nbs/05_distil/17_review.ipynb #474f6046
+# %% ../../nbs/05_distil/17_review.ipynb #b6a8aa84
 class Fusion(nn.Module):
     "One level: 1×1 convolution, attention over this level and the deeper ones, 3×3 convolution (the paper's ABF)"
     def __init__(self,
@@ -55,7 +55,7 @@ class Fusion(nn.Module):
         for conv in (self.enter[0], self.leave[0]):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
-# %% ../../nbs/05_distil/17_review.ipynb #cd9d7935
+# %% ../../nbs/05_distil/17_review.ipynb #1a7eebd6
 @patch
 def forward(self:Fusion,
     f,       # (B, c_s, h, w) the student's map
@@ -72,13 +72,13 @@ def forward(self:Fusion,
         x = F.interpolate(x, hw, mode='nearest')
     return self.leave(x), x
 
-# %% ../../nbs/05_distil/17_review.ipynb #30a85878
+# %% ../../nbs/05_distil/17_review.ipynb #816afb06
 class ReviewParams(BaseModel, extra='forbid'):
     "The parameters of ReviewKD"
     review_beta:float = Field(1., ge=0, description="Weight of the review term; 5 for resnet32x4 → resnet8x4.")
     review_warmup:int = Field(20, ge=0, description="Epochs over which the weight grows; 0 = none.")
 
-# %% ../../nbs/05_distil/17_review.ipynb #7d7a2658
+# %% ../../nbs/05_distil/17_review.ipynb #14a228b6
 @register_method('reviewkd', ReviewParams)
 class ReviewKD(SingleTeacher):
     "CE + warm-up · review_beta · Σ HCL over the levels (Chen et al. 2021); resnet32x4 → resnet8x4: 75.63"
@@ -100,7 +100,7 @@ class ReviewKD(SingleTeacher):
                                    for i, (a, b) in enumerate(levels)])
         teachers[0].preact = True                # its outputs hold the maps before their activations, too
 
-# %% ../../nbs/05_distil/17_review.ipynb #2c23af19
+# %% ../../nbs/05_distil/17_review.ipynb #42287c8d
 @patch
 def levels(self:ReviewKD,
     s_out:dict,  # The student's output
@@ -115,12 +115,12 @@ def levels(self:ReviewKD,
         found.append((out, f_t))
     return found
 
-# %% ../../nbs/05_distil/17_review.ipynb #ffa3a186
+# %% ../../nbs/05_distil/17_review.ipynb #124caa0c
 @patch
-def loss(self:ReviewKD, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
-    "CE, optional KD and the review"
-    p, terms = self.params, self.usual_terms(batch, s_out, t_outs, when)
-    if p.review_beta > 0:
-        warm = min((when.epoch + 1)/p.review_warmup, 1.) if p.review_warmup else 1.
-        terms['review'] = (warm*p.review_beta, sum(hcl_loss(s, t) for s, t in self.levels(s_out, t_outs[0])))
-    return weighted(**terms)
+def own_terms(self:ReviewKD, batch, s_out, t_outs, when)->dict: # name → (weight, term)
+    "The review, with its warm-up"
+    p = self.params
+    if not p.review_beta:
+        return {}
+    warm = min((when.epoch + 1)/p.review_warmup, 1.) if p.review_warmup else 1.
+    return dict(review=(warm*p.review_beta, sum(hcl_loss(s, t) for s, t in self.levels(s_out, t_outs[0]))))

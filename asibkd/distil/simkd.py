@@ -6,7 +6,7 @@
 __all__ = ['Projector', 'ReusedHead', 'reused_anatomy', 'with_reused_head', 'check_reusable', 'copy_head', 'reuse_head',
            'reused_form', 'for_weights', 'student_for', 'SimKDParams', 'SimKD']
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #b1a2fc4b
+# %% ../../nbs/05_distil/18_simkd.ipynb #6dad63c1
 import copy
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ from .single import SingleTeacher
 from ..models.anatomy import Anatomy, MapReader
 from ..models.kdmodel import KDModel, capture
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #9e1328a3
+# %% ../../nbs/05_distil/18_simkd.ipynb #35b81642
 class Projector(nn.Module):
     "The student's map in the teacher's space: 1×1, 3×3 and 1×1 convolutions, each with BatchNorm and ReLU"
     def __init__(self,
@@ -46,7 +46,7 @@ class Projector(nn.Module):
         hw = tuple(min(a, b) for a, b in zip(f.shape[-2:], self.hw))
         return self.net(f if tuple(f.shape[-2:]) == hw else F.adaptive_avg_pool2d(f, hw))
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #69064942
+# %% ../../nbs/05_distil/18_simkd.ipynb #0531e4ce
 class ReusedHead(nn.Module):
     "A plain network: a student's body, a projector, and the classifier of a teacher"
     def __init__(self,
@@ -70,7 +70,7 @@ class ReusedHead(nn.Module):
         f = self.projector(self.last.read(seen[self.last.name], x))
         return self.head(f.mean((2, 3)))
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #16bc47d6
+# %% ../../nbs/05_distil/18_simkd.ipynb #9d5bdcfd
 def reused_anatomy(
     a:Anatomy, # Of the student's network
     shape,     # (C, h, w) of the teacher's last map
@@ -84,7 +84,7 @@ def reused_anatomy(
                    preacts=[k and inside(k) for k in a.preacts],
                    last=MapReader('projector', 'nchw', shape[0], side))
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #e48b1f02
+# %% ../../nbs/05_distil/18_simkd.ipynb #4bece490
 def with_reused_head(
     student:KDModel, # Not changed
     shape,           # (C, h, w) of the teacher's last map
@@ -100,7 +100,7 @@ def with_reused_head(
     new.frozen_modules = {k.replace('model', 'model.body', 1) for k in student.frozen_modules}
     return new.train(student.training)
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #65ac44b4
+# %% ../../nbs/05_distil/18_simkd.ipynb #68536728
 def check_reusable(
     t:KDModel, # The teacher
 ):
@@ -120,7 +120,7 @@ def check_reusable(
         raise ConfigError(f"simkd reuses the classifier behind the teacher's averaged last map; '{t.name}' {why}. "
                           "Use another teacher (ResNets, VGGs and most CNNs), or reviewkd, crd or dkd.")
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #48be8c30
+# %% ../../nbs/05_distil/18_simkd.ipynb #ee2ca96f
 @torch.no_grad()
 def copy_head(
     net:ReusedHead, # Its head is filled
@@ -133,7 +133,7 @@ def copy_head(
         own[rows] = theirs.detach().to(own)[kept]
     return net
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #e508c075
+# %% ../../nbs/05_distil/18_simkd.ipynb #ec267184
 def reuse_head(
     student:KDModel, t:KDModel, # Neither is changed
 )->KDModel:
@@ -143,7 +143,7 @@ def reuse_head(
     copy_head(new.model, t)
     return new
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #01ee5246
+# %% ../../nbs/05_distil/18_simkd.ipynb #3bcabb40
 def reused_form(
     state:dict, # name → tensor, of a bare network
 )->dict|None: # shape, n_class, bias of `with_reused_head`; None for any other network
@@ -152,7 +152,7 @@ def reused_form(
         return None
     return dict(shape=tuple(state['map_shape'].tolist()), n_class=len(state['head.weight']), bias='head.bias' in state)
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #f7ae0f14
+# %% ../../nbs/05_distil/18_simkd.ipynb #c7e1a465
 def for_weights(
     student:KDModel,
     state:dict,      # name → tensor, of a bare network
@@ -161,7 +161,7 @@ def for_weights(
     form = reused_form(state)
     return student if form is None else with_reused_head(student, **form)
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #0b75ac78
+# %% ../../nbs/05_distil/18_simkd.ipynb #a3aead7a
 def student_for(
     name:str,  # Of the method
     student,   # The run's wrapped student; not changed
@@ -171,12 +171,12 @@ def student_for(
     build = getattr(check_method(name), 'build_student', None)
     return student if build is None else build(student, teachers)
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #f7373b70
+# %% ../../nbs/05_distil/18_simkd.ipynb #9632c283
 class SimKDParams(BaseModel, extra='forbid'):
     "The parameter of SimKD"
     simkd_beta:float = Field(1., gt=0, description="Weight of the squared difference of the maps.")
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #32d3dc6a
+# %% ../../nbs/05_distil/18_simkd.ipynb #637d52ed
 @register_method('simkd', SimKDParams)
 class SimKD(SingleTeacher):
     "MSE of projected and teacher's last map, the teacher's head reused (Chen et al. 2022); resnet32x4 → resnet8x4: 78.08"
@@ -194,10 +194,10 @@ class SimKD(SingleTeacher):
         if not isinstance(student.model, ReusedHead):
             raise ConfigError("simkd trains a student with its teacher's head: student_for('simkd', student, teachers).")
 
-# %% ../../nbs/05_distil/18_simkd.ipynb #72a46c91
+# %% ../../nbs/05_distil/18_simkd.ipynb #ee1b7860
 @patch
 def loss(self:SimKD, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
     "The mean squared difference of the maps; the larger one is average-pooled"
     f_s, f_t = same_size([s_out['feat_4d'], t_outs[0]['feat_4d'].detach()])
-    terms = self.usual_terms(batch, s_out, t_outs, when)
+    terms = self.base_terms(batch, s_out, lambda: self.kd(batch, s_out, t_outs, when))
     return weighted(**terms, simkd=(self.params.simkd_beta, F.mse_loss(upcast(f_s), upcast(f_t))))
