@@ -6,7 +6,7 @@
 __all__ = ['combined_weights', 'Agent', 'agent_state', 'rewards', 'agent_loss', 'LearningAgent', 'MTKDParams', 'MTKDRLParams',
            'MTKDStatic', 'MTKDRL']
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #9fa50b8f
+# %% ../../nbs/05_distil/19_mtkd.ipynb #fb9a21cb
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from .losses import ce_loss, upcast
 from .methods import kd_parameters, register_method, weighted
 from .multi import PooledRegressor, Weighing, check_last_maps, weigh_confidence
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #6c968162
+# %% ../../nbs/05_distil/19_mtkd.ipynb #37442f1e
 def combined_weights(
     right:Tensor,  # (M, B) weights of teachers that are right (`weigh_confidence`)
     gap:Tensor,    # (M, B) a number that grows with the weight: KL, or a cosine
@@ -29,7 +29,7 @@ def combined_weights(
     parts = [right, upcast(gap).softmax(0), *([] if policy is None else [policy])]
     return sum(parts)/len(parts)
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #85ddb6e9
+# %% ../../nbs/05_distil/19_mtkd.ipynb #e3acdcd7
 class Agent(nn.Module):
     "A policy over the teachers, for the logits and for the maps"
     def __init__(self,
@@ -53,7 +53,7 @@ class Agent(nn.Module):
         h = F.linear(state, w['first']).relu()
         return tuple(F.linear(h, w[f'{k}_weight'], w[f'{k}_bias']).softmax(1).T for k in ('logits', 'maps'))
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #52531056
+# %% ../../nbs/05_distil/19_mtkd.ipynb #5655f34e
 def agent_state(
     cosine:Tensor, kl:Tensor, ce:Tensor,  # (M, B) each
     t_outs:list,                          # The teachers' outputs
@@ -63,10 +63,11 @@ def agent_state(
     for c, k, e, o in zip(cosine, kl, ce, t_outs):
         z = upcast(o['logit'])
         z = torch.where(z > FOREIGN/2, z, 0.)
+        e = torch.where(e < -FOREIGN/2, e, 0.)
         rows.append(torch.cat([torch.stack([c, k, e], 1), upcast(o['feat_2d']), z], 1))
     return torch.cat(rows, 1).detach()
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #96fa0745
+# %% ../../nbs/05_distil/19_mtkd.ipynb #c26e82eb
 def rewards(
     loss:Tensor, # (B,) of each image
 )->Tensor: # (B,) in [0, 1]
@@ -75,7 +76,7 @@ def rewards(
     std = r.pow(2).sum().div(max(len(r) - 1, 1)).sqrt()
     return (r/std.clamp_min(1e-12)).clamp(0, 1).detach()
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #86cc91be
+# %% ../../nbs/05_distil/19_mtkd.ipynb #aa532f3c
 def agent_loss(
     w:tuple,       # `combined_weights` of logits and maps, with gradient
     reward:Tensor, # (B,)
@@ -83,7 +84,7 @@ def agent_loss(
     "Binary cross-entropy of the weights with 1, weighted by the reward"
     return sum(F.binary_cross_entropy(o.clamp(0, 1), torch.ones_like(o), reward.expand_as(o)) for o in w)
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #6b1365d4
+# %% ../../nbs/05_distil/19_mtkd.ipynb #03436bae
 class LearningAgent(nn.Module):
     "An agent that acts, and its copy that learns"
     def __init__(self,
@@ -98,7 +99,7 @@ class LearningAgent(nn.Module):
         self.register_buffer('batches', torch.tensor(0))
         self.register_buffer('epoch', torch.tensor(0))
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #eb2e1542
+# %% ../../nbs/05_distil/19_mtkd.ipynb #7eb1314c
 @patch
 @torch.no_grad()
 def begin(self:LearningAgent,
@@ -111,7 +112,7 @@ def begin(self:LearningAgent,
     self.batches.copy_(torch.where(due, 0, self.batches) + 1)
     self.epoch.fill_(epoch)
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #a9982761
+# %% ../../nbs/05_distil/19_mtkd.ipynb #a1ff7e8f
 @patch
 def learn(self:LearningAgent,
     state:Tensor,  # (B, n_state)
@@ -126,19 +127,19 @@ def learn(self:LearningAgent,
         for old, g in zip(self.learning.buffers(), grads):
             old.sub_(g, alpha=self.lr)
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #0453ec0d
+# %% ../../nbs/05_distil/19_mtkd.ipynb #670de4f4
 class MTKDParams(BaseModel, extra='forbid'):
     "The parameter of `mtkd_static`"
     mtkd_beta:float = Field(5., gt=0, description="Weight of the feature term.")
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #32c4172e
+# %% ../../nbs/05_distil/19_mtkd.ipynb #545de76d
 class MTKDRLParams(MTKDParams):
     "The parameters of `mtkd_rl`"
     mtkd_agent_lr:float = Field(.1, gt=0, description="Learning rate of the agent's SGD.")
     mtkd_agent_steps:int = Field(1000, ge=1, description="Batches after which the agent is replaced by what it has "
         "learnt; it is at the start of each epoch, too.")
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #953ed0bc
+# %% ../../nbs/05_distil/19_mtkd.ipynb #138cac75
 @register_method('mtkd_static', MTKDParams)
 class MTKDStatic(Weighing):
     "CE + weighed KD + mtkd_beta · weighed MSE of the last maps, weights from labels and gaps (after Yang et al. 2025)"
@@ -155,7 +156,7 @@ class MTKDStatic(Weighing):
         s, *ts = [m.last_shape() for m in (student, *teachers)]
         self.regress = nn.ModuleList([PooledRegressor(s, t) for t in ts])
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #acc84bbc
+# %% ../../nbs/05_distil/19_mtkd.ipynb #e5aec4c8
 @patch
 def gaps(self:MTKDStatic, batch, s_out, t_outs, when)->dict: # name → (M, B); kl and mse with gradient
     "Cosine, KL, cross-entropy and squared difference of the maps, of every teacher on every image"
@@ -168,7 +169,7 @@ def gaps(self:MTKDStatic, batch, s_out, t_outs, when)->dict: # name → (M, B); 
                 ce=of_each(lambda i, o: ce_loss(o['logit'].detach(), batch.hard, reduction='none')),
                 mse=of_each(squared))
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #1b05b031
+# %% ../../nbs/05_distil/19_mtkd.ipynb #d09419e8
 @patch
 def policy_weights(self:MTKDStatic, g, t_outs, batch, when)->tuple: # w, w': (M, B)
     "The weights of logits and maps"
@@ -176,7 +177,7 @@ def policy_weights(self:MTKDStatic, g, t_outs, batch, when)->tuple: # w, w': (M,
     right = weigh_confidence(None, z, batch.hard)
     return combined_weights(right, g['kl'].detach()), combined_weights(right, g['cosine'])
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #0ffa60b4
+# %% ../../nbs/05_distil/19_mtkd.ipynb #6d0d1250
 @patch
 def loss(self:MTKDStatic, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
     "CE, the weighed KD and the weighed squared differences of the maps"
@@ -187,12 +188,12 @@ def loss(self:MTKDStatic, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
     self.after_loss(batch, s_out, g, t_outs, kd, feat)
     return weighted(**terms, feat=(self.params.mtkd_beta, feat.mean()))
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #6946cc65
+# %% ../../nbs/05_distil/19_mtkd.ipynb #9fe183e3
 @patch
 def after_loss(self:MTKDStatic, batch, s_out, g, t_outs, kd, feat):
     "For an agent: nothing to learn here"
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #7c202ea3
+# %% ../../nbs/05_distil/19_mtkd.ipynb #309ef6d6
 @register_method('mtkd_rl', MTKDRLParams)
 class MTKDRL(MTKDStatic):
     "As `mtkd_static`, with an agent's preference as the third weight (Yang et al. 2025); 4 teachers → ShuffleNetV2: 78.35"
@@ -209,7 +210,7 @@ class MTKDRL(MTKDStatic):
             policy = self.agent.acting(agent_state(g['cosine'], g['kl'], g['ce'], t_outs))
         return self.combine(g, t_outs, batch, *policy)
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #58e09ec9
+# %% ../../nbs/05_distil/19_mtkd.ipynb #30247331
 @patch
 def combine(self:MTKDRL, g, t_outs, batch,
     on_logits, on_maps,   # (M, B) the agent's preferences
@@ -218,7 +219,7 @@ def combine(self:MTKDRL, g, t_outs, batch,
     right = weigh_confidence(None, torch.stack([o['logit'] for o in t_outs]), batch.hard)
     return combined_weights(right, g['kl'].detach(), on_logits), combined_weights(right, g['cosine'], on_maps)
 
-# %% ../../nbs/05_distil/19_mtkd.ipynb #d08309f4
+# %% ../../nbs/05_distil/19_mtkd.ipynb #135430d1
 @patch
 def after_loss(self:MTKDRL, batch, s_out, g, t_outs, kd, feat):
     "Reward the agent: minus the loss of each image"
