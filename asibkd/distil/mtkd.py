@@ -142,7 +142,7 @@ class MTKDRLParams(MTKDParams):
 # %% ../../nbs/05_distil/19_mtkd.ipynb #138cac75
 @register_method('mtkd_static', MTKDParams)
 class MTKDStatic(Weighing):
-    "CE + weighed KD + mtkd_beta · weighed MSE of the last maps, weights from labels and gaps (after Yang et al. 2025)"
+    "CE + weighed KD + mtkd_beta · weighed MSE of the last maps (after Yang et al. 2025)"
     cited_by = ('yang2025mtkdrl',)
     needs_maps = True
 
@@ -196,7 +196,7 @@ def after_loss(self:MTKDStatic, batch, s_out, g, t_outs, kd, feat):
 # %% ../../nbs/05_distil/19_mtkd.ipynb #309ef6d6
 @register_method('mtkd_rl', MTKDRLParams)
 class MTKDRL(MTKDStatic):
-    "As `mtkd_static`, with an agent's preference as the third weight (Yang et al. 2025); 4 teachers → ShuffleNetV2: 78.35"
+    "`mtkd_static` with an agent's preference as the third weight (Yang et al. 2025); 4 → ShuffleNetV2: 78.35"
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)

@@ -179,7 +179,7 @@ class SimKDParams(BaseModel, extra='forbid'):
 # %% ../../nbs/05_distil/18_simkd.ipynb #637d52ed
 @register_method('simkd', SimKDParams)
 class SimKD(SingleTeacher):
-    "MSE of projected and teacher's last map, the teacher's head reused (Chen et al. 2022); resnet32x4 → resnet8x4: 78.08"
+    "MSE of projected and teacher's last map, its head reused (Chen et al. 2022); resnet32x4 → resnet8x4: 78.08"
     cited_by = ('chen2022simkd',)
     needs_maps = True
     allows_class_subsets = False  # The head must know every class
@@ -192,7 +192,8 @@ class SimKD(SingleTeacher):
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
         if not isinstance(student.model, ReusedHead):
-            raise ConfigError("simkd trains a student with its teacher's head: student_for('simkd', student, teachers).")
+            raise ConfigError("simkd trains a student with its teacher's head: give it "
+                              "student_for('simkd', student, teachers).")
 
 # %% ../../nbs/05_distil/18_simkd.ipynb #ee1b7860
 @patch
