@@ -17,7 +17,7 @@ from ..core.files import atomic_write
 from ..core.runfolder import Run, setup_log, shared_table
 from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
 from ..data.batches import make_loader
-from ..data.datasets import create_data
+from ..data.several import run_data
 from ..distil.metrics import accuracy, collect_logits
 from ..eval.evaluate import load_synergy, report_splits
 from ..models.cards import class_number, task_of
@@ -48,7 +48,7 @@ def finetune_in_folder(
 )->dict: # type, checkpoint, skipped, val_acc, test_acc, seed
     "The body of `run_finetune`, inside the open run folder"
     set_deterministic(cfg.deterministic)
-    acc, data = create_accelerator(cfg), create_data(cfg)
+    acc, data = create_accelerator(cfg), run_data(cfg)
     if named := dict.fromkeys(cfg.teacher1_classes or ()):      # a specialist: its card names what it knows
         data = task_of(data, [class_number(c, list(map(str, data.classes))) for c in named])
     cfg = settle_config(cfg, data)
@@ -185,7 +185,7 @@ def run_evaluate(
     cfg, _ = resolve(_file, **{'compare': 0} | params)
     setup_log(cfg)
     check_evaluation(cfg)
-    acc, data = create_accelerator(cfg), create_data(cfg)
+    acc, data = create_accelerator(cfg), run_data(cfg)
     cfg = settle_config(cfg, data)
     evaluate = evaluate_single if cfg.eval_mode == 'single' else evaluate_synergy
     report = evaluate(RunContext(cfg, data, acc))
