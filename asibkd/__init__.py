@@ -11,6 +11,8 @@ _WHERE = {
     'run.loops': 'run_loop compare_methods cl_compare',
     'run.sweeps': 'run_sweep',
     'run.bench': 'run_bench',
+    'run.cite': 'cite',
+    'run.reproduce': 'reproduce',
     # parameters and errors
     'core.params': 'Params param',
     'core.config': 'Config resolve list_presets parameter_table '

@@ -12,9 +12,11 @@ ABOUT = dict(run='run an experiment (or resume it; --extend RUN: go on with new 
              evaluate='train and test accuracy from checkpoints',
              loop='run several methods with several seeds, then compare; --jobs N: several at once, --launcher slurm',
              sweep='search parameters: student_lr=log(1e-4,1e-1) …, shared by workers on one or several machines',
+             reproduce='run a published table again: pairs of networks, methods, seeds',
              compare='table, figure and LaTeX of finished runs',
              export="write a run's student as a program and check it", show='print the result table of a run',
              report='write the report of one or several runs again: one HTML file',
+             cite='the papers that a run rests on, as BibTeX',
              explore='explore a run in the browser: attention, bottleneck, targets',
              doctor='check a run folder or a folder of images, and say what to do',
              bench='measure speed on this machine, compared with common implementations')
