@@ -8,14 +8,14 @@ __all__ = ['KEPT_ENDINGS', 'KEPT_NAMES', 'PRESETS', 'BLOCKS', 'ALIASES', 'HYDRA_
            'list_presets', 'flatten_log', 'decoded', 'read_yaml', 'effective_value', 'trains_mobile', 'merge_presets',
            'preset_names', 'preset_values', 'apply_blocks', 'hydra_hint', 'refuse_key', 'check_keys', 'advice',
            'explain_validation', 'run_plugin_file', 'load_plugins', 'extended_values', 'config_layers',
-           'refuse_idle_cl', 'params_model', 'resolve', 'near_chance']
+           'refuse_idle_cl', 'params_of', 'params_model', 'resolve', 'near_chance']
 
 # %% ../../nbs/00_core/01_config.ipynb #f5cf8676
 import difflib, hashlib, importlib, importlib.util, json, os, sys
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError, create_model, field_validator
 
 from .errors import (AsibError, CheckpointError, ConfigError, DataError, Registry, RunError, log,
                                 unknown_name)
@@ -409,6 +409,18 @@ def refuse_idle_cl(
             raise ConfigError(f"{k}={given[k]} without cl_mode: parameters of continual learning count only with "
                               f"cl_mode=1. Add it, or leave {k} out.")
 
+# %% ../../nbs/00_core/01_config.ipynb #954beccf
+def params_of(
+    name:str,  # As `method=` or `cl_method=` takes it
+    cl=False,  # Of a continual method?
+)->type[BaseModel]|None: # None: it adds none
+    "The parameters that a method adds; those of a stack (crd+wttm) are the parameters of its parts"
+    key = f'cl:{name}' if cl else str(name)
+    if key in method_params or cl:
+        return method_params.get(key)
+    models = tuple(method_params[o] for o in dict.fromkeys(key.split('+')) if o in method_params)
+    return create_model(key, __base__=models) if len(models) > 1 else models[0] if models else None
+
 # %% ../../nbs/00_core/01_config.ipynb #fed54b5a
 def params_model(
     layers:list, # All layers
@@ -416,7 +428,7 @@ def params_model(
     "The parameters that the chosen method adds"
     cl = is_on(effective_value(layers, 'cl_mode'))
     name = effective_value(layers, 'cl_method' if cl else 'method')
-    return method_params.get(f'cl:{name}' if cl else str(name))
+    return params_of(name, cl)
 
 # %% ../../nbs/00_core/01_config.ipynb #bda3e94f
 def resolve(

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .fusion import Base, Stack, TeacherTable, fit_base, fit_stack
-from .methods import Method, register_method, weighted
+from .methods import Method, register_method
 from .metrics import accuracy
 
 # %% ../../nbs/05_distil/10_merging.ipynb #23b69354
@@ -34,18 +34,17 @@ def fused(self:Merging,
 
 # %% ../../nbs/05_distil/10_merging.ipynb #eff6af08
 @patch
-def loss(self:Merging, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
-    "CE on the labels, KD to the fused target"
-    def kd():
-        with torch.no_grad():
-            target = self.fused(t_outs)
-        return self.kd_term(s_out['logit'], target, when)
-    return weighted(**self.base_terms(batch, s_out, kd))
+def kd(self:Merging, batch, s_out, t_outs, when)->Tensor: # Scalar
+    "KD to the fused target"
+    with torch.no_grad():
+        target = self.fused(t_outs)
+    return self.kd_term(s_out['logit'], target, when)
 
 # %% ../../nbs/05_distil/10_merging.ipynb #7cadfc88
 @register_method('wavg')
 class WAvg(Merging):
     "The teachers' calibrated log-probabilities, optimally weighted by constants"
+    cited_by = ('hinton2015distilling',)
     target_text = 'weighted'
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
@@ -67,10 +66,11 @@ def fit_teachers(self:WAvg, table:TeacherTable)->str: # One line for the log
 @register_method('best')
 class Best(Merging):
     "KD from the single teacher with the best accuracy, on the classes it knows"
+    cited_by = ('hinton2015distilling',)
     chosen = 0
 
-    def loss(self, batch, s_out, t_outs, when):
-        return weighted(**self.base_terms(batch, s_out, lambda: self.teacher_kd(s_out, t_outs[self.chosen], when)))
+    def kd(self, batch, s_out, t_outs, when):
+        return self.teacher_kd(s_out, t_outs[self.chosen], when)
 
 # %% ../../nbs/05_distil/10_merging.ipynb #9e7daf23
 @patch
@@ -85,6 +85,7 @@ def fit_teachers(self:Best, table:TeacherTable)->str: # One line for the log
 @register_method('stack')
 class Stacking(Merging):
     "A ridge-penalised regression on the teachers' features and log-probabilities (Wolpert 1992)"
+    cited_by = ('wolpert1992stacked',)
     target_text = 'stacked'
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from pydantic import BaseModel
 from torch import nn, Tensor
 
-from ..core.config import ALIASES, Config, ConfigError, Registry, method_params, unknown_name
+from ..core.config import ALIASES, Config, ConfigError, Registry, method_params, params_of, unknown_name
+from ..core.papers import paper
 from ..core.runtime import When, base_of, objective_of, tau_at
 from .losses import ce_loss, kd_loss
 from ..ib_mbm import average_logits
@@ -69,6 +70,7 @@ def columns_of(
 # %% ../../nbs/05_distil/02_methods.ipynb #56306941
 class Method(nn.Module):
     "Base of every method"
+    cited_by = ()                # Its papers: keys of `references.bib`, or whole BibTeX entries
     teachers_used = 'all'        # 'all', 'one' or 'none': the others' outputs are not computed
     adapts = False               # Has a phase A (`adapt_loss`)
     fits_teachers = False        # Fits something on labelled images before its first phase (`fit_teachers`)
@@ -77,6 +79,7 @@ class Method(nn.Module):
     unlabelled = True            # Can use images without a label (`batch.labelled` says which have one)
     labels_only = False          # Learns from labels alone: its batches hold the labelled images, repeated
     closed_form = False          # Computes the student's head instead of training it (`fit_student`)
+    whole_batch = False          # Needs a batch in one process, not only its outputs: several processes are refused
     defaults = dict(ce_alpha=.1, kd_alpha=.9, rkd_loss_weight=0.)   # Where the user gave no weight
 
     def __init__(self,
@@ -97,16 +100,31 @@ class Method(nn.Module):
         "Parameters with an effect on the loss, of those that only some methods read"
         return {'ce_alpha', 'kd_alpha'} | (kd_parameters(c) if c.kd_alpha > 0 else set())
 
-# %% ../../nbs/05_distil/02_methods.ipynb #ce3a8f29
+# %% ../../nbs/05_distil/02_methods.ipynb #02539d29
 @patch
-def loss(self:Method,
+def kd(self:Method,
     batch,         # x, y (hard or soft), hard (the dominant label), idx
     s_out:dict,    # The student's output, with gradient
     t_outs:list,   # The teachers' outputs, without
     when:When,     # Phase, stage, epoch and progress of the run
+)->Tensor: # Scalar
+    "The distillation term, of weight kd_alpha; every method defines this, or the whole `loss`"
+    raise NotImplementedError(f"{type(self).__name__} must define kd(batch, s_out, t_outs, when), or the whole loss.")
+
+# %% ../../nbs/05_distil/02_methods.ipynb #77c101de
+@patch
+def own_terms(self:Method, batch, s_out, t_outs, when, # As in `kd`
+)->dict: # name → (weight, term), for `weighted`
+    "What the method adds to CE and KD; terms of weight 0 are left out"
+    return {}
+
+# %% ../../nbs/05_distil/02_methods.ipynb #ce3a8f29
+@patch
+def loss(self:Method, batch, s_out, t_outs, when, # As in `kd`
 )->dict: # dict(loss, parts), as `weighted` returns it
-    "Every method defines this"
-    raise NotImplementedError(f"{type(self).__name__} must define loss(batch, s_out, t_outs, when).")
+    "ce_alpha · CE + kd_alpha · `kd` + `own_terms`"
+    kd = lambda: self.kd(batch, s_out, t_outs, when)
+    return weighted(**self.base_terms(batch, s_out, kd), **self.own_terms(batch, s_out, t_outs, when))
 
 # %% ../../nbs/05_distil/02_methods.ipynb #31d12e8f
 @patch
@@ -242,6 +260,8 @@ def check_class(
         raise ConfigError(f"'{name}' is the package's own; choose another name.")
     if cls.teachers_used not in ('all', 'one', 'none'):
         raise ConfigError(f"{cls.__name__}.teachers_used is {cls.teachers_used!r}; it must be 'all', 'one' or 'none'.")
+    for o in cls.cited_by:
+        paper(o)
     for k in cls.defaults:
         if k not in Config.model_fields:
             raise unknown_name(f"parameter in {cls.__name__}.defaults:", k, Config.model_fields)
@@ -319,8 +339,8 @@ def create_method(
 )->Method:
     "Build the method of that name for these models"
     cls = check_method(name)
-    params = method_params[name](**(extra or {})) if name in method_params else None
-    return cls(with_method_defaults(cfg, name), student, teachers, params, labels)
+    model = params_of(name)
+    return cls(with_method_defaults(cfg, cls), student, teachers, model and model(**(extra or {})), labels)
 
 # %% ../../nbs/05_distil/02_methods.ipynb #7ffa7a0a
 @register_method('ce')
@@ -340,16 +360,17 @@ class CE(Method):
 @register_method('vanilla_kd')
 class VanillaKD(Method):
     "One teacher's softened logits beside the labels (Hinton et al. 2015)"
+    cited_by = ('hinton2015distilling',)
     teachers_used = 'one'
 
-    def loss(self, batch, s_out, t_outs, when):
-        return weighted(**self.base_terms(batch, s_out, lambda: self.teacher_kd(s_out, t_outs[0], when)))
+    def kd(self, batch, s_out, t_outs, when):
+        return self.teacher_kd(s_out, t_outs[0], when)
 
 # %% ../../nbs/05_distil/02_methods.ipynb #eb668b07
 @register_method('avgz')
 class AvgZ(Method):
     "The teachers' averaged logits, softened: the baseline a bridge has to beat"
+    cited_by = ('hinton2015distilling',)
 
-    def loss(self, batch, s_out, t_outs, when):
-        kd = lambda: self.kd_term(s_out['logit'], average_logits(t_outs), when)
-        return weighted(**self.base_terms(batch, s_out, kd))
+    def kd(self, batch, s_out, t_outs, when):
+        return self.kd_term(s_out['logit'], average_logits(t_outs), when)
