@@ -18,7 +18,7 @@ from asibkd.analysis.compare import (
     win_table)
 from .figures import plot_seeds
 from .notes import run_sentence, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
-from .page import code, picture, render, section, table, text
+from .page import code, page_figures, picture, render, section, table, text
 from .tables import MEASURES, effective_config, joined, load_config, load_summary, sees_all_data
 from ..core.config import RunError
 from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
@@ -57,12 +57,15 @@ def run_page(
 
 # %% ../../nbs/09_analysis/09_report.ipynb #7a0d4c5b
 def save_report(
-    run,    # Folder of a finished run
-    out='', # The file; '' = report.html in that folder
+    run,          # Folder of a finished run
+    out='',       # The file; '' = report.html in that folder
+    figures=None, # A dict that is filled with the figures, by name
 )->Path: # The file
     "Write (or write again) the report of a run"
-    out = Path(out or Path(run)/'report.html')
-    atomic_write(out, render(run_page(run)))
+    out, page = Path(out or Path(run)/'report.html'), run_page(run)
+    atomic_write(out, render(page))
+    if figures is not None:
+        figures |= page_figures(page)
     return out
 
 # %% ../../nbs/09_analysis/09_report.ipynb #ed6ab684
@@ -238,7 +241,8 @@ def compare_page(
     what = (f'{joined(t.method, MOST_LABELS)} were compared over {len(seeds)} seed{plural} ({joined(seeds)}), '
             f'{n_runs} runs; the baseline is {base}.')
     return dict(title=f'{len(t)} methods on {datasets}', what=what, verdict=best,
-                warnings=compare_warnings(runs, summaries), sections=compare_sections(runs, t, base, best, summaries, beside))
+                warnings=compare_warnings(runs, summaries),
+                sections=compare_sections(runs, t, base, best, summaries, beside))
 
 # %% ../../nbs/09_analysis/09_report.ipynb #e9061d1e
 def save_compare_report(
