@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from ..core.config import ConfigError
 from .amalgam import same_size
 from .losses import upcast
-from .methods import register_method, weighted
+from .methods import register_method
 from .single import SingleTeacher, aligned
 
 # %% ../../nbs/05_distil/16_features.ipynb #1c3ebccf
@@ -146,11 +146,9 @@ class PKT(SingleTeacher):
     "CE + pkt_beta · PKT on pooled features (Passalis & Tefas 2018); resnet32x4 → resnet8x4: 73.64 (RepDistiller)"
     cited_by = ('passalis2018pkt',)
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms = self.usual_terms(batch, s_out, t_outs, when)
-        if self.params.pkt_beta > 0:
-            terms['pkt'] = (self.params.pkt_beta, pkt_loss(s_out['feat_2d'], t_outs[0]['feat_2d']))
-        return weighted(**terms)
+    def own_terms(self, batch, s_out, t_outs, when):
+        beta = self.params.pkt_beta
+        return dict(pkt=(beta, pkt_loss(s_out['feat_2d'], t_outs[0]['feat_2d']))) if beta > 0 else {}
 
 # %% ../../nbs/05_distil/16_features.ipynb #0900673a
 def check_maps(
@@ -179,11 +177,9 @@ class SP(SingleTeacher):
         super().__init__(cfg, student, teachers, params)
         check_maps('sp', student, teachers[0])
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms = self.usual_terms(batch, s_out, t_outs, when)
-        if self.params.sp_beta > 0:
-            terms['sp'] = (self.params.sp_beta, sp_loss(s_out['feat_4d'], t_outs[0]['feat_4d']))
-        return weighted(**terms)
+    def own_terms(self, batch, s_out, t_outs, when):
+        beta = self.params.sp_beta
+        return dict(sp=(beta, sp_loss(s_out['feat_4d'], t_outs[0]['feat_4d']))) if beta > 0 else {}
 
 # %% ../../nbs/05_distil/16_features.ipynb #3dc4b21a
 class ITRDParams(BaseModel, extra='forbid'):
@@ -204,8 +200,8 @@ class ITRD(SingleTeacher):
         if params.itrd_beta > 0 and (params.itrd_corr > 0 or params.itrd_mutual > 0):
             self.embed = nn.Linear(student.feat_dim, teachers[0].feat_dim)
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms, p = self.usual_terms(batch, s_out, t_outs, when), self.params
+    def own_terms(self, batch, s_out, t_outs, when):
+        terms, p = {}, self.params
         f_s, f_t = upcast(s_out['feat_2d']), upcast(t_outs[0]['feat_2d'])
         with full_precision(f_s):
             if p.itrd_beta*p.itrd_corr > 0:
@@ -213,7 +209,7 @@ class ITRD(SingleTeacher):
             if p.itrd_beta*p.itrd_mutual > 0:
                 e_s = f_s if f_s.shape == f_t.shape else self.embed(f_s)
                 terms['mutual'] = (p.itrd_beta*p.itrd_mutual, mutual_loss(e_s, f_t))
-        return weighted(**terms)
+        return terms
 
 # %% ../../nbs/05_distil/16_features.ipynb #aebf8ed8
 class VIDParams(BaseModel, extra='forbid'):
@@ -238,9 +234,8 @@ class VID(SingleTeacher):
         if params.vid_beta > 0:
             self.predict = nn.ModuleList([Predictor(s[0], t[0], params.vid_variance) for s, t in pairs[1:] or pairs])
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms = self.usual_terms(batch, s_out, t_outs, when)
-        if self.params.vid_beta > 0:
-            pairs = aligned(s_out['stages'], t_outs[0]['stages'], self.cfg.stage_pairs)
-            terms['vid'] = (self.params.vid_beta, sum(p(*pair) for p, pair in zip(self.predict, pairs[1:] or pairs)))
-        return weighted(**terms)
+    def own_terms(self, batch, s_out, t_outs, when):
+        if not self.params.vid_beta:
+            return {}
+        pairs = aligned(s_out['stages'], t_outs[0]['stages'], self.cfg.stage_pairs)
+        return dict(vid=(self.params.vid_beta, sum(p(*pair) for p, pair in zip(self.predict, pairs[1:] or pairs))))
