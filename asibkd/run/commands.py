@@ -332,10 +332,11 @@ def newest(
 )->str:
     "The run folder finished last"
     from asibkd.analysis.tables import has_results
-    done = [f for f in Path(results).glob('*/summary.json') if has_results(f.parent)]
-    if not done:
-        raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
-    return str(max(sorted(done), key=lambda f: f.stat().st_mtime).parent)
+    done = sorted(Path(results).glob('*/summary.json'), key=lambda f: (-f.stat().st_mtime, f))
+    for f in done:
+        if has_results(f.parent):
+            return str(f.parent)
+    raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
 
 # %% ../../nbs/11_run/17_commands.ipynb #a7f239cb
 def cmd_show(argv):
