@@ -132,7 +132,7 @@ def test_killed_and_run_again(tmp_path, door, teachers):
     assert re.search(r'\| teacher +\| 1 +\|.*72\.34', r.stdout) and re.search(r'\| vanilla_kd \| 1 .*70\.66', r.stdout) and 'No difference is shown' in r.stdout
     assert (tmp_path/'results'/'reproduce'/'mdistiller.csv').read_text().count('\n') == 4 and (tmp_path/'results'/'reproduce'/'mdistiller.md').exists()
     run, = tmp_path.glob('results/vanilla_kd-*')
-    assert [json.loads(o)['epoch'] for o in (run/'metrics.jsonl').read_text().splitlines() if '"B' in o] == [0, 1, 2]
+    assert [json.loads(o)['epoch'] for o in (run/'metrics.jsonl').read_text().splitlines() if '"B' in o] == [1, 2, 3]
     bib = check_bib(cite(tmp_path/'results'))
     assert set(bib) == {'hinton2015distilling', 'he2016resnet', 'alpaydin1998digits', 'tian2020crd', 'asibkd', 'paszke2019pytorch'}
     r = door('cite', 'results', '--out', 'papers.bib', cwd=tmp_path)
