@@ -29,7 +29,7 @@ from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_no
                                    spec_of_student, teacher_specs, train_teacher)
 from ..trainers.callbacks import PhaseCheckpoint
 from ..trainers.phases import to_device
-from ..trainers.tracking import final_numbers, tracking
+from ..trainers.tracking import track_results, tracking
 
 # %% ../../nbs/11_run/04_tasks.ipynb #91015423
 def finetune_target(
@@ -102,8 +102,7 @@ def run_finetune(
         out = finetune_in_folder(run, cfg, arch, path, trackers)
         run.finish(out, dict(method='finetune', dataset=out['dataset'], seed=cfg.seed, val_acc=out['val_acc'],
                              test_acc_val_selected=out['test_acc'], teachers=arch))
-        for t in trackers:
-            t.log(final_numbers(out))
+        track_results(trackers, out)
         log.info(reached_text(out))
     return out
 
