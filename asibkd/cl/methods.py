@@ -248,6 +248,7 @@ def register_weights(
     rehearses=True,     # Has a memory
     cumulative=False,   # A new student for every task, on all data so far
     fills_early=False,  # Replays images of the current task, too
+    cited_by=(),        # As of `Method`
     **weights,          # Of the shared terms
 )->type:
     "Register a method defined by its weights"
@@ -257,27 +258,28 @@ def register_weights(
     if cumulative:
         unused += ['lambda_ewc', 'cl_align']
     traits = dict(__doc__=about, unused_weights=tuple(unused), rehearses=rehearses, cumulative=cumulative,
-                  fills_early=fills_early, defaults=SharedTerms.defaults | weights)
+                  fills_early=fills_early, cited_by=cited_by, defaults=SharedTerms.defaults | weights)
     return register_cl_method(name)(type(name, (SharedTerms,), traits))
 
 # %% ../../nbs/07_cl/04_methods.ipynb #ebce8b3b
 register_weights('naive', "Each task as if there were no other", rehearses=False)
 register_weights('joint', "A new student on everything so far: the upper bound",
                  rehearses=False, cumulative=True)
-register_weights('er', "Experience replay: new and kept images")
+register_weights('er', "Experience replay: new and kept images", cited_by=('chaudhry2019tiny',))
 register_weights('er_ace', "Replay; new images leave old classes alone (Caccia et al. 2022)",
-                 cl_mask='ace', fills_early=True)
+                 cl_mask='ace', fills_early=True, cited_by=('caccia2022ace',))
 register_weights('der', "Replay of logits (Buzzega et al. 2020)",
-                 cl_replay_ce=0., cl_der_alpha=.5, cl_mask='full')
+                 cl_replay_ce=0., cl_der_alpha=.5, cl_mask='full', cited_by=('buzzega2020der',))
 register_weights('derpp', "Replay of logits and labels (Buzzega et al. 2020)",
-                 cl_replay_ce=1., cl_der_alpha=.05, cl_mask='full')
+                 cl_replay_ce=1., cl_der_alpha=.05, cl_mask='full', cited_by=('buzzega2020der',))
 register_weights('ewc', "Elastic weight consolidation, online (Schwarz et al. 2018)",
-                 rehearses=False, lambda_ewc=.4)
+                 rehearses=False, lambda_ewc=.4, cited_by=('kirkpatrick2017ewc', 'schwarz2018progress'))
 
 # %% ../../nbs/07_cl/04_methods.ipynb #de496e97
 @register_cl_method('si')
 class SynapticIntelligence(SharedTerms):
     "Synaptic intelligence (Zenke et al. 2017)"
+    cited_by = ('zenke2017si',)
     rehearses = False
     unused_weights = SharedTerms.unused_weights + ('cl_der_alpha', 'cl_replay_ce')
 
@@ -305,6 +307,7 @@ class SynapticIntelligence(SharedTerms):
 @register_cl_method('lwf')
 class LwF(CLMethod):
     "Learning without forgetting"
+    cited_by = ('li2018lwf',)
     rehearses, only_snapshot = False, True
     unused_weights = ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1.)
@@ -323,6 +326,7 @@ class LwF(CLMethod):
 @register_cl_method('icarl')
 class ICaRL(CLMethod):
     "Incremental classifier and representation learning: exemplars by herding, nearest mean of exemplars"
+    cited_by = ('rebuffi2017icarl',)
     classifies_by_means, only_snapshot = True, True
     unused_weights = ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce', 'cl_align')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., replay_policy='herding')

@@ -51,6 +51,7 @@ def soft_ce(
 @register_cl_method('wa')
 class WA(OneMean):
     "Weight aligning: distil from the snapshot, then scale the head (Zhao et al. 2020)"
+    cited_by = ('zhao2020wa',)
     only_snapshot, needs_new_classes = True, True
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., cl_align=True)
 
@@ -138,6 +139,7 @@ def with_bias(
 @register_cl_method('bic')
 class BiC(WA):
     "Bias correction: WA's loss, then two numbers fitted on held-out images (Wu et al. 2019)"
+    cited_by = ('wu2019bic',)
     unused_weights = WA.unused_weights + ('cl_align',)
     defaults = WA.defaults | dict(cl_align=False)
 
@@ -178,6 +180,7 @@ def hold_out(
 @register_cl_method('ssil')
 class SSIL(OneMean):
     "Separated softmax: old and new classes never compete, distillation task by task (Ahn et al. 2021)"
+    cited_by = ('ahn2021ssil',)
     only_snapshot, needs_new_classes = True, True
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., cl_mask='separated')
 
@@ -210,6 +213,7 @@ def averaged_copy(
 @register_cl_method('clser')
 class CLSER(OneMean):
     "Complementary learning systems: replay, drawn to the surer of two averages (Arani et al. 2022)"
+    cited_by = ('arani2022clser',)
     teachers_used = 'none'
     unused_weights = OneMean.unused_weights + ('cl_old_kd',)
 
@@ -295,6 +299,7 @@ def set_extra_state(self:CLSER, n):
 @register_cl_method('gdumb')
 class GDumb(CLMethod):
     "A fresh network on the class-balanced memory alone (Prabhu et al. 2020)"
+    cited_by = ('prabhu2020gdumb',)
     teachers_used, learns_from_memory = 'none', True
     unused_weights = ('kd_alpha', 'cl_old_kd', 'cl_mask', 'cl_replay_ce', 'cl_der_alpha', 'lambda_ewc')
     defaults = CLMethod.defaults | dict(replay_policy='class_balanced')

@@ -31,6 +31,7 @@ class WAvgCL(ViewKD, CLMethod, WAvg):
 @register_cl_method('analytic')
 class AnalyticCL(CLMethod):
     "The analytic teacher itself: a head in closed form that forgets nothing; no student is trained"
+    cited_by = ('zhuang2022acil',)
     rehearses, is_teacher = False, True
     unused_weights = ('ce_alpha', 'kd_alpha', 'cl_old_kd', 'cl_der_alpha', 'cl_replay_ce', 'cl_mask', 'cl_align',
                       'lambda_ewc')

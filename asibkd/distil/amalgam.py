@@ -111,6 +111,7 @@ def forward(self:UnifiedLabels,
 @register_method('uhc')
 class UHC(Method):
     "CE, and KD to soft labels over the union of the teachers' classes (Vongkulbhisal et al. 2019)"
+    cited_by = ('vongkulbhisal2019uhc',)
     @classmethod
     def reads(cls, c):
         return super().reads(c) - {'logit_standardization'}
@@ -208,6 +209,7 @@ class CFLParams(BaseModel, extra='forbid'):
 @register_method('cfl', CFLParams)
 class CFL(Method):
     "CE, KD to the teachers' joined logits, MMD and reconstruction in a common space (Luo et al. 2019)"
+    cited_by = ('luo2019cfl',)
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
         if not params.cfl_beta: return

@@ -275,6 +275,7 @@ def fit_analytic(
 @register_method('analytic')
 class AnalyticHead(Method):
     "The student's trunk as it starts, its head by ridge regression on the labels: nothing is trained"
+    cited_by = ('zhuang2022acil',)
     teachers_used = 'none'
     labels_only = True
     closed_form = True

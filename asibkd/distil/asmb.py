@@ -92,6 +92,7 @@ def switched_off(
 @register_method('asmb')
 class ASMB(Method):
     "Adaptive synergy manifold bridging with the information bottleneck"
+    cited_by = ('yang2024asmb', 'alemi2017vib')
     adapts = True
 
     @classmethod

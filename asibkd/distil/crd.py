@@ -114,6 +114,7 @@ class CRDParams(BaseModel, extra='forbid'):
 @register_method('crd', CRDParams)
 class CRD(SingleTeacher):
     "CE + crd_beta · contrast with the teacher's memory and with the student's (Tian et al. 2020)"
+    cited_by = ('tian2020crd',)
     unlabelled = False           # negatives are images of other classes
 
     @classmethod

@@ -46,6 +46,7 @@ def loss(self:Merging, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
 @register_method('wavg')
 class WAvg(Merging):
     "The teachers' calibrated log-probabilities, optimally weighted by constants"
+    cited_by = ('hinton2015distilling',)
     target_text = 'weighted'
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
@@ -67,6 +68,7 @@ def fit_teachers(self:WAvg, table:TeacherTable)->str: # One line for the log
 @register_method('best')
 class Best(Merging):
     "KD from the single teacher with the best accuracy, on the classes it knows"
+    cited_by = ('hinton2015distilling',)
     chosen = 0
 
     def loss(self, batch, s_out, t_outs, when):
@@ -85,6 +87,7 @@ def fit_teachers(self:Best, table:TeacherTable)->str: # One line for the log
 @register_method('stack')
 class Stacking(Merging):
     "A ridge-penalised regression on the teachers' features and log-probabilities (Wolpert 1992)"
+    cited_by = ('wolpert1992stacked',)
     target_text = 'stacked'
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from torch import nn, Tensor
 
 from ..core.config import ALIASES, Config, ConfigError, Registry, method_params, unknown_name
+from ..core.papers import paper
 from ..core.runtime import When, base_of, objective_of, tau_at
 from .losses import ce_loss, kd_loss
 from ..ib_mbm import average_logits
@@ -69,6 +70,7 @@ def columns_of(
 # %% ../../nbs/05_distil/02_methods.ipynb #56306941
 class Method(nn.Module):
     "Base of every method"
+    cited_by = ()                # Its papers: keys of `references.bib`, or whole BibTeX entries
     teachers_used = 'all'        # 'all', 'one' or 'none': the others' outputs are not computed
     adapts = False               # Has a phase A (`adapt_loss`)
     fits_teachers = False        # Fits something on labelled images before its first phase (`fit_teachers`)
@@ -243,6 +245,8 @@ def check_class(
         raise ConfigError(f"'{name}' is the package's own; choose another name.")
     if cls.teachers_used not in ('all', 'one', 'none'):
         raise ConfigError(f"{cls.__name__}.teachers_used is {cls.teachers_used!r}; it must be 'all', 'one' or 'none'.")
+    for o in cls.cited_by:
+        paper(o)
     for k in cls.defaults:
         if k not in Config.model_fields:
             raise unknown_name(f"parameter in {cls.__name__}.defaults:", k, Config.model_fields)
@@ -341,6 +345,7 @@ class CE(Method):
 @register_method('vanilla_kd')
 class VanillaKD(Method):
     "One teacher's softened logits beside the labels (Hinton et al. 2015)"
+    cited_by = ('hinton2015distilling',)
     teachers_used = 'one'
 
     def loss(self, batch, s_out, t_outs, when):
@@ -350,6 +355,7 @@ class VanillaKD(Method):
 @register_method('avgz')
 class AvgZ(Method):
     "The teachers' averaged logits, softened: the baseline a bridge has to beat"
+    cited_by = ('hinton2015distilling',)
 
     def loss(self, batch, s_out, t_outs, when):
         kd = lambda: self.kd_term(s_out['logit'], average_logits(t_outs), when)

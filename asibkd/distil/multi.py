@@ -166,6 +166,7 @@ def loss(self:Weighing, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
 @register_method('aver')
 class AVER(Weighing):
     "The mean of the teachers' losses"
+    cited_by = ('you2017multiple',)
 
 # %% ../../nbs/05_distil/06_multi.ipynb #1816032f
 class EBKDParams(BaseModel, extra='forbid'):
@@ -177,6 +178,7 @@ class EBKDParams(BaseModel, extra='forbid'):
 @register_method('ebkd', EBKDParams)
 class EBKD(Weighing):
     "Entropy-based weights (Kwon et al. 2020)"
+    cited_by = ('kwon2020ebkd',)
     weigh = staticmethod(weigh_entropy)
 
     def weights(self, z_s, z_t, y, tau):
@@ -193,6 +195,7 @@ class AEKDParams(BaseModel, extra='forbid'):
 @register_method('aekd', AEKDParams)
 class AEKD(Weighing):
     "Min-norm weights of the gradients (Du et al. 2020)"
+    cited_by = ('du2020aekd',)
     weigh = staticmethod(weigh_min_norm)
     defaults = {**Weighing.defaults, 'kd_alpha': .9}
 
@@ -246,6 +249,7 @@ def check_last_maps(
 @register_method('camkd', CAMKDParams)
 class CAMKD(Weighing):
     "Confidence-aware weights on logits and on features (Zhang et al. 2022)"
+    cited_by = ('zhang2022camkd',)
     weigh = staticmethod(weigh_confidence)
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
@@ -281,6 +285,7 @@ def loss(self:CAMKD, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
 @register_method('fitnet_mkd')
 class FitNetMKD(Weighing):
     "AVER + hint_beta · mean over teachers of the hint"
+    cited_by = ('you2017multiple', 'romero2015fitnets')
     needs_maps = True
 
     @classmethod

@@ -93,6 +93,7 @@ def hint_loss(
 @register_method('fitnet')
 class FitNet(SingleTeacher):
     "CE + hint_beta · hint on one stage (Romero et al. 2015)"
+    cited_by = ('romero2015fitnets',)
     needs_maps = True
 
     @classmethod
@@ -116,6 +117,7 @@ class FitNet(SingleTeacher):
 @register_method('at')
 class AT(SingleTeacher):
     "CE + at_beta · Σ attention loss over the stages (Zagoruyko & Komodakis 2017)"
+    cited_by = ('zagoruyko2017attention',)
     needs_maps = True
 
     @classmethod
@@ -133,6 +135,7 @@ class AT(SingleTeacher):
 @register_method('rkd')
 class RKD(SingleTeacher):
     "CE + rkd_loss_weight · (distances + 2 · angles) (Park et al. 2019)"
+    cited_by = ('park2019rkd',)
     defaults = {**SingleTeacher.defaults, 'rkd_loss_weight': 25.}
 
     @classmethod
@@ -150,6 +153,7 @@ class RKD(SingleTeacher):
 @register_method('dkd')
 class DKD(SingleTeacher):
     "CE + warm-up · (dkd_alpha · TCKD + dkd_beta · NCKD) (Zhao et al. 2022)"
+    cited_by = ('zhao2022dkd',)
     allows_class_subsets = False
     unlabelled = False           # it splits every output at the label
 
