@@ -7,7 +7,8 @@ from importlib import import_module as _import_module
 _WHERE = {
     # run something
     'run.experiment': 'run_experiment',
-    'run.tasks': 'run_loop run_finetune run_evaluate compare_methods cl_compare demo_run',
+    'run.tasks': 'run_finetune run_evaluate demo_run',
+    'run.loops': 'run_loop compare_methods cl_compare',
     'run.bench': 'run_bench',
     # parameters and errors
     'core.params': 'Params param',

@@ -99,7 +99,7 @@ def run(task):
     os._exit(code or 0)
 
 def serve():
-    import asibkd.run.commands, asibkd.run.experiment, asibkd.run.tasks, asibkd.run.doctor, asibkd.run.cl, asibkd.analysis.report
+    import asibkd.run.commands, asibkd.run.experiment, asibkd.run.loops, asibkd.run.tasks, asibkd.run.doctor, asibkd.run.cl, asibkd.analysis.report
     import accelerate, execnb.shell, jinja2, matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, pandas, papermill, sklearn.datasets, sklearn.metrics, timm.scheduler, torchvision
     import torch._dynamo, torch._inductor.config       # torch itself imports them with the first optimiser
     from _short import shorten

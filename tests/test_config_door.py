@@ -152,23 +152,23 @@ def test_B7_a_loop_goes_on_after_a_failure(loop):
     assert listed.count('ConfigError: ') == 2 and (d/'compare'/'compare.csv').exists()
 
 def test_B7_in_python_the_finished_summaries_are_kept(loop):
-    from asibkd.run.tasks import LoopError, run_loop
+    from asibkd.run.loops import LoopError, run_loop
     d, _ = loop
     with pytest.raises(LoopError) as e: run_loop('at ce', '1', **FAST, results_dir=str(d))
     assert [s['method'] for s in e.value.summaries] == ['ce'] and [*e.value.failed] == ['method=at seed=1']
 
 def test_B7_an_error_of_any_kind(monkeypatch, tmp_path, capsys):
     "A fault in the code of a user's method: its traceback is logged, the next run starts"
-    from asibkd.run import tasks
+    from asibkd.run import loops, plans
     def fails(**p):
         if p['seed'] == '1': raise ZeroDivisionError('mine')
         return dict(run='r', seed=p['seed'])
-    monkeypatch.setattr(tasks, 'run_experiment', fails)
-    with pytest.raises(tasks.LoopError, match='1 of 3 runs failed') as e: tasks.run_loop('ce', '0 1 2', **FAST)
+    monkeypatch.setattr(plans, 'run_experiment', fails)
+    with pytest.raises(loops.LoopError, match='1 of 3 runs failed') as e: loops.run_loop('ce', '0 1 2', **FAST)
     assert [s['seed'] for s in e.value.summaries] == ['0', '2'] and e.value.failed == {'method=ce seed=1': 'ZeroDivisionError: mine'}
     def stopped(**p): raise KeyboardInterrupt
-    monkeypatch.setattr(tasks, 'run_experiment', stopped)
-    with pytest.raises(KeyboardInterrupt): tasks.run_loop('ce', '0 1 2', **FAST)
+    monkeypatch.setattr(plans, 'run_experiment', stopped)
+    with pytest.raises(KeyboardInterrupt): loops.run_loop('ce', '0 1 2', **FAST)
 
 def test_A8_a_folder_that_is_not_there_is_an_error(loop, tmp_path, monkeypatch):
     d, _ = loop

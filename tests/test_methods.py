@@ -108,7 +108,7 @@ JPEG = Path('~/.cache/asibkd-dev').expanduser()
 @pytest.mark.parametrize('method', TRAINED)
 def test_learns_on_photographs(method, tmp_path):
     "5,000 images of CIFAR-10 (JPEG) through dataset=imagefolder"
-    from asibkd.run.tasks import run_loop
+    from asibkd.run.loops import run_loop
     home = Path(os.environ['ASIBKD_SLOW_RESULTS']) if 'ASIBKD_SLOW_RESULTS' in os.environ else tmp_path
     s, = run_loop(method, '1', preset='method/asmb', dataset='imagefolder', data_root=str(JPEG), train_per_class=500, data_aug='standard', batch_size=64, teacher1_type='resnet20',
                   teacher2_type='resnet14', student_type='resnet8', finetune_epochs=8, finetune_lr=.01, student_lr=.01, lr_warmup_epochs=1, num_stages=1, teacher_adapt_epochs=1,

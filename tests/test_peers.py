@@ -25,7 +25,7 @@ from asibkd.models.kdmodel import spread_classes
 from asibkd.models.students import create_student
 from asibkd.models.teachers import create_teacher
 from asibkd.run.experiment import check_typed, run_experiment
-from asibkd.run.tasks import params_of_method, plan_loop
+from asibkd.run.plans import params_of_method, plan_loop
 
 double = dict(dtype=torch.float64)
 

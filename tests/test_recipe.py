@@ -12,7 +12,8 @@ from asibkd.core.runtime import RunContext, create_accelerator, precision_of
 from asibkd.data.batches import apply_views, make_loader
 from asibkd.data.images import Data, ImageSet
 from asibkd.run.experiment import run_experiment
-from asibkd.run.tasks import run_evaluate, run_finetune, run_loop
+from asibkd.run.loops import run_loop
+from asibkd.run.tasks import run_evaluate, run_finetune
 from asibkd.trainers import loop as loops
 from asibkd.trainers.loop import Loop, Phase, train_epoch
 

@@ -9,7 +9,7 @@ from asibkd.analysis.tables import load_config, load_summary
 from asibkd.core.files import atomic_write
 from asibkd.analysis.report import run_page, save_compare_report, save_report
 from asibkd.run.experiment import run_experiment
-from asibkd.run.tasks import run_loop
+from asibkd.run.loops import run_loop
 from conftest import TINY as SHORT
 
 TINY = SHORT | dict(report='1')

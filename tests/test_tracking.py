@@ -6,7 +6,8 @@ import pytest
 
 from asibkd.core.config import RunError
 from asibkd.run.experiment import run_experiment
-from asibkd.run.tasks import run_finetune, run_loop
+from asibkd.run.loops import run_loop
+from asibkd.run.tasks import run_finetune
 from asibkd.trainers.loop import Callback
 
 SMALL = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_size=16, train_per_class=4, val_frac=.25, student_type='mlp', teacher1_type='mlp', teacher2_type='mlp',

@@ -93,7 +93,8 @@ def newest_wins(
 # %% ../../nbs/09_analysis/01_cl.ipynb #20f64667
 LEAKS = dict(
     yes="A teacher SAW FUTURE CLASSES (allow_leak=1): these numbers are no class-incremental result.",
-    unknown="It is unknown which classes a teacher was trained on: future ones may be among them.")
+    unknown="It is unknown which classes a teacher was trained on: future ones may be among them.") | {
+    'no labels': "A teacher was pretrained on images without labels: some may be of later tasks' classes."}
 
 def leak_note(
     summary,  # A summary, or the folder of a finished run

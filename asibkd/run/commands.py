@@ -239,7 +239,7 @@ def cmd_loop(argv):
     "asibkd loop"
     file, given = parse('loop', argv)
     from asibkd.analysis.compare import collect
-    from asibkd.run.tasks import LoopError, run_loop
+    from asibkd.run.loops import LoopError, run_loop
     loop = {k: given.pop(k) for k in LOOP if k in given}
     baseline, failed = loop.pop('baseline', ''), None
     try:
