@@ -84,9 +84,11 @@ def leave_processes():
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
-# %% ../../nbs/00_core/10_processes.ipynb #c49d3b0b
+# %% ../../nbs/00_core/10_processes.ipynb #58325b51
 def _member(do, rank:int, n:int, path:str, out):
     "One process of `together`"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')       # as torchrun does; nobody calls there
     dist.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=n)
     try:
         answer = rank, do(rank), ''

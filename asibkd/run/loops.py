@@ -8,7 +8,7 @@ __all__ = ['OBJECTS', 'LoopError', 'run_loop', 'compare_methods', 'cl_compare']
 # %% ../../nbs/11_run/08_loops.ipynb #ae66aa62
 from ..analysis.compare import collect, compare_runs, default_baseline, plot_compare, win_table
 from ..core.config import RunError, read_yaml
-from ..core.runtime import refuse_processes
+from ..core.processes import refuse_processes
 from .experiment import split_given
 from .plans import loop_runs, plan_loop, run_name, try_run
 
@@ -36,7 +36,7 @@ def run_loop(
     **params,          # Any parameter except method, seed and exp_id; also teachers, student, train, val, test
 )->list: # Summaries, seed by seed
     "`run_experiment` for every method and seed, with the same teachers within a seed; `LoopError` if a run failed"
-    refuse_processes()
+    refuse_processes('asibkd loop')
     objects = {k: params.pop(k) for k in OBJECTS if k in params}
     given = split_given(objects, (read_yaml(_file) if _file else {}) | params)
     plan = plan_loop(methods, seeds, given)
