@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shard', 'GatheredOutput', 'whole_batch_norm', 'SyncBatchNorm', 'on_rows', 'running_statistics']
 
-# %% ../../nbs/02_models/13_shards.ipynb #31f193ce
+# %% ../../nbs/02_models/13_shards.ipynb #6d6a4b26
 import contextlib
 from dataclasses import fields, replace
 
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.processes import SumOverProcesses, gathered, n_processes, own_rows, process_index
 from ..core.runtime import reseed, seed_of
 
-# %% ../../nbs/02_models/13_shards.ipynb #68328d14
+# %% ../../nbs/02_models/13_shards.ipynb #20382560
 def shard(
     batch,  # `Batch`, or another dataclass with images `x`
 ):
@@ -27,7 +27,7 @@ def shard(
     rows = {f.name: v[own] for f in fields(batch) if torch.is_tensor(v := getattr(batch, f.name)) and len(v) == n}
     return replace(batch, **rows)
 
-# %% ../../nbs/02_models/13_shards.ipynb #68a88709
+# %% ../../nbs/02_models/13_shards.ipynb #5411e1ce
 class GatheredOutput(dict):
     "A model's output on the whole batch; an entry is gathered when it is first read"
     def __init__(self,
@@ -41,13 +41,14 @@ class GatheredOutput(dict):
     def __getitem__(self, k):
         if k in self.waiting:
             self.waiting.remove(k)
-            self[k] = gathered(self.part[k], self.n)
+            with torch.enable_grad():                      # it may be read for a target first, without gradient
+                self[k] = gathered(self.part[k], self.n)
         return super().__getitem__(k)
 
     def __missing__(self, k):
         return self.part[k]           # its error says why there is none
 
-# %% ../../nbs/02_models/13_shards.ipynb #e51dff60
+# %% ../../nbs/02_models/13_shards.ipynb #2d236636
 @patch
 def get(self:GatheredOutput, k, default=None):
     return self[k] if k in self else default
@@ -68,7 +69,7 @@ def values(self:GatheredOutput):
 def __or__(self:GatheredOutput, other):
     return dict(self.items()) | other
 
-# %% ../../nbs/02_models/13_shards.ipynb #76a4b8e3
+# %% ../../nbs/02_models/13_shards.ipynb #57318615
 def whole_batch_norm(
     x:Tensor,                      # (b, C, …) this process's rows
     running_mean, running_var,     # (C,), updated; or None
@@ -94,14 +95,14 @@ def whole_batch_norm(
     y = centred*scale.view(shape)
     return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
-# %% ../../nbs/02_models/13_shards.ipynb #8d79c640
+# %% ../../nbs/02_models/13_shards.ipynb #89e1366e
 class SyncBatchNorm(TorchFunctionMode):
     "Inside, every BatchNorm in training mode standardises by the rows of all processes"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         do = whole_batch_norm if func is F.batch_norm else func
         return do(*args, **(kwargs or {}))
 
-# %% ../../nbs/02_models/13_shards.ipynb #8c9c610b
+# %% ../../nbs/02_models/13_shards.ipynb #1e368b23
 def on_rows(
     fn,            # Batch → output of a network
     batch,
@@ -118,7 +119,7 @@ def on_rows(
     reseed(seed)
     return GatheredOutput(part, n)
 
-# %% ../../nbs/02_models/13_shards.ipynb #aadbef11
+# %% ../../nbs/02_models/13_shards.ipynb #b42d42be
 def running_statistics(
     module,
 )->list: # Tensors
