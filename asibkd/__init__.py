@@ -10,6 +10,8 @@ _WHERE = {
     'run.tasks': 'run_finetune run_evaluate demo_run',
     'run.loops': 'run_loop compare_methods cl_compare',
     'run.bench': 'run_bench',
+    'run.cite': 'cite',
+    'run.reproduce': 'reproduce',
     # parameters and errors
     'core.params': 'Params param',
     'core.config': 'Config resolve list_presets parameter_table '

@@ -8,14 +8,14 @@ __all__ = ['KEPT_ENDINGS', 'KEPT_NAMES', 'PRESETS', 'BLOCKS', 'ALIASES', 'HYDRA_
            'list_presets', 'flatten_log', 'decoded', 'read_yaml', 'effective_value', 'trains_mobile', 'merge_presets',
            'preset_names', 'preset_values', 'apply_blocks', 'hydra_hint', 'refuse_key', 'check_keys', 'advice',
            'explain_validation', 'run_plugin_file', 'load_plugins', 'extended_values', 'config_layers',
-           'refuse_idle_cl', 'params_model', 'resolve', 'near_chance']
+           'refuse_idle_cl', 'params_of', 'params_model', 'resolve', 'near_chance']
 
 # %% ../../nbs/00_core/01_config.ipynb #f5cf8676
 import difflib, hashlib, importlib, importlib.util, json, os, sys
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError, create_model, field_validator
 
 from .errors import (AsibError, CheckpointError, ConfigError, DataError, Registry, RunError, log,
                                 unknown_name)
@@ -163,6 +163,7 @@ def trains_mobile(
 
 BLOCKS = dict(with_digits=lambda layers: effective_value(layers, 'dataset') == 'digits',
               with_mobile_student=trains_mobile,
+              with_method=lambda layers: True,        # values by method: {dkd: {dkd_beta: 2}}
               with_cl_mode=lambda layers: is_on(effective_value(layers, 'cl_mode')))
 
 # %% ../../nbs/00_core/01_config.ipynb #5875ae8c
@@ -207,13 +208,17 @@ def apply_blocks(
 )->list: # The same, without blocks
     "Apply the conditional blocks whose condition holds: a block overrides the layer it is in"
     active = [b for b, holds in BLOCKS.items() if holds(layers)]
+    methods = str(effective_value(layers, 'method')).split('+')
     def settle(d):
         merged = d.copy()
-        for b in active:
-            values = d.get(b) or {}
+        by_method = d.get('with_method') or {}
+        chosen = {b: d.get(b) or {} for b in active} | dict(with_method=by_method)
+        if isinstance(by_method, dict):
+            chosen |= {f'with_method: {m}': by_method.get(m) or {} for m in methods}
+        for b, values in chosen.items():
             if not isinstance(values, dict):
                 raise ConfigError(f"{b} = {values!r}: expected lines of `key: value` below it.")
-            merged |= values
+            merged |= values if b != 'with_method' else {}
         return {k: v for k, v in merged.items() if k not in BLOCKS}
     return [settle(d) for d in layers]
 
@@ -410,6 +415,18 @@ def refuse_idle_cl(
             raise ConfigError(f"{k}={given[k]} without cl_mode: parameters of continual learning count only with "
                               f"cl_mode=1. Add it, or leave {k} out.")
 
+# %% ../../nbs/00_core/01_config.ipynb #954beccf
+def params_of(
+    name:str,  # As `method=` or `cl_method=` takes it
+    cl=False,  # Of a continual method?
+)->type[BaseModel]|None: # None: it adds none
+    "The parameters that a method adds; those of a stack (crd+wttm) are the parameters of its parts"
+    key = f'cl:{name}' if cl else str(name)
+    if key in method_params or cl:
+        return method_params.get(key)
+    models = tuple(method_params[o] for o in dict.fromkeys(key.split('+')) if o in method_params)
+    return create_model(key, __base__=models) if len(models) > 1 else models[0] if models else None
+
 # %% ../../nbs/00_core/01_config.ipynb #fed54b5a
 def params_model(
     layers:list, # All layers
@@ -417,7 +434,7 @@ def params_model(
     "The parameters that the chosen method adds"
     cl = is_on(effective_value(layers, 'cl_mode'))
     name = effective_value(layers, 'cl_method' if cl else 'method')
-    return method_params.get(f'cl:{name}' if cl else str(name))
+    return params_of(name, cl)
 
 # %% ../../nbs/00_core/01_config.ipynb #bda3e94f
 def resolve(

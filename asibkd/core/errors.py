@@ -56,13 +56,14 @@ class Registry(dict):
         kind:str, # What an error calls an entry: 'method', 'model', …
     ):
         super().__init__()
-        self.kind = kind
+        self.kind, self.compose = kind, None   # `compose`: name → an entry made of others ('crd+wttm'), or None
 
     def find(self, name:str):
         "The entry; for an unknown name, an error that suggests the nearest one"
-        if name not in self:
+        entry = self[name] if name in self else self.compose(name) if self.compose else None
+        if entry is None:
             raise unknown_name(self.kind, name, self)
-        return self[name]
+        return entry
 
     def names(self)->list: # Sorted
         "Every name"

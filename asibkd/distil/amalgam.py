@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from torch import nn, Tensor
 
 from .losses import kd_loss, upcast
-from .methods import Method, register_method, weighted
+from .methods import Method, register_method
 from ..ib_mbm import average_logits
 
 # %% ../../nbs/05_distil/11_amalgam.ipynb #c89c0614
@@ -120,12 +120,10 @@ class UHC(Method):
         super().__init__(cfg, student, teachers, params)
         self.unify = UnifiedLabels([t.columns for t in teachers], student.n_class)
 
-    def loss(self, batch, s_out, t_outs, when):
+    def kd(self, batch, s_out, t_outs, when):
         tau, labels = self.tau(when), self.unify
-        def kd():
-            z_t = tau*labels(torch.stack([o['logit'] for o in t_outs]), tau)
-            return kd_loss(s_out['logit'][:, labels.classes], z_t.to(upcast(s_out['logit']).dtype), tau)
-        return weighted(**self.base_terms(batch, s_out, kd))
+        z_t = tau*labels(torch.stack([o['logit'] for o in t_outs]), tau)
+        return kd_loss(s_out['logit'][:, labels.classes], z_t.to(upcast(s_out['logit']).dtype), tau)
 
 # %% ../../nbs/05_distil/11_amalgam.ipynb #9161b4f3
 SIGMAS = (.001, .01, .05, .1, .2, 1., 2.)   # widths of the kernels, in the authors' code
@@ -223,6 +221,10 @@ class CFL(Method):
         "Channels of what is compared"
         return m.feat4_dim if self.needs_maps and m.feat4_dim is not None else m.feat_dim
 
+    def kd(self, batch, s_out, t_outs, when)->Tensor: # Scalar
+        "KD to the teachers' averaged logits"
+        return self.kd_term(s_out['logit'], average_logits(t_outs), when)
+
 # %% ../../nbs/05_distil/11_amalgam.ipynb #e551161a
 @patch
 def feature_terms(self:CFL,
@@ -240,11 +242,10 @@ def feature_terms(self:CFL,
 
 # %% ../../nbs/05_distil/11_amalgam.ipynb #441decbe
 @patch
-def loss(self:CFL, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
-    "CE, KD and the two feature terms"
+def own_terms(self:CFL, batch, s_out, t_outs, when)->dict: # name → (weight, term)
+    "The two feature terms"
     p = self.params
-    terms = self.base_terms(batch, s_out, lambda: self.kd_term(s_out['logit'], average_logits(t_outs), when))
-    if p.cfl_beta:
-        f = self.feature_terms(s_out, t_outs)
-        terms |= dict(mmd=(p.cfl_beta, f['mmd']), recon=(p.cfl_beta*p.cfl_recon, f['recon']))
-    return weighted(**terms)
+    if not p.cfl_beta:
+        return {}
+    f = self.feature_terms(s_out, t_outs)
+    return dict(mmd=(p.cfl_beta, f['mmd']), recon=(p.cfl_beta*p.cfl_recon, f['recon']))

@@ -14,7 +14,7 @@ from torch import nn, Tensor
 
 from ..core.config import ConfigError
 from .losses import upcast
-from .methods import register_method, weighted
+from .methods import register_method
 from .single import SingleTeacher
 
 # %% ../../nbs/05_distil/05_crd.ipynb #2b4cb746
@@ -158,9 +158,7 @@ def contrast(self:CRD,
 
 # %% ../../nbs/05_distil/05_crd.ipynb #9ef2cdb6
 @patch
-def loss(self:CRD, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
-    "CE + crd_beta · contrast"
-    terms = self.usual_terms(batch, s_out, t_outs, when)
-    if self.params.crd_beta > 0:
-        terms['crd'] = (self.params.crd_beta, self.contrast(s_out['feat_2d'], t_outs[0]['feat_2d'], batch))
-    return weighted(**terms)
+def own_terms(self:CRD, batch, s_out, t_outs, when)->dict: # name → (weight, term)
+    "crd_beta · contrast"
+    beta = self.params.crd_beta
+    return dict(crd=(beta, self.contrast(s_out['feat_2d'], t_outs[0]['feat_2d'], batch))) if beta > 0 else {}

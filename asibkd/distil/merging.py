@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .fusion import Base, Stack, TeacherTable, fit_base, fit_stack
-from .methods import Method, register_method, weighted
+from .methods import Method, register_method
 from .metrics import accuracy
 
 # %% ../../nbs/05_distil/10_merging.ipynb #23b69354
@@ -34,13 +34,11 @@ def fused(self:Merging,
 
 # %% ../../nbs/05_distil/10_merging.ipynb #eff6af08
 @patch
-def loss(self:Merging, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
-    "CE on the labels, KD to the fused target"
-    def kd():
-        with torch.no_grad():
-            target = self.fused(t_outs)
-        return self.kd_term(s_out['logit'], target, when)
-    return weighted(**self.base_terms(batch, s_out, kd))
+def kd(self:Merging, batch, s_out, t_outs, when)->Tensor: # Scalar
+    "KD to the fused target"
+    with torch.no_grad():
+        target = self.fused(t_outs)
+    return self.kd_term(s_out['logit'], target, when)
 
 # %% ../../nbs/05_distil/10_merging.ipynb #7cadfc88
 @register_method('wavg')
@@ -71,8 +69,8 @@ class Best(Merging):
     cited_by = ('hinton2015distilling',)
     chosen = 0
 
-    def loss(self, batch, s_out, t_outs, when):
-        return weighted(**self.base_terms(batch, s_out, lambda: self.teacher_kd(s_out, t_outs[self.chosen], when)))
+    def kd(self, batch, s_out, t_outs, when):
+        return self.teacher_kd(s_out, t_outs[self.chosen], when)
 
 # %% ../../nbs/05_distil/10_merging.ipynb #9e7daf23
 @patch

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from pydantic import BaseModel
 from torch import nn, Tensor
 
-from ..core.config import ALIASES, Config, ConfigError, Registry, method_params, unknown_name
+from ..core.config import ALIASES, Config, ConfigError, Registry, method_params, params_of, unknown_name
 from ..core.papers import paper
 from ..core.runtime import When, base_of, objective_of, tau_at
 from .losses import ce_loss, kd_loss
@@ -100,16 +100,31 @@ class Method(nn.Module):
         "Parameters with an effect on the loss, of those that only some methods read"
         return {'ce_alpha', 'kd_alpha'} | (kd_parameters(c) if c.kd_alpha > 0 else set())
 
-# %% ../../nbs/05_distil/02_methods.ipynb #ce3a8f29
+# %% ../../nbs/05_distil/02_methods.ipynb #02539d29
 @patch
-def loss(self:Method,
+def kd(self:Method,
     batch,         # x, y (hard or soft), hard (the dominant label), idx
     s_out:dict,    # The student's output, with gradient
     t_outs:list,   # The teachers' outputs, without
     when:When,     # Phase, stage, epoch and progress of the run
+)->Tensor: # Scalar
+    "The distillation term, of weight kd_alpha; every method defines this, or the whole `loss`"
+    raise NotImplementedError(f"{type(self).__name__} must define kd(batch, s_out, t_outs, when), or the whole loss.")
+
+# %% ../../nbs/05_distil/02_methods.ipynb #77c101de
+@patch
+def own_terms(self:Method, batch, s_out, t_outs, when, # As in `kd`
+)->dict: # name → (weight, term), for `weighted`
+    "What the method adds to CE and KD; terms of weight 0 are left out"
+    return {}
+
+# %% ../../nbs/05_distil/02_methods.ipynb #ce3a8f29
+@patch
+def loss(self:Method, batch, s_out, t_outs, when, # As in `kd`
 )->dict: # dict(loss, parts), as `weighted` returns it
-    "Every method defines this"
-    raise NotImplementedError(f"{type(self).__name__} must define loss(batch, s_out, t_outs, when).")
+    "ce_alpha · CE + kd_alpha · `kd` + `own_terms`"
+    kd = lambda: self.kd(batch, s_out, t_outs, when)
+    return weighted(**self.base_terms(batch, s_out, kd), **self.own_terms(batch, s_out, t_outs, when))
 
 # %% ../../nbs/05_distil/02_methods.ipynb #31d12e8f
 @patch
@@ -324,8 +339,8 @@ def create_method(
 )->Method:
     "Build the method of that name for these models"
     cls = check_method(name)
-    params = method_params[name](**(extra or {})) if name in method_params else None
-    return cls(with_method_defaults(cfg, name), student, teachers, params, labels)
+    model = params_of(name)
+    return cls(with_method_defaults(cfg, cls), student, teachers, model and model(**(extra or {})), labels)
 
 # %% ../../nbs/05_distil/02_methods.ipynb #7ffa7a0a
 @register_method('ce')
@@ -348,8 +363,8 @@ class VanillaKD(Method):
     cited_by = ('hinton2015distilling',)
     teachers_used = 'one'
 
-    def loss(self, batch, s_out, t_outs, when):
-        return weighted(**self.base_terms(batch, s_out, lambda: self.teacher_kd(s_out, t_outs[0], when)))
+    def kd(self, batch, s_out, t_outs, when):
+        return self.teacher_kd(s_out, t_outs[0], when)
 
 # %% ../../nbs/05_distil/02_methods.ipynb #eb668b07
 @register_method('avgz')
@@ -357,6 +372,5 @@ class AvgZ(Method):
     "The teachers' averaged logits, softened: the baseline a bridge has to beat"
     cited_by = ('hinton2015distilling',)
 
-    def loss(self, batch, s_out, t_outs, when):
-        kd = lambda: self.kd_term(s_out['logit'], average_logits(t_outs), when)
-        return weighted(**self.base_terms(batch, s_out, kd))
+    def kd(self, batch, s_out, t_outs, when):
+        return self.kd_term(s_out['logit'], average_logits(t_outs), when)

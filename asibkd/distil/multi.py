@@ -21,7 +21,7 @@ from torch import nn, Tensor
 from ..core.config import ConfigError
 from ..core.runtime import FOREIGN
 from .losses import ce_loss, upcast
-from .methods import Method, register_method, weighted
+from .methods import Method, register_method
 from .single import Regressor, hint_loss, hint_pair
 
 # %% ../../nbs/05_distil/06_multi.ipynb #8ed7971f
@@ -150,17 +150,11 @@ def weights(self:Weighing, z_s, z_t, y, # As in `weigh_equal`
 
 # %% ../../nbs/05_distil/06_multi.ipynb #ae7652e0
 @patch
-def weighed_kd(self:Weighing, batch, s_out, t_outs, when)->Tensor:
+def kd(self:Weighing, batch, s_out, t_outs, when)->Tensor: # Scalar
     "The weighted mean of the teachers' KD terms, each on the classes it knows"
     z_t = torch.stack([o['logit'] for o in t_outs])
     w = self.weights(s_out['logit'].detach(), z_t, batch.hard, self.tau(when))
     return sum(self.teacher_kd(s_out, o, when, weight=v) for o, v in zip(t_outs, w))
-
-# %% ../../nbs/05_distil/06_multi.ipynb #5e3e4b7e
-@patch
-def loss(self:Weighing, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
-    "CE and the weighted KD"
-    return weighted(**self.base_terms(batch, s_out, lambda: self.weighed_kd(batch, s_out, t_outs, when)))
 
 # %% ../../nbs/05_distil/06_multi.ipynb #16e95b61
 @register_method('aver')
@@ -274,12 +268,10 @@ def feature_term(self:CAMKD, batch, s_out, t_outs)->Tensor:
 
 # %% ../../nbs/05_distil/06_multi.ipynb #355453ad
 @patch
-def loss(self:CAMKD, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
-    "CE, the weighted KD and the feature term"
-    terms = self.base_terms(batch, s_out, lambda: self.weighed_kd(batch, s_out, t_outs, when))
-    if self.params.camkd_beta > 0 and when.epoch >= self.params.camkd_skip_epochs:
-        terms['feat'] = (self.params.camkd_beta, self.feature_term(batch, s_out, t_outs))
-    return weighted(**terms)
+def own_terms(self:CAMKD, batch, s_out, t_outs, when)->dict: # name → (weight, term)
+    "The feature term"
+    beta = self.params.camkd_beta if when.epoch >= self.params.camkd_skip_epochs else 0.
+    return dict(feat=(beta, self.feature_term(batch, s_out, t_outs))) if beta > 0 else {}
 
 # %% ../../nbs/05_distil/06_multi.ipynb #3439272d
 @register_method('fitnet_mkd')
@@ -298,10 +290,10 @@ class FitNetMKD(Weighing):
         pairs = [hint_pair(shapes, t.stage_shapes(), cfg.hint_layer, cfg.stage_pairs) for t in teachers]
         self.regress = nn.ModuleList([Regressor(*pair) for pair in pairs])
 
-    def loss(self, batch, s_out, t_outs, when):
-        c, terms = self.cfg, self.base_terms(batch, s_out, lambda: self.weighed_kd(batch, s_out, t_outs, when))
-        if c.hint_beta > 0:
-            pairs = [hint_pair(s_out['stages'], o['stages'], c.hint_layer, c.stage_pairs) for o in t_outs]
-            hints = [hint_loss(r(f_s), f_t) for r, (f_s, f_t) in zip(self.regress, pairs)]
-            terms['hint'] = (c.hint_beta, sum(hints)/len(pairs))
-        return weighted(**terms)
+    def own_terms(self, batch, s_out, t_outs, when):
+        c = self.cfg
+        if not c.hint_beta:
+            return {}
+        pairs = [hint_pair(s_out['stages'], o['stages'], c.hint_layer, c.stage_pairs) for o in t_outs]
+        hints = [hint_loss(r(f_s), f_t) for r, (f_s, f_t) in zip(self.regress, pairs)]
+        return dict(hint=(c.hint_beta, sum(hints)/len(pairs)))

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 
 from ..core.config import ConfigError
 from .losses import at_loss, dkd_losses, rkd_angle, rkd_distance, upcast
-from .methods import Method, kd_parameters, register_method, weighted
+from .methods import Method, kd_parameters, register_method
 
 # %% ../../nbs/05_distil/04_single.ipynb #e4e30933
 def aligned(
@@ -42,13 +42,13 @@ def hint_pair(
 
 # %% ../../nbs/05_distil/04_single.ipynb #72c599c3
 class SingleTeacher(Method):
-    "Base of the single-teacher methods: CE, optional KD, and one term that a subclass adds"
+    "Base of the single-teacher methods: CE, optional KD, and what a subclass adds as `own_terms`"
     teachers_used = 'one'
     defaults = {**Method.defaults, 'ce_alpha': 1., 'kd_alpha': 0.}
 
-    def usual_terms(self, batch, s_out, t_outs, when)->dict: # name → (weight, term)
-        "CE on the labels, and KD from the teacher where kd_alpha is above 0"
-        return self.base_terms(batch, s_out, lambda: self.teacher_kd(s_out, t_outs[0], when))
+    def kd(self, batch, s_out, t_outs, when)->Tensor: # Scalar
+        "Hinton's term, from the one teacher"
+        return self.teacher_kd(s_out, t_outs[0], when)
 
 # %% ../../nbs/05_distil/04_single.ipynb #cb96120e
 def regressor_conv(
@@ -105,13 +105,12 @@ class FitNet(SingleTeacher):
         shapes = student.stage_shapes(), teachers[0].stage_shapes()
         self.regress = Regressor(*hint_pair(*shapes, cfg.hint_layer, cfg.stage_pairs))
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms = self.usual_terms(batch, s_out, t_outs, when)
-        if self.cfg.hint_beta > 0:
-            maps = s_out['stages'], t_outs[0]['stages']
-            f_s, f_t = hint_pair(*maps, self.cfg.hint_layer, self.cfg.stage_pairs)
-            terms['hint'] = (self.cfg.hint_beta, hint_loss(self.regress(f_s), f_t))
-        return weighted(**terms)
+    def own_terms(self, batch, s_out, t_outs, when):
+        if not self.cfg.hint_beta:
+            return {}
+        maps = s_out['stages'], t_outs[0]['stages']
+        f_s, f_t = hint_pair(*maps, self.cfg.hint_layer, self.cfg.stage_pairs)
+        return dict(hint=(self.cfg.hint_beta, hint_loss(self.regress(f_s), f_t)))
 
 # %% ../../nbs/05_distil/04_single.ipynb #1c156a2e
 @register_method('at')
@@ -124,12 +123,11 @@ class AT(SingleTeacher):
     def reads(cls, c):
         return super().reads(c) | {'at_beta'} | ({'stage_pairs'} if c.at_beta > 0 else set())
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms = self.usual_terms(batch, s_out, t_outs, when)
-        if self.cfg.at_beta > 0:
-            pairs = aligned(s_out['stages'], t_outs[0]['stages'], self.cfg.stage_pairs)
-            terms['at'] = (self.cfg.at_beta, sum(at_loss(a, b) for a, b in (pairs[1:] or pairs)))
-        return weighted(**terms)
+    def own_terms(self, batch, s_out, t_outs, when):
+        if not self.cfg.at_beta:
+            return {}
+        pairs = aligned(s_out['stages'], t_outs[0]['stages'], self.cfg.stage_pairs)
+        return dict(at=(self.cfg.at_beta, sum(at_loss(a, b) for a, b in (pairs[1:] or pairs))))
 
 # %% ../../nbs/05_distil/04_single.ipynb #1d5ce458
 @register_method('rkd')
@@ -142,12 +140,9 @@ class RKD(SingleTeacher):
     def reads(cls, c):
         return super().reads(c) | {'rkd_loss_weight'}
 
-    def loss(self, batch, s_out, t_outs, when):
-        terms, w = self.usual_terms(batch, s_out, t_outs, when), self.cfg.rkd_loss_weight
-        if w > 0:
-            f = s_out['feat_2d'], t_outs[0]['feat_2d']
-            terms |= dict(rkd_distance=(w, rkd_distance(*f)), rkd_angle=(2*w, rkd_angle(*f)))
-        return weighted(**terms)
+    def own_terms(self, batch, s_out, t_outs, when):
+        w, f = self.cfg.rkd_loss_weight, (s_out['feat_2d'], t_outs[0]['feat_2d'])
+        return dict(rkd_distance=(w, rkd_distance(*f)), rkd_angle=(2*w, rkd_angle(*f))) if w > 0 else {}
 
 # %% ../../nbs/05_distil/04_single.ipynb #9ab0e357
 @register_method('dkd')
@@ -161,9 +156,8 @@ class DKD(SingleTeacher):
     def reads(cls, c):
         return super().reads(c) | kd_parameters(c) | {'dkd_alpha', 'dkd_beta', 'dkd_warmup'}
 
-    def loss(self, batch, s_out, t_outs, when):
+    def own_terms(self, batch, s_out, t_outs, when):
         c, tau = self.cfg, self.tau(when)
-        terms = self.usual_terms(batch, s_out, t_outs, when)
         warm = min((when.epoch + 1)/c.dkd_warmup, 1.) if c.dkd_warmup else 1.
         tckd, nckd = dkd_losses(s_out['logit'], t_outs[0]['logit'], batch.hard, tau, c.logit_standardization)
-        return weighted(**terms, tckd=(warm*c.dkd_alpha, tckd), nckd=(warm*c.dkd_beta, nckd))
+        return dict(tckd=(warm*c.dkd_alpha, tckd), nckd=(warm*c.dkd_beta, nckd))

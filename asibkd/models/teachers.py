@@ -24,6 +24,7 @@ from .anatomy import anatomy
 from .checkpoints import load_into, load_weights
 from .kdmodel import KDModel, add_adapter
 from .trace import ResizeInput, failure_at, forgets, init_lazy, plain_module
+from . import light                               # noqa: it adds its networks to the zoo
 from .zoo import cifar_stem, create_zoo, stem_layers, zoo
 
 # %% ../../nbs/02_models/05_teachers.ipynb #153ec80f

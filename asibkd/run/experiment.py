@@ -77,7 +77,8 @@ def code_hash(
     cls:type,  # The method's class
 )->str: # '' for a method of the package
     "A short hash of the functions and plain values in a method's user-written classes"
-    classes = [c for c in cls.__mro__ if c.__module__.partition('.')[0] not in ('asibkd', 'torch', 'builtins')]
+    tops = (cls, *getattr(cls, 'stack', {}).values())   # a sum of methods, and its parts
+    classes = [c for o in tops for c in o.__mro__ if c.__module__.partition('.')[0] not in ('asibkd', 'torch', 'builtins')]
     parts = []
     for c in classes:
         for k, v in sorted(vars(c).items()):

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from ..cl.setup import check_cl
 from ..core.config import (AsibError, Config, ConfigError, config_layers, effective_value, is_on, log,
-                                method_params, resolve)
+                                params_of, resolve)
 from ..core.params import split_words
 from ..core.runfolder import Run, exp_name, setup_log
 from ..distil.idle import idle_parameters, narrow_parameters
@@ -94,9 +94,10 @@ def params_of_method(
     method:str,
 )->dict:
     "The shared parameters without those that only other methods of the loop read"
-    prefix = 'cl:' if plan.key == 'cl_method' else ''
+    cl = plan.key == 'cl_method'
     def special(m):
-        return {*method_params[prefix + m].model_fields} if prefix + m in method_params else set()
+        model = params_of(m, cl)
+        return {*model.model_fields} if model else set()
     of_any = set().union(*map(special, plan.methods))
     shared = dict(compare=0) | plan.params
     mine = {k: v for k, v in shared.items() if k in special(method) or k not in of_any}

@@ -11,9 +11,11 @@ ABOUT = dict(run='run an experiment (or resume it; --extend RUN: go on with new 
              finetune='fine-tune one teacher', baseline='train the student with labels alone',
              evaluate='train and test accuracy from checkpoints',
              loop='run several methods with several seeds, then compare',
+             reproduce='run a published table again: pairs of networks, methods, seeds',
              compare='table, figure and LaTeX of finished runs',
              export="write a run's student as a program and check it", show='print the result table of a run',
              report='write the report of one or several runs again: one HTML file',
+             cite='the papers that a run rests on, as BibTeX',
              explore='explore a run in the browser: attention, bottleneck, targets',
              doctor='check a run folder or a folder of images, and say what to do',
              bench='measure speed on this machine, compared with common implementations')
