@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOOP', 'REPRODUCE', 'COMMANDS', 'option_words', 'bare_value', 'read_options', 'parse', 'add_option', 'add_parameters',
-           'add_method_parameters', 'help_text', 'is_first', 'announce', 'print_run', 'cmd_run', 'cmd_merge',
-           'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'runs_options',
-           'cmd_reproduce', 'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_cite', 'cmd_explore',
-           'cmd_doctor', 'cmd_bench', 'run_command']
+           'add_method_parameters', 'own_options', 'help_text', 'is_first', 'announce', 'print_run', 'cmd_run',
+           'cmd_merge', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'cmd_sweep',
+           'runs_options', 'cmd_reproduce', 'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_cite',
+           'cmd_explore', 'cmd_doctor', 'cmd_bench', 'run_command']
 
 # %% ../../nbs/11_run/17_commands.ipynb #0ee13bbf
 import argparse, contextlib, os, re, sys
@@ -35,7 +35,10 @@ def option_words(
 LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [the environment's METHOD_LIST, else "
                     'asmb or asib]',
             seeds="numbers, as '0, 1, 2' [0 1 2]",
-            baseline='what the others are compared with [avgz or derpp when it is there, else the first method]')
+            baseline='what the others are compared with [avgz or derpp when it is there, else the first method]',
+            jobs='runs at once on this machine, each in a process of its own [1]',
+            threads='threads of each of these processes [1]',
+            launcher='slurm: every run is a job of a cluster; local: the same with processes of this machine')
 
 REPRODUCE = dict(table='a published table [mdistiller]',
                  pairs="teacher-student, as 'resnet32x4-resnet8x4, vgg13-vgg8' [all of the table]",
@@ -49,7 +52,8 @@ def bare_value(
     "What `--key` alone means: a switch is on; anything else needs a value"
     field = Config.model_fields.get(key)
     is_number = field and '1' not in field_bounds(field).split(' | ') and bool not in field_kinds(field)
-    if is_number or key in ('file', *LOOP, *REPRODUCE):
+    searching = ('trials', 'sampler', 'pruner', 'storage', 'study')
+    if is_number or key in ('file', *LOOP, *REPRODUCE, *searching):
         raise ConfigError(f"--{key} needs a value: --{key} VALUE or {key}=VALUE.")
     return '1'
 
@@ -127,22 +131,36 @@ def add_method_parameters(
             default = 'must be given' if f.is_required() else f.default
             add_option(group, k, f"{f.description or 'a parameter of this method'} [{default}]")
 
+# %% ../../nbs/11_run/17_commands.ipynb #4d5f8112
+def own_options(
+    command:str,
+)->dict: # option → sentence
+    "What a command takes beside the parameters of `Config`"
+    if command == 'sweep':
+        from asibkd.run.sweep import SWEEP
+        return SWEEP
+    if command != 'loop':
+        return REPRODUCE if command == 'reproduce' else {}
+    from asibkd.run.slurm import SLURM
+    return LOOP | {f'slurm_{k}': sentence for k, sentence in SLURM.items()}
+
 # %% ../../nbs/11_run/17_commands.ipynb #d6587121
 def help_text(
     command:str, # One that takes the parameters of `Config`
 )->str:
     "The page that `asibkd COMMAND --help` prints"
     from asibkd.cl import rivals, yardsticks                                # noqa: they register their methods
-    from asibkd.distil import amalgam, asmb, crd, merging, multi, single, stacked
+    from asibkd.distil import amalgam, asmb, crd, features, merging, mtkd, multi, review, simkd, single, stacked
     from asibkd.distil.methods import list_methods
     about = f"{ABOUT[command]}. Presets: {', '.join(list_presets())}. Methods: {', '.join(list_methods())}."
     files = 'FILE FILE … --data_root FOLDER ' if command == 'merge' else ''
+    ranges = ' key=log(a,b) | float(a,b) | int(a,b) | choice(a,b,…)' if command == 'sweep' else ''
     p = argparse.ArgumentParser(
-        usage=f'asibkd {command} {files}[--key value …]', description=about, conflict_handler='resolve',
+        usage=f'asibkd {command} {files}[--key value …]{ranges}', description=about, conflict_handler='resolve',
         epilog='Write --key value, --key=value or key=value. default < preset < file < what you type. In brackets: the '
                'default, and what the preset quickstart makes of it where no other is named.')
     p.add_argument('-f', '--file', default='', help='YAML file of parameters')
-    for k, sentence in dict(loop=LOOP, reproduce=REPRODUCE).get(command, {}).items():
+    for k, sentence in own_options(command).items():
         add_option(p, k, sentence)
     add_parameters(p)
     add_method_parameters(p)
@@ -269,6 +287,13 @@ def cmd_loop(argv):
     if failed:
         raise failed
 
+# %% ../../nbs/11_run/17_commands.ipynb #d3ea0aff
+def cmd_sweep(argv):
+    "asibkd sweep"
+    file, given = parse('sweep', argv)
+    from asibkd.run.sweeps import run_sweep, sweep_text
+    print(sweep_text(run_sweep(file, **given)))
+
 # %% ../../nbs/11_run/17_commands.ipynb #dc697e1b
 def runs_options(
     command:str,
@@ -313,10 +338,11 @@ def newest(
 )->str:
     "The run folder finished last"
     from asibkd.analysis.tables import has_results
-    done = [f for f in Path(results).glob('*/summary.json') if has_results(f.parent)]
-    if not done:
-        raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
-    return str(max(sorted(done), key=lambda f: f.stat().st_mtime).parent)
+    done = sorted(Path(results).glob('*/summary.json'), key=lambda f: (-f.stat().st_mtime, f))
+    for f in done:
+        if has_results(f.parent):
+            return str(f.parent)
+    raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
 
 # %% ../../nbs/11_run/17_commands.ipynb #a7f239cb
 def cmd_show(argv):
@@ -337,7 +363,10 @@ def cmd_report(argv):
     from asibkd.analysis.compare import collect
     from asibkd.analysis.report import save_compare_report, save_report
     runs = a.runs or [newest()]
-    if len(runs) == 1 and (Path(runs[0])/'summary.json').exists():
+    if (Path(runs[0])/'sweep.json').exists():
+        from asibkd.run.sweeps import save_sweep_report
+        print(save_sweep_report(runs[0], a.out))
+    elif len(runs) == 1 and (Path(runs[0])/'summary.json').exists():
         print(save_report(runs[0], a.out))
     else:
         out = a.out or Path(runs[0])/'compare'/'report.html'
@@ -426,8 +455,8 @@ def cmd_bench(argv):
 
 # %% ../../nbs/11_run/17_commands.ipynb #caabd909
 COMMANDS = dict(run=cmd_run, merge=cmd_merge, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate,
-                loop=cmd_loop, reproduce=cmd_reproduce, compare=cmd_compare, export=cmd_export, show=cmd_show, report=cmd_report,
-                cite=cmd_cite, explore=cmd_explore, doctor=cmd_doctor, bench=cmd_bench)
+                loop=cmd_loop, sweep=cmd_sweep, reproduce=cmd_reproduce, compare=cmd_compare, export=cmd_export,
+                show=cmd_show, report=cmd_report, cite=cmd_cite, explore=cmd_explore, doctor=cmd_doctor, bench=cmd_bench)
 
 # %% ../../nbs/11_run/17_commands.ipynb #71980d92
 def run_command(
