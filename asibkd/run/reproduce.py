@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'FREE', 'PublishedTable', 'list_tables', 'read_table', 'cho
            'pair_params', 'one_teacher', 'deviations', 'method_row', 'pair_rows', 'comparison_text', 'Reproduction',
            'reproduce']
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #4153a519
+# %% ../../nbs/11_run/12_reproduce.ipynb #e3d05509
 import importlib.util, re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..distil.methods import check_method, methods
 from .loops import LoopError, run_loop
 from .plans import shared_teachers, split_list
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #502bce48
+# %% ../../nbs/11_run/12_reproduce.ipynb #753707ba
 @dataclass
 class PublishedTable:
     "Test accuracies in per cent, as published"
@@ -35,7 +35,7 @@ class PublishedTable:
     pairs:dict    # 'teacher-student' → {method: accuracy}; 'teacher' is the teacher, 'ce' the student alone
     papers:list = field(default_factory=list)  # Keys of `references.bib`
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #2f944137
+# %% ../../nbs/11_run/12_reproduce.ipynb #048d9e42
 TABLES = Path(importlib.util.find_spec('asibkd').submodule_search_locations[0])/'tables'
 
 def list_tables()->list:
@@ -50,7 +50,7 @@ def read_table(
         raise unknown_name('table', name, list_tables())
     return PublishedTable(**yaml.safe_load((TABLES/f'{name}.yaml').read_text(encoding='utf-8')))
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #43435083
+# %% ../../nbs/11_run/12_reproduce.ipynb #83396f2c
 def chosen_pairs(
     table:PublishedTable,
     pairs='', # Names, as a list or 'a-b, c-d'; '' = all
@@ -62,7 +62,7 @@ def chosen_pairs(
             raise unknown_name('pair', n, table.pairs)
     return names
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #36d09f26
+# %% ../../nbs/11_run/12_reproduce.ipynb #5240084b
 def chosen_methods(
     table:PublishedTable,
     names='', # Names, likewise; '' = all of the table that this package has
@@ -74,7 +74,7 @@ def chosen_methods(
         check_method(m)
     return given
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #e850da32
+# %% ../../nbs/11_run/12_reproduce.ipynb #24e35e8a
 def teacher_file(
     folder,   # With the published teachers, e.g. `save/models` of RepDistiller
     name:str, # A network, e.g. 'resnet32x4'
@@ -89,7 +89,7 @@ def teacher_file(
                               f"expected; there is {there}.")
     return found[0]
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #d5f2aa40
+# %% ../../nbs/11_run/12_reproduce.ipynb #c36b14c9
 def pair_params(
     table:PublishedTable,
     pair:str,
@@ -104,7 +104,7 @@ def pair_params(
         params |= dict(teacher_ckpt=str(teacher_file(weights, resolve(**params)[0].teacher_type)), finetune_epochs=0)
     return params
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #ca05aacf
+# %% ../../nbs/11_run/12_reproduce.ipynb #77e9c4bd
 def one_teacher(
     params:dict, # From `pair_params`
     seed:str,    # The first
@@ -117,9 +117,9 @@ def one_teacher(
     free = {k: getattr(alike, k) for k in ('preset', 'student_type', 'student_lr')}     # no teacher reads them
     return {k: v for k, v in shared_teachers(cfg.model_copy(update=free)).items() if k == 'finetune_ckpt1'}
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #86866fb2
-FREE = {'seed', 'preset', 'method', 'report_oracle', 'compare', 'teacher_ckpt', 'finetune_ckpt1', 'teacher_cache',
-        'cache_gb', 'channels_last', 'data_root'}     # may differ from the published setting
+# %% ../../nbs/11_run/12_reproduce.ipynb #23d9ad47
+FREE = {'seed', 'preset', 'device', 'method', 'report_oracle', 'compare', 'teacher_ckpt', 'finetune_ckpt1',
+        'teacher_cache', 'cache_gb', 'channels_last', 'data_root'}     # may differ from the published setting
 
 def deviations(
     table:PublishedTable,
@@ -132,7 +132,7 @@ def deviations(
     both = {k: (getattr(here, k), getattr(there, k)) for k in fields_that_affect_results() if k not in free}
     return {k: v for k, v in both.items() if v[0] != v[1]}
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #d1b48251
+# %% ../../nbs/11_run/12_reproduce.ipynb #daa8205a
 def method_row(
     name:str,         # A method, or 'teacher'
     runs:list,        # (last, best) test accuracy in per cent, one for each seed
@@ -145,7 +145,7 @@ def method_row(
     is_shown = published is not None and comparable
     return row | dict(published=published, difference=best - published if is_shown else None)
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #36ce2d53
+# %% ../../nbs/11_run/12_reproduce.ipynb #b4993eb5
 def pair_rows(
     table:PublishedTable,
     pair:str,
@@ -162,7 +162,7 @@ def pair_rows(
     rows += [method_row(m, v, published.get(m), comparable) for m, v in by_method.items()]
     return [dict(pair=pair) | r for r in rows]
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #ae247351
+# %% ../../nbs/11_run/12_reproduce.ipynb #ae6a3652
 def comparison_text(
     rows:list,       # From `pair_rows`
     differing:dict,  # From `deviations`
@@ -184,7 +184,7 @@ def comparison_text(
         notes.append(f"Not the published setting: {told}{', …' if len(differing) > 6 else ''}. No difference is shown.")
     return show_table(pd.DataFrame(shown)) + '\n\n' + '\n'.join(notes)
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #8fdc8a1c
+# %% ../../nbs/11_run/12_reproduce.ipynb #d281eeb5
 @dataclass
 class Reproduction:
     "What `reproduce` has made so far"
@@ -209,7 +209,7 @@ class Reproduction:
         lines = ''.join(f'\n  {run}: {error}' for run, error in self.failed.items())
         return RunError(f"{len(self.failed)} runs failed. The same command tries them again.{lines}")
 
-# %% ../../nbs/11_run/12_reproduce.ipynb #c63e8d7a
+# %% ../../nbs/11_run/12_reproduce.ipynb #acff5918
 def reproduce(
     table='mdistiller', # One of `list_tables()`
     pairs='',           # 'teacher-student', …, as a list or in one word; '' = all

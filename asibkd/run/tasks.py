@@ -15,10 +15,12 @@ from filelock import FileLock
 from ..core.config import Config, ConfigError, log, read_yaml, resolve
 from ..core.files import atomic_write
 from ..core.runfolder import Run, setup_log, shared_table
-from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
+from ..core.processes import refuse_processes
+from ..core.runtime import RunContext, create_accelerator, set_deterministic
 from ..data.batches import make_loader
 from ..data.several import run_data
 from ..distil.metrics import accuracy, collect_logits
+from ..distil.simkd import for_weights
 from ..eval.evaluate import load_synergy, report_splits
 from ..models.cards import class_number, task_of
 from ..models.checkpoints import load_into, load_weights
@@ -83,7 +85,7 @@ def run_finetune(
     **params,   # Any parameter of `Config`
 )->dict: # Summary: type, checkpoint, val_acc, test_acc, skipped
     "Fine-tune one teacher (`teacher_type`, else teacher 1) to `checkpoints/{type}_ft.pth`; skipped if the file exists"
-    refuse_processes()
+    refuse_processes('asibkd finetune')
     cfg, extra = resolve(_file, **{'method': 'ce', 'compare': 0} | params)
     arch, path = finetune_target(cfg)
     setup_log(cfg)
@@ -127,7 +129,8 @@ def evaluate_single(
     file = cfg.ckpt_path or cfg.student_ckpt
     kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0], small_input=cfg.small_input == '1')
     net = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
-    load_into(net, load_weights(file), file)
+    state = load_weights(file)
+    net = load_into(for_weights(net, state), state, file)
     as_teacher = TeacherSpec('teacher1', cfg.teacher_type, norm=cfg.teacher1_norm)
     give_norm(net, as_teacher if cfg.teacher_type else spec_of_student(cfg), data, file)
     to_device(ctx, net)
@@ -180,7 +183,7 @@ def run_evaluate(
     **params,   # Any parameter of `Config`
 )->dict: # {split: dict(models, per_class, disagreement)}, see `report_splits`
     "Train and test accuracy from checkpoints: `single` with ckpt_path; `synergy` with mbm_ckpt, teachers, student_ckpt"
-    refuse_processes()
+    refuse_processes('asibkd evaluate')
     cfg, _ = resolve(_file, **{'compare': 0} | params)
     setup_log(cfg)
     check_evaluation(cfg)
