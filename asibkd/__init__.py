@@ -9,7 +9,10 @@ _WHERE = {
     'run.experiment': 'run_experiment',
     'run.tasks': 'run_finetune run_evaluate demo_run',
     'run.loops': 'run_loop compare_methods cl_compare',
+    'run.sweeps': 'run_sweep',
     'run.bench': 'run_bench',
+    'run.cite': 'cite',
+    'run.reproduce': 'reproduce',
     # parameters and errors
     'core.params': 'Params param',
     'core.config': 'Config resolve list_presets parameter_table '

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from asibkd.cl.fisher import EWC, SI
 from asibkd.cl.memory import ReplayBatch
 from asibkd.cl.methods import TaskContext, cl_methods
-from asibkd.core.config import Config, ConfigError, list_presets, resolve
+from asibkd.core.config import Config, ConfigError, resolve
 from asibkd.core.runtime import FOREIGN, When
 from asibkd.distil.idle import idle_parameters, narrow_parameters, parameters_read, refuse_idle
 from asibkd.distil.losses import at_loss, dkd_losses, pairwise, rkd_angle, rkd_distance
@@ -172,12 +172,12 @@ def test_E3_no_feature_term_in_camkds_first_epoch(scene):
 
 def test_E3_dkd_pairs():
     "mdistiller, configs/cifar100/dkd: β"
-    beta = dict(resnet56_resnet20=2, resnet110_resnet32=2, resnet32x4_resnet8x4=8, wrn_40_2_wrn_16_2=6, wrn_40_2_wrn_40_1=6, vgg13_vgg8=6)
-    assert {p for p in list_presets() if p.startswith('dkd/')} == {f'dkd/{k}' for k in beta}
+    beta = {'resnet56-resnet20': 2, 'resnet110-resnet32': 2, 'resnet32x4-resnet8x4': 8, 'wrn_40_2-wrn_16_2': 6, 'wrn_40_2-wrn_40_1': 6, 'vgg13-vgg8': 6, 'vgg13-mobilenetv2_half': 6, 'wrn_40_2-shufflenetv1': 8}
     for k, v in beta.items():
-        c = resolve(preset=f'dkd/{k}')[0]
-        assert (c.method, c.dkd_beta, f'{c.teacher_type}_{c.student_type}', c.epochs, c.dataset) == ('dkd', v, k, 240, 'cifar100')
-        check_typed(c, dict(preset=f'dkd/{k}'))
+        typed = dict(preset=f'pair/{k}', method='dkd')
+        c = resolve(**typed)[0]
+        assert (c.method, c.dkd_beta, f'{c.teacher_type}-{c.student_type}', c.epochs, c.dataset) == ('dkd', v, k, 240, 'cifar100')
+        check_typed(c, typed)
 
 # --- E4: stages from the front -----------------------------------------------------------------------------------------
 def test_E4_stages_pair_from_the_front(scene):

@@ -1,5 +1,5 @@
-"TensorBoard and Weights & Biases, the real packages, offline: what they read back is what the run logged, once."
-import json, struct, threading, time
+"TensorBoard, Weights & Biases, MLflow and Trackio, the real packages, offline: what they read back is what the run logged, once."
+import json, os, struct, threading, time
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,17 @@ SMALL = dict(preset='none', dataset='digits', device='cpu', use_amp=0, batch_siz
 
 @pytest.fixture
 def params(tmp_path): return SMALL | dict(results_dir=str(tmp_path/'results'))
+
+@pytest.fixture
+def mlflow(monkeypatch):
+    for k in ('MLFLOW_TRACKING_URI', 'MLFLOW_EXPERIMENT_NAME'): monkeypatch.delenv(k, raising=False)
+    return pytest.importorskip('mlflow', reason='mlflow is not installed: pip install asibkd[track]')
+
+@pytest.fixture(scope='module')
+def trackio(tmp_path_factory):
+    os.environ['TRACKIO_DIR'] = str(tmp_path_factory.mktemp('trackio'))       # it is read once, when the package is imported
+    yield pytest.importorskip('trackio', reason='trackio is not installed: pip install asibkd[track]')
+    os.environ.pop('TRACKIO_DIR')
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
@@ -125,6 +136,80 @@ def test_D_every_run_of_a_loop_is_its_own(params, wandb, track):
         tags = scalars(s['run'])[0] if track == 'tensorboard' else sent(*wandb_files(s['run']))[3]
         check_scalars(s['run'], tags)
     if track == 'wandb': assert len({sent(*wandb_files(s['run']))[0] for s in done}) == 2
+
+def test_D_figures_of_the_report(params):
+    "The figures of the report, as images at the last step"
+    pytest.importorskip('tensorboard')
+    s = run_experiment(**params | dict(epochs=1, report=1), track='tensorboard')
+    _, o = scalars(s['run'])
+    names = {k for k in o.Tags()['images'] if k.startswith('figures/')}
+    assert {'figures/learning-curves/image/0', 'figures/confusion/image/0'} <= {f'{k}/image/0'.replace('/image/0/image/0', '/image/0') for k in names}
+    assert all([e.step for e in o.Images(k)] == [1] and o.Images(k)[0].width > 300 for k in names)
+
+def mlflow_run(mlflow, results, run):
+    "Run, {metric: [(step, value)]}, artifacts, read back from the store"
+    client = mlflow.MlflowClient(f'sqlite:///{results}/mlflow.db')
+    e, = [o for o in client.search_experiments() if o.name == 'asibkd']
+    r, = [o for o in client.search_runs([e.experiment_id]) if o.info.run_name == Path(run).name]
+    tags = {k: [(m.step, m.value) for m in client.get_metric_history(r.info.run_id, k)] for k in r.data.metrics}
+    return r, tags, [f.path for f in client.list_artifacts(r.info.run_id, 'figures')]
+
+def test_D_mlflow_resume_is_the_same_run(params, mlflow, monkeypatch):
+    "One run in the store beside the run folders, every row once; yours stays open, and the store that you chose is yours"
+    results = params['results_dir']
+    Path(results).mkdir()
+    monkeypatch.setenv('MLFLOW_RUN_ID', '0'*32)                  # it must not make one run of a loop
+    with pytest.raises(RunError): run_experiment(**params, track='mlflow', callbacks=[Killed(2, RunError('no'))])
+    run, = Path(results).glob('*/tracking.json')
+    assert mlflow_run(mlflow, results, run.parent)[0].info.status == 'FAILED' and not mlflow.is_tracking_uri_set()
+    s = run_experiment(**params | dict(report=1), track='mlflow')
+    r, tags, files = mlflow_run(mlflow, results, s['run'])
+    check_scalars(s['run'], tags)
+    assert r.info.status == 'FINISHED' and r.data.params['student_type'] == 'mlp' and 'figures/confusion.png' in files
+    assert tags['summary/ce/test_acc_last'] == [(3, pytest.approx(s['rows'][0]['test_acc_last']))] and not mlflow.is_tracking_uri_set()
+    assert mlflow.active_run() is None
+
+def test_D_mlflow_of_yours_stays_open(params, mlflow, tmp_path):
+    mlflow.set_tracking_uri(f'sqlite:///{tmp_path}/mine.db')
+    try:
+        with mlflow.start_run() as mine:
+            s = run_experiment(**params | dict(epochs=1), track='mlflow')
+            assert mlflow.active_run().info.run_id == mine.info.run_id and mlflow.get_tracking_uri().endswith('mine.db')
+        assert not (Path(params['results_dir'])/'mlflow.db').exists() and mlflow.get_run(read(s, 'mlflow')).info.status == 'FINISHED'
+    finally: mlflow.set_tracking_uri(None)
+
+def read(s, to): return json.loads((Path(s['run'])/'tracking.json').read_text())[f'{to}_id']
+
+def trackio_runs(trackio, run):
+    "{name: {metric: [(step, value)]}} of Trackio's runs with the name of this folder"
+    from trackio.sqlite_storage import SQLiteStorage
+    out = {}
+    for r in trackio.Api().runs('asibkd'):
+        if r.name.startswith(Path(run).name):
+            tags = out.setdefault(r.name, {})
+            for row in SQLiteStorage.get_logs('asibkd', r.name):
+                for k, v in row.items():
+                    if '/' in k: tags.setdefault(k, []).append((row['step'], v))
+    return out
+
+def test_D_trackio_resume_is_the_same_run(params, trackio):
+    "A killed process's last row is sent once; starting over is another run"
+    with pytest.raises(RunError): run_experiment(**params, track='trackio', callbacks=[Killed(2, RunError('no'))])
+    s = run_experiment(**params | dict(report=1), track='trackio')
+    (name, tags), = trackio_runs(trackio, s['run']).items()
+    check_scalars(s['run'], tags)
+    assert tags['summary/ce/test_acc_last'][0][0] == 3 and tags['figures/confusion'][0][1]['_type'] == 'trackio.image'
+    s = run_experiment(**params | dict(resume='0', epochs=1), track='trackio')
+    assert len(trackio_runs(trackio, s['run'])) >= 1 and read(s, 'trackio')[:6] not in name
+
+@pytest.mark.parametrize('track', ['mlflow', 'trackio'])
+def test_D_the_others_keep_the_runs_of_a_loop_apart(params, request, track):
+    package = request.getfixturevalue(track)
+    done = run_loop('ce', '0 1', **{k: v for k, v in params.items() if k not in ('method', 'epochs')}, epochs=2, track=track)
+    for s in done:
+        tags = mlflow_run(package, params['results_dir'], s['run'])[1] if track == 'mlflow' else next(iter(trackio_runs(package, s['run']).values()))
+        check_scalars(s['run'], tags)
+    assert len({read(s, track) for s in done}) == 2
 
 def test_D_continual_run_and_resume(params):
     "Tasks, baselines and a resumed process: one growing step"

@@ -50,11 +50,15 @@ def load_metrics(
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82
 def joined(
-    names, # Any items
+    names,     # Any items
+    most=None, # Items that are named; None = all
 )->str: # 'a, b and c'
     "A list in words"
-    *most, last = list(map(str, names))
-    return f"{', '.join(most)} and {last}" if most else last
+    names = list(map(str, names))
+    if most and len(names) > most:
+        names = [*names[:most], f'{len(names) - most} more']
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #f07efe69
 def shorten(

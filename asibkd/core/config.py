@@ -163,6 +163,7 @@ def trains_mobile(
 
 BLOCKS = dict(with_digits=lambda layers: effective_value(layers, 'dataset') == 'digits',
               with_mobile_student=trains_mobile,
+              with_method=lambda layers: True,        # values by method: {dkd: {dkd_beta: 2}}
               with_cl_mode=lambda layers: is_on(effective_value(layers, 'cl_mode')))
 
 # %% ../../nbs/00_core/01_config.ipynb #5875ae8c
@@ -207,13 +208,17 @@ def apply_blocks(
 )->list: # The same, without blocks
     "Apply the conditional blocks whose condition holds: a block overrides the layer it is in"
     active = [b for b, holds in BLOCKS.items() if holds(layers)]
+    methods = str(effective_value(layers, 'method')).split('+')
     def settle(d):
         merged = d.copy()
-        for b in active:
-            values = d.get(b) or {}
+        by_method = d.get('with_method') or {}
+        chosen = {b: d.get(b) or {} for b in active} | dict(with_method=by_method)
+        if isinstance(by_method, dict):
+            chosen |= {f'with_method: {m}': by_method.get(m) or {} for m in methods}
+        for b, values in chosen.items():
             if not isinstance(values, dict):
                 raise ConfigError(f"{b} = {values!r}: expected lines of `key: value` below it.")
-            merged |= values
+            merged |= values if b != 'with_method' else {}
         return {k: v for k, v in merged.items() if k not in BLOCKS}
     return [settle(d) for d in layers]
 

@@ -170,8 +170,8 @@ class Output(Params):
     disable_tqdm:bool = side_param(False, "Hide progress bars; without a terminal or a notebook they are hidden "
         "anyway.")
     debug_verbose:bool = side_param(False, "Log the teacher and student feature shapes of every batch.")
-    track:Literal['none', 'tensorboard', 'wandb'] = side_param('none', "Send each epoch's metrics to a tracker "
-        "(installed separately).")
+    track:Literal['none', 'tensorboard', 'wandb', 'mlflow', 'trackio'] = side_param('none', "Send each epoch's "
+        "numbers and the report's figures to a tracker (pip install asibkd[track]).")
 
 # %% ../../nbs/00_core/00_params.ipynb #8df29a49
 class DataParams(Params):

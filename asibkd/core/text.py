@@ -29,11 +29,13 @@ def clean(
     o, # What was read from a JSON file
 ):
     "The same, with every string printable"
+    if isinstance(o, str):
+        return o if o.isprintable() else printable(o)      # a thousand runs hold a million strings
     if isinstance(o, dict):
         return {clean(k): clean(v) for k, v in o.items()}
     if isinstance(o, list):
         return [clean(v) for v in o]
-    return printable(o) if isinstance(o, str) else o
+    return o
 
 # %% ../../nbs/00_core/06_text.ipynb #f6235a39
 FITTED_ON = dict(train='labelled training images', val='validation images',

@@ -6,17 +6,17 @@
 __all__ = ['OPS', 'run_table', 'filter_runs', 'main_curve', 'plot_overlay', 'forgetting_by_task', 'plot_parts']
 
 # %% ../../nbs/10_explore/03_browse.ipynb #c9abe4f5
-import contextlib, operator, re
+import operator, re
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core.config import ConfigError, RunError, unknown_name
+from ..core.config import ConfigError, unknown_name
 from ..core.picture import COLOURS
-from ..analysis.tables import load_metrics, load_summary, shorten
+from ..analysis.tables import finished_runs, is_cl, load_metrics, load_summary, shorten
 from ..analysis.cl import r_table
-from ..analysis.compare import collect
+from ..analysis.compare import collect_rows
 from ..analysis.figures import run_curves
 from .plots import panels
 
@@ -25,12 +25,11 @@ def run_table(
     results,  # A folder of run folders
 )->pd.DataFrame: # One row per student of a run: run (its name), kind, label, seed, measures in per cent, folder
     "Every student of every finished run, one-shot and continual"
-    parts = []
+    runs, parts = finished_runs(results), []
     for kind, cl in (('one-shot', False), ('continual', True)):
-        with contextlib.suppress(RunError):
-            parts.append(collect(results, cl=cl).assign(kind=kind))
-    # Without any run `collect` raises, with a message that says so
-    t = pd.concat(parts, ignore_index=True) if parts else collect(results)
+        if any(is_cl(s) == cl for _, s, _ in runs):
+            parts.append(collect_rows(runs, cl).assign(kind=kind))
+    t = pd.concat(parts, ignore_index=True)
     t = t.rename(columns=dict(run='folder')).assign(run=[Path(f).name for f in t.run])
     first = ['run', 'kind', 'label', 'seed']
     return t[[*first, *(c for c in t if c not in (*first, 'folder')), 'folder']]

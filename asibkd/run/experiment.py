@@ -10,6 +10,7 @@ __all__ = ['COLUMNS_OF_A_RUN', 'split_given', 'function_source', 'code_hash', 'm
 
 # %% ../../nbs/11_run/03_experiment.ipynb #63557915
 import ast, contextlib, copy, hashlib, inspect, json, os, textwrap
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, settle_config,
                                    teacher_specs, train_teacher, warn_unknown)
 from ..trainers.tables import bridge_images
-from ..trainers.tracking import final_numbers, tracking
+from ..trainers.tracking import track_results, tracking
 
 # %% ../../nbs/11_run/03_experiment.ipynb #f06571d6
 def split_given(
@@ -151,12 +152,13 @@ def finish_run(
     run:Run,
     summary:dict,   # Becomes summary.json
     row:dict,       # Its row of summary.csv
+    figures=None,   # A dict that is filled with the report's figures
 ):
     "Write the summary, then what follows it: row and report; the checkpoints are no longer needed"
     if 'verdict' in summary:
         log.info(summary['verdict'])
     row |= dict(difference=(summary.get('difference') or {}).get('diff'))
-    run.finish(summary, row, save_report if run.cfg.report else None)
+    run.finish(summary, row, partial(save_report, figures=figures) if run.cfg.report else None)
 
 # %% ../../nbs/11_run/03_experiment.ipynb #2beee880
 def open_context(
@@ -273,9 +275,9 @@ def run_in_folder(
     with tracking(cfg, run) as trackers:
         ctx = open_context(run, cfg, train, val, test, (*callbacks, *trackers), unlabelled)
         summary, row = work(ctx, teachers, student, extra)
-        finish_run(run, summary, row)
-        for t in trackers:
-            t.log(final_numbers(summary))
+        figures = {} if trackers else None
+        finish_run(run, summary, row, figures)
+        track_results(trackers, summary, figures)
 
 # %% ../../nbs/11_run/03_experiment.ipynb #93e0b8f4
 def objects_id(

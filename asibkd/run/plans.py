@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['split_list', 'shared_teachers', 'LoopPlan', 'plan_loop', 'for_others', 'params_of_method', 'loop_runs', 'Job',
-           'missing_teachers', 'run_name', 'loop_jobs', 'finetune_shared', 'finetune_in_context', 'try_run', 'do_job']
+           'missing_teachers', 'run_name', 'loop_jobs', 'finetune_shared', 'finetune_in_context', 'try_run']
 
-# %% ../../nbs/11_run/05_plans.ipynb #a3623bb9
+# %% ../../nbs/11_run/05_plans.ipynb #3af32673
 import os, re, shutil, traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
 from filelock import FileLock
 
 from ..cl.setup import check_cl
@@ -74,7 +75,7 @@ def plan_loop(
                           "run folders get automatic names.")
     if not names or not split_list(seeds):
         raise ConfigError("The loop needs at least one method and one seed: --methods 'asmb ce' --seeds '0 1'.")
-    return LoopPlan(key, names, split_list(seeds), params)
+    return LoopPlan(key, [*dict.fromkeys(names)], [*dict.fromkeys(split_list(seeds))], params)
 
 # %% ../../nbs/11_run/05_plans.ipynb #b21b764c
 def for_others(
@@ -122,7 +123,7 @@ def loop_runs(
             runs.append(p)
     return runs
 
-# %% ../../nbs/11_run/05_plans.ipynb #f2ad2fb5
+# %% ../../nbs/11_run/05_plans.ipynb #6208a9df
 @dataclass
 class Job:
     "One piece of work of a loop"
@@ -136,7 +137,7 @@ class Job:
         "Its name as part of a file name"
         return re.sub(r'[^-.\w]+', '-', self.name).strip('-')
 
-# %% ../../nbs/11_run/05_plans.ipynb #8d86c683
+# %% ../../nbs/11_run/05_plans.ipynb #05470115
 def missing_teachers(
     params:dict, # Of a run
 )->list: # of TeacherSpec
@@ -148,7 +149,7 @@ def missing_teachers(
     return [s for s in teacher_specs(whole)
             if s.save_to and not (s.ckpt or is_analytic(s.arch) or Path(s.save_to).exists())]
 
-# %% ../../nbs/11_run/05_plans.ipynb #a8c2121d
+# %% ../../nbs/11_run/05_plans.ipynb #cc59f491
 def run_name(
     plan:LoopPlan,
     params:dict, # Of one of its runs
@@ -156,7 +157,7 @@ def run_name(
     "How a run of the loop is called in tables and messages"
     return f"{plan.key}={params[plan.key]} seed={params['seed']}"
 
-# %% ../../nbs/11_run/05_plans.ipynb #44ba0f69
+# %% ../../nbs/11_run/05_plans.ipynb #69ad99ae
 def loop_jobs(
     plan:LoopPlan,
     runs:list, # From `loop_runs`
@@ -171,7 +172,7 @@ def loop_jobs(
         jobs.append(Job(run_name(plan, p), p, after=tuple(teachers[s.save_to].name for s in specs)))
     return [*teachers.values(), *jobs]
 
-# %% ../../nbs/11_run/05_plans.ipynb #37f4dded
+# %% ../../nbs/11_run/05_plans.ipynb #0db9ec2e
 def finetune_shared(
     params:dict, # Of a run that needs the teacher
     name:str,    # 'teacher1', …
@@ -193,7 +194,7 @@ def finetune_shared(
             shutil.rmtree(run.path, ignore_errors=True)
     return str(file)
 
-# %% ../../nbs/11_run/05_plans.ipynb #5fb35d74
+# %% ../../nbs/11_run/05_plans.ipynb #f13bbefc
 def finetune_in_context(
     ctx,       # The `RunContext` of a run that needs the teacher
     name:str,  # 'teacher1', …
@@ -220,15 +221,15 @@ def try_run(
     log.error(f"{name} failed: {error}\nThe loop goes on.")
     return None, error
 
-# %% ../../nbs/11_run/05_plans.ipynb #51121c67
-def do_job(
-    job:Job,
+# %% ../../nbs/11_run/05_plans.ipynb #2ced6b6f
+@patch
+def do(self:Job,
     objects:dict, # The user's modules and datasets
 )->tuple: # (summary, ''), or (None, error); a teacher's summary names its file
-    "Do one job; an error is logged and returned"
-    if not job.teacher:
-        return try_run(job.params, objects, job.name)
+    "Do the job; an error is logged and returned"
+    if not self.teacher:
+        return try_run(self.params, objects, self.name)
     try:
-        return dict(checkpoint=finetune_shared(job.params, job.teacher)), ''
+        return dict(checkpoint=finetune_shared(self.params, self.teacher)), ''
     except AsibError as e:
         return None, f'{type(e).__name__}: {e}'
