@@ -85,7 +85,7 @@ def test_learns_on_digits(method, teachers, tmp_path, short_exam):
     else: assert loss[-1] < loss[1]                                                # dkd's warm-up of two epochs; camkd's first epoch has no feature term
     assert s['test_acc_last'] > .3 and s['test_acc_val_selected'] > .3
 
-PLAIN = {'pkt', 'sp', 'itrd', 'vid', 'mtkd_static'}      # a loss and at most a projection: they resume as rkd and fitnet do
+PLAIN = {'dist', 'ttm', 'wttm', 'rld', 'normkd', 'ofa', 'pkt', 'sp', 'itrd', 'vid', 'mtkd_static'}      # a loss and at most a projection: they resume as rkd and fitnet do
 
 @pytest.mark.parametrize('method', [m for m in TRAINED if m not in PLAIN])
 def test_resumes(method, teachers, tmp_path, short_exam):
