@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import nn
 
 from ..distil import amalgam, analytic, asmb, crd, features, merging, mtkd, multi, review, simkd, single
-from ..distil import stacked    # they register their methods
+from ..distil import logits, stacked    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.processes import is_main
 from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of, refuse,
