@@ -111,7 +111,7 @@ def run_loop(
     jobs=1,            # Runs at once, each in a process of its own
     threads=1,         # Threads of each of these processes
     launcher='',       # 'slurm': every run is a job of a cluster; 'local': the same with processes of this machine
-    **params,          # Any parameter except method, seed and exp_id; teachers, student, train, …; slurm_… (see `SLURM`)
+    **params,          # Any parameter except method, seed, exp_id; also teachers, student, train, …; slurm_…
 )->list: # Summaries, seed by seed
     "`run_experiment` for every method and seed, with the same teachers within a seed; `LoopError` if a run failed"
     refuse_processes('asibkd loop')

@@ -128,7 +128,8 @@ def alive(self:Cluster)->set: # Their numbers
     command = ['squeue', '--user', getpass.getuser(), '--noheader', '--format=%A']
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        raise RunError(f"squeue: {found.stderr.strip() or found.returncode}. The jobs go on; the same command watches them.")
+        raise RunError(f"squeue: {found.stderr.strip() or found.returncode}. The jobs go on; "
+                       "the same command watches them.")
     return {*found.stdout.split()}
 
 # %% ../../nbs/11_run/07_slurm.ipynb #5090e770

@@ -27,7 +27,8 @@ from .space import extremes, grid_size, grid_values, split_space, sweep_file
 # %% ../../nbs/11_run/10_sweep.ipynb #4f2880b3
 SWEEP = dict(
     trials='how many trials are to be done, by all workers together [20; a grid: all of it]',
-    sampler='tpe, random or grid [tpe]', pruner='median: stop a trial that is below the median of the others; none [none]',
+    sampler='tpe, random or grid [tpe]',
+    pruner='median: stop a trial that is below the median of the others; none [none]',
     storage='sqlite:///FILE, journal:FOLDER, or for several machines postgresql://… or journal:FOLDER '
             '[sqlite:///<results_dir>/sweep.db]',
     study='name of the search in its storage [from what is searched]',
@@ -178,8 +179,8 @@ def open_study(
     optuna, storage = optuna_package(), open_storage(sweep.storage)
     pruner = optuna.pruners.MedianPruner() if sweep.pruner == 'median' else optuna.pruners.NopPruner()
     with storage_lock(storage, sweep.storage):
-        study = optuna.create_study(study_name=sweep.study, storage=storage, sampler=create_sampler(sweep), pruner=pruner,
-                                    direction='maximize', load_if_exists=True)
+        study = optuna.create_study(study_name=sweep.study, storage=storage, sampler=create_sampler(sweep),
+                                    pruner=pruner, direction='maximize', load_if_exists=True)
         here = dict(space={k: str(r) for k, r in sweep.space.items()}, sampler=sweep.sampler, machine=platform.node())
         for k, v in here.items():
             if k not in study.user_attrs:
@@ -201,8 +202,9 @@ def refuse_other_study(
         raise ConfigError(f"study={sweep.study} in {sweep.storage} was begun with {k}={there[k]}, and this is "
                           f"{k}={here[k]}. Give this search another study=NAME.")
     if sweep.storage.startswith('sqlite') and there['machine'] != here['machine']:
-        raise ConfigError(f"storage={sweep.storage} was begun on {there['machine']}: SQLite's locks do not hold between "
-                          "machines, and trials would be lost. Use postgresql://…, or journal:FOLDER on the shared disk.")
+        raise ConfigError(f"storage={sweep.storage} was begun on {there['machine']}: SQLite's locks do not hold "
+                          "between machines, and trials would be lost. Use postgresql://…, or journal:FOLDER on "
+                          "the shared disk.")
 
 # %% ../../nbs/11_run/10_sweep.ipynb #62c72311
 BEAT = 30   # Seconds between two signs of life; five without one, and the trial is given to another worker
@@ -297,9 +299,9 @@ def drawn(
     return {k: suggest[r.kind](k, r) for k, r in space.items()}
 
 # %% ../../nbs/11_run/10_sweep.ipynb #697c73f4
-STUDENT_SIDE = {'student_type', 'student_lr', 'student_weight_decay', 'student_pretrained', 'student_ckpt', 'student_norm',
-                'student_freeze_level', 'student_freeze_bn', 'student_ema', 'num_stages', 'student_epochs_per_stage',
-                'epochs', 'lr_restart', 'mixup_alpha', 'cutmix_alpha_distill'}
+STUDENT_SIDE = {'student_type', 'student_lr', 'student_weight_decay', 'student_pretrained', 'student_ckpt',
+                'student_norm', 'student_freeze_level', 'student_freeze_bn', 'student_ema', 'num_stages',
+                'student_epochs_per_stage', 'epochs', 'lr_restart', 'mixup_alpha', 'cutmix_alpha_distill'}
 
 def teachers_of_trial(
     params:dict, # Of the trial's run
@@ -371,7 +373,8 @@ def do_trial(
         return ''
     except Exception as e:
         error = f'{type(e).__name__}: {e}'
-        log.error(f'trial {trial.number} failed: {error}' if isinstance(e, AsibError) else traceback.format_exc().rstrip())
+        known = isinstance(e, AsibError)
+        log.error(f'trial {trial.number} failed: {error}' if known else traceback.format_exc().rstrip())
         trial.set_user_attr('error', error)
         study.tell(trial, state=State.FAIL)
         return error

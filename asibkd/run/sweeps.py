@@ -48,7 +48,8 @@ def sweep_record(
     trials = study.get_trials(deepcopy=False)
     gone = superseded(trials)
     def row(t):
-        seconds = (t.datetime_complete - t.datetime_start).total_seconds() if t.datetime_complete and t.datetime_start else None
+        ended = t.datetime_complete and t.datetime_start
+        seconds = (t.datetime_complete - t.datetime_start).total_seconds() if ended else None
         return dict(trial=t.number, state=t.state.name.lower(), val_acc=t.value, values=t.params, seconds=seconds,
                     run=t.user_attrs.get('run', ''), error=t.user_attrs.get('error', ''))
     rows = [row(t) for t in trials if t.number not in gone]
@@ -134,6 +135,7 @@ def plot_parallel(
     axes = [coordinates(record, k) for k in keys]
     order = sorted(range(len(done)), key=lambda i: done[i]['val_acc'])
     fig = Picture(figsize=(max(6, 1.3*len(keys)), 3), layout='constrained')
+    fig.dpi_shown = 54
     ax = fig.add_subplot(xticks=range(len(keys)), xticklabels=keys, yticks=[], ylim=(-.08, 1.12))
     for rank, i in enumerate(order):
         shade = colormaps['cividis_r'](rank/max(len(done) - 1, 1))
@@ -162,8 +164,8 @@ def sweep_sentence(
 )->str:
     "What the search found"
     states = [t['state'] for t in record['trials']]
-    counts = [f"{states.count(s)} {name}" for s, name in (('complete', 'finished'), ('pruned', 'pruned'), ('fail', 'failed'),
-                                                          ('running', 'running')) if states.count(s)]
+    names = dict(complete='finished', pruned='pruned', fail='failed', running='running')
+    counts = [f"{states.count(s)} {name}" for s, name in names.items() if states.count(s)]
     best = best_trial(record)
     found = f"The best is trial {best['trial']}: {100*best['val_acc']:.2f} % on the validation images." if best else ''
     return f"{len(states)} trials: {', '.join(counts)}. {found}".strip()
@@ -178,12 +180,15 @@ def sweep_page(
     note = ('The score chose the best of many: on these validation images it is too high. '
             'The run\'s own report has the test accuracy; other seeds tell how much of it stays.')
     parts = [section('Best trial', text(values, note), code(record['command'])) if best else None,
-             section('Importance', picture(plot_importance(record), 'fANOVA (Hutter et al. 2014).', str(record['importance'])))
+             section('Importance', picture(plot_importance(record), 'fANOVA (Hutter et al. 2014).',
+                                           str(record['importance'])))
              if record['importance'] else None,
-             section('History', picture(plot_history(record), 'Each trial, and the best so far.', sweep_sentence(record)))
+             section('History', picture(plot_history(record), 'Each trial, and the best so far.',
+                                        sweep_sentence(record)))
              if n else None,
-             section('Parallel coordinates', picture(plot_parallel(record), 'A line per trial; the darker, the better.',
-                                                     f'{n} trials, best: {values}')) if n > 1 else None,
+             section('Parallel coordinates',
+                     picture(plot_parallel(record), 'A line per trial; the darker, the better.',
+                             f'{n} trials, best: {values}')) if n > 1 else None,
              section('Trials', table(trial_table(record), 'All trials, the best first'))]
     varied = ', '.join(f'{k}={v}' for k, v in record['space'].items())
     errors = [f"trial {t['trial']} failed: {t['error']}" for t in record['trials'] if t['error']][:5]
