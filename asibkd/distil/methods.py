@@ -118,14 +118,6 @@ def own_terms(self:Method, batch, s_out, t_outs, when, # As in `kd`
     "What the method adds to CE and KD; terms of weight 0 are left out"
     return {}
 
-# %% ../../nbs/05_distil/02_methods.ipynb #ce3a8f29
-@patch
-def loss(self:Method, batch, s_out, t_outs, when, # As in `kd`
-)->dict: # dict(loss, parts), as `weighted` returns it
-    "ce_alpha · CE + kd_alpha · `kd` + `own_terms`"
-    kd = lambda: self.kd(batch, s_out, t_outs, when)
-    return weighted(**self.base_terms(batch, s_out, kd), **self.own_terms(batch, s_out, t_outs, when))
-
 # %% ../../nbs/05_distil/02_methods.ipynb #31d12e8f
 @patch
 def prepare(self:Method,
@@ -200,6 +192,14 @@ def base_terms(self:Method, batch,
     if c.kd_alpha > 0:
         terms['kd'] = (c.kd_alpha, kd())
     return terms
+
+# %% ../../nbs/05_distil/02_methods.ipynb #ce3a8f29
+@patch
+def loss(self:Method, batch, s_out, t_outs, when, # As in `kd`
+)->dict: # dict(loss, parts), as `weighted` returns it
+    "ce_alpha · CE + kd_alpha · `kd` + `own_terms`"
+    kd = lambda: self.kd(batch, s_out, t_outs, when)
+    return weighted(**self.base_terms(batch, s_out, kd), **self.own_terms(batch, s_out, t_outs, when))
 
 # %% ../../nbs/05_distil/02_methods.ipynb #456ab130
 def check_name(

@@ -79,7 +79,8 @@ def code_hash(
 )->str: # '' for a method of the package
     "A short hash of the functions and plain values in a method's user-written classes"
     tops = (cls, *getattr(cls, 'stack', {}).values())   # a sum of methods, and its parts
-    classes = [c for o in tops for c in o.__mro__ if c.__module__.partition('.')[0] not in ('asibkd', 'torch', 'builtins')]
+    known = ('asibkd', 'torch', 'builtins')
+    classes = [c for o in tops for c in o.__mro__ if c.__module__.partition('.')[0] not in known]
     parts = []
     for c in classes:
         for k, v in sorted(vars(c).items()):
