@@ -431,8 +431,8 @@ def cmd_doctor(argv)->int: # 0: nothing is wrong, 1: something is
 def cmd_bench(argv):
     "asibkd bench"
     p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
-    p.add_argument('parts', nargs='*', help="pipeline, precision, loop, cache, peers, growth, parts, start, "
-                   "jobs [all but jobs]")
+    p.add_argument('parts', nargs='*',
+                   help="pipeline, precision, loop, cache, peers, growth, parts, start, jobs [all but jobs]")
     p.add_argument('--data_root', default='', help='folder of 32×32 images, train/<class>/… [noise]')
     p.add_argument('--rounds', type=int, default=0, help='counted rounds [3; 5 with --full]')
     p.add_argument('--full', action='store_true', help='every case at its full size, and jobs (over ten minutes on two cores)')
