@@ -29,7 +29,8 @@ def command_seconds(
     start = time.perf_counter()
     r = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=env)
     if r.returncode:
-        raise RuntimeError(f"`python {' '.join(map(str, argv))[:80]}` ended with code {r.returncode}: {r.stderr[-200:]}")
+        words = ' '.join(map(str, argv))[:80]
+        raise RuntimeError(f"`python {words}` ended with code {r.returncode}: {r.stderr[-200:]}")
     return time.perf_counter() - start
 
 # %% ../../nbs/11_run/13_startup.ipynb #40328712

@@ -18,8 +18,9 @@ from pathlib import Path
 from torch import nn
 
 from ..distil import amalgam, analytic, asmb, crd, features, merging, mtkd, multi, review, simkd, single
-from ..distil import stacked    # they register their methods
+from ..distil import logits, stacked    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
+from ..core.processes import is_main
 from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of, refuse,
                                  trains_teachers)
 from ..data.images import Data, overlap_classes
@@ -470,7 +471,7 @@ def train_teacher(
         log.warning(f"{name}: {t.name} reaches {100*val_acc:.1f} % on validation images after fine-tuning, "
                     f"hardly above chance ({100/data.n_class:.1f} %): its logits are noise. "
                     "Raise finetune_epochs, try another finetune_lr, or give it weights.")
-    for to in filter(None, (run and run/f'{name}.pth', spec.save_to)):
+    for to in filter(None, (run and run/f'{name}.pth', is_main() and spec.save_to)):
         save_teacher(t, to, data, t.name, val_acc)
     if classes is not None:
         spread_classes(t, classes, ctx.data.n_class)
