@@ -65,15 +65,15 @@ class Mine(Method):
 def test_what_the_registry_refuses(register):
     whole = type('Whole', (Method,), {}); before = dict(methods), dict(cl_methods), dict(method_params)
     for make, says in ((lambda: register(whole), 'needs a name.*got the class Whole'), (lambda: register()(whole), 'needs a name'), (lambda: register('a b')(whole), 'needs a name'),
-                       (lambda: register('sp')(dict), 'subclass of Method'), (lambda: register('sp', dict)(whole), 'BaseModel'),
-                       (lambda: register('sp', Gamma)(whole), r"Parameter 'gamma' of method sp: Config has one of that name \(Factor of each drop\.\)\. Choose another, e\.g\. sp_gamma"),
-                       (lambda: register('sp', Seed)(whole), "Parameter 'cutmix_alpha'"), (lambda: register('sp')(Mine), 'must take .cfg, student, teachers, params, '),
-                       (lambda: register('sp')(type('Two', (Method,), dict(teachers_used='two'))), "'all', 'one' or 'none'"), (lambda: register('avgz')(whole), "'avgz' is the package's own; choose another name")):
+                       (lambda: register('toy')(dict), 'subclass of Method'), (lambda: register('toy', dict)(whole), 'BaseModel'),
+                       (lambda: register('toy', Gamma)(whole), r"Parameter 'gamma' of method toy: Config has one of that name \(Factor of each drop\.\)\. Choose another, e\.g\. toy_gamma"),
+                       (lambda: register('toy', Seed)(whole), "Parameter 'cutmix_alpha'"), (lambda: register('toy')(Mine), 'must take .cfg, student, teachers, params, '),
+                       (lambda: register('toy')(type('Two', (Method,), dict(teachers_used='two'))), "'all', 'one' or 'none'"), (lambda: register('avgz')(whole), "'avgz' is the package's own; choose another name")):
         with pytest.raises(ConfigError, match=says): make()
     assert before == (methods, cl_methods, method_params)
     try:
-        for _ in range(2): register('sp')(type('Whole', (Method,), {}))      # a cell that is run again
-    finally: methods.pop('sp', None); cl_methods.pop('sp', None)
+        for _ in range(2): register('toy')(type('Whole', (Method,), {}))      # a cell that is run again
+    finally: methods.pop('toy', None); cl_methods.pop('toy', None)
 
 # --- a teacher's file -------------------------------------------------------------------------------------------------
 def test_a_file_nobody_named(tiny, tmp_path, monkeypatch, capsys):

@@ -231,13 +231,15 @@ class CAMKDParams(BaseModel, extra='forbid'):
 # %% ../../nbs/05_distil/06_multi.ipynb #d657dacd
 def check_last_maps(
     student, teachers, # The wrapped models
+    name='camkd',      # For the message
+    instead=' Set camkd_beta=0.',
 ):
-    "CA-MKD's feature term needs a last map that is pooled into the classifier"
+    "Refuse networks whose last map is not pooled into the classifier"
     odd = [m.name for m in (student, *teachers) if m.feat4_dim is None]
     odd += [t.name for t in teachers if t.feat4_dim != t.feat_dim]
     if odd:
-        raise ConfigError("camkd's feature term needs a last map that is pooled into the classifier; "
-                          f"'{odd[0]}' has none. Set camkd_beta=0.")
+        raise ConfigError(f"{name}'s feature term needs a last map that is pooled into the classifier; "
+                          f"'{odd[0]}' has none.{instead}")
 
 # %% ../../nbs/05_distil/06_multi.ipynb #59484b0f
 @register_method('camkd', CAMKDParams)

@@ -19,6 +19,8 @@ from ..core.offline import no_downloads
 from ..core.files import atomic_path, atomic_write, read_json, read_weights
 from ..data.batches import normalise
 from ..data.images import Data, prepare_image
+from ..distil.simkd import for_weights, reused_form
+from ..models.kdmodel import KDModel
 from ..models.students import create_student
 from ..models.checkpoints import load_into
 
@@ -90,9 +92,15 @@ def load_student(
         raise AsibError("This run's student is a module of your own: pass it, load_student(run, model=MyModule()).")
     if model is None:
         with no_downloads(run, 'Pass the network: load_student(run, model=…).'):
-            model = create_student(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
-                                   in_chans=card['shape'][0], small_input=card['small_input']).model
-    load_into(model, read_weights(weights), weights)
+            student = create_student(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
+                                     in_chans=card['shape'][0], small_input=card['small_input'])
+    state = read_weights(weights)
+    if reused_form(state):
+        net = student if model is None else KDModel(model, card['shape'][-1], card['shape'][0])
+        model = for_weights(net, state).model
+    elif model is None:
+        model = student.model
+    load_into(model, state, weights)
     return Student(model.eval(), preprocess_for(card), card['classes'])
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #cb7ec737

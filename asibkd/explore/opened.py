@@ -30,6 +30,7 @@ from ..ib_mbm import Synergy, build_from_teachers
 from ..distil.losses import standardize_logits
 from ..distil.metrics import accuracy, collect_logits, predict
 from ..distil.methods import with_method_defaults
+from ..distil.simkd import for_weights
 from ..models.cards import save_teacher
 from ..trainers.build import (TeacherSpec, WeightsInfo, build_student, build_teacher, find_weights,
                                    settle_config, teacher_specs)
@@ -163,7 +164,8 @@ def _open_student(run:Path, data:Data, cfg:Config, given=None)->KDModel:
                        "open_run(run, student=MyModule()).")
     s = build_student(cfg.model_copy(update=dict(student_ckpt='', student_pretrained=False)), data, given)
     set_norm(s, as_norm(card['mean'], card['std']), data.mean, data.std)
-    return load_into(s, load_weights(run/'student.safetensors'), run/'student.safetensors')
+    state = load_weights(run/'student.safetensors')
+    return load_into(for_weights(s, state), state, run/'student.safetensors')
 
 # %% ../../nbs/10_explore/00_opened.ipynb #5af02318
 def splits_of(data:Data)->list:

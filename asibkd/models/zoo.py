@@ -36,10 +36,11 @@ class ResBlock(nn.Module):
         same = stride == 1 and i == o
         self.downsample = None
         if not same: self.downsample = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()  # modules: ReviewKD reads what comes before the second
 
     def forward(self, x):
         short = x if self.downsample is None else self.downsample(x)
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + short)
+        return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + short)
 
 # %% ../../nbs/02_models/00_zoo.ipynb #8004cc35
 def init_convs(
@@ -88,11 +89,12 @@ class WideBlock(nn.Module):
         self.bn1, self.conv1 = nn.BatchNorm2d(i), conv3x3(i, o, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(o), conv3x3(o, o)
         self.convShortcut = None if i == o else nn.Conv2d(i, o, 1, stride, bias=False)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
 
     def forward(self, x):
-        h = F.relu(self.bn1(x))
+        h = self.relu1(self.bn1(x))
         short = x if self.convShortcut is None else self.convShortcut(h)
-        return short + self.conv2(F.relu(self.bn2(self.conv1(h))))
+        return short + self.conv2(self.relu2(self.bn2(self.conv1(h))))
 
 # %% ../../nbs/02_models/00_zoo.ipynb #65abc5e3
 class WideGroup(nn.Module):

@@ -19,6 +19,7 @@ from ..distil.asmb import ASMB
 from ..distil.fusion import outlook
 from ..distil.methods import Method, check_method, create_method
 from ..distil.metrics import accuracy, collect_logits
+from ..distil.simkd import student_for
 from ..models.cache import get_teacher_fn
 from ..trainers.fusing import fuse_teachers
 from ..trainers.loop import FitResult, snapshot
@@ -36,6 +37,7 @@ class TrainResult:
     oracle:float|None = None                  # Best test accuracy of any epoch (`report_oracle=1`)
     seconds:float = 0.                        # Time in `fit`
     logits:tuple = ()                         # Target of the student's logits, stage by stage
+    network:object = None                     # The trained network, where it is not built like the run's student
 
 # %% ../../nbs/11_run/00_students.ipynb #388fbfaf
 @patch
@@ -75,8 +77,9 @@ def train_student(
     "Train one student by one method: stages of A and B if the method has a phase A, otherwise one phase B"
     cfg = ctx.cfg
     with forked_rng(cfg.seed, 'init', key):
-        method = create_method(key, cfg, student, teachers, extra, ctx.data.train.y)
-    to_device(ctx, student, method, *teachers)
+        net = student_for(key, student, teachers)
+        method = create_method(key, cfg, net, teachers, extra, ctx.data.train.y)
+    to_device(ctx, net, method, *teachers)
     if method.closed_form:
         return fit_closed_form(key, student, method, ctx), [], method
     if method.fits_teachers:
@@ -84,8 +87,8 @@ def train_student(
     if method.adapts:
         return *train_in_stages(key, student, teachers, method, ctx, fitting), method
     name = 'B1' if key == cfg.method else f'{key}-B1'
-    fitted = distil(student, teachers, method, ctx, epochs=cfg.epochs, name=name)
-    return TrainResult(key).add(fitted, student), [], method
+    fitted = distil(net, teachers, method, ctx, epochs=cfg.epochs, name=name)
+    return TrainResult(key, network=None if net is student else net).add(fitted, net), [], method
 
 # %% ../../nbs/11_run/00_students.ipynb #35611fbd
 def train_in_stages(

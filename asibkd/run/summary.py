@@ -33,14 +33,14 @@ from ..trainers.phases import to_device
 
 # %% ../../nbs/11_run/01_summary.ipynb #cdff2edb
 def student_copies(
-    student,       # A network of the right architecture
+    student,       # A network of the right architecture; a result may have another
     results:dict,  # key → TrainResult
 )->dict: # key or 'key~last' → model
     "Two networks per student: with the selected and with the last weights"
     out = {}
     for key, r in results.items():
         for name, state in ((key, r.best), (f'{key}~last', r.last)):
-            out[name] = copy.deepcopy(student)
+            out[name] = copy.deepcopy(student if r.network is None else r.network)
             out[name].load_state_dict(state)
     return out
 
@@ -196,8 +196,8 @@ def table_rows(
     "The rows of the result table, as plain numbers"
     acc = accuracies(z, y, z['test'][cfg.method].shape[1])
     rows = teacher_rows(specs, teachers, infos, costs, acc['test']) + ensemble_rows(acc['test'], cfg)
-    rows += [dict(key=k, model=student.name, role='student', target=target_row(k, r, cfg), **costs['student'])
-             for k, r in results.items()]
+    rows += [dict(key=k, model=student.name, role='student', target=target_row(k, r, cfg),
+                  **costs.get(f'student~{k}', costs['student'])) for k, r in results.items()]
     return [score_row(r, acc, results) for r in rows]
 
 # %% ../../nbs/11_run/01_summary.ipynb #e2a5712c
@@ -226,7 +226,8 @@ def time_part(
 )->dict: # seconds, latency_ms, teacher_images
     "The timings of a summary: everything that varies between identical runs"
     seconds = {k: r.seconds for k, r in results.items()} | {s.name: i.seconds for s, i in zip(specs, infos)}
-    per_image = {k: v for k, v in latency.items() if k != 'student'} | {k: latency['student'] for k in results}
+    per_image = {k: v for k, v in latency.items() if not k.startswith('student')}
+    per_image |= {k: latency.get(f'student~{k}', latency['student']) for k in results}
     return dict(seconds=seconds, latency_ms=per_image, teacher_images=dict(teacher_counts))
 
 # %% ../../nbs/11_run/01_summary.ipynb #b94823b8
@@ -245,6 +246,7 @@ def summarise(
     "summary.json: everything a table or a comparison needs"
     cfg, data = ctx.cfg, ctx.data
     models = {s.name: t for s, t in zip(specs, original_teachers)} | {'student': student}
+    models |= {f'student~{k}': r.network for k, r in results.items() if r.network is not None}
     costs, latency = measured_costs(models, data.shape)
     rows = table_rows(z, y, results, specs, original_teachers, student, costs, cfg, infos)
     row = next(r for r in rows if r['key'] == cfg.method)

@@ -19,6 +19,7 @@ from ..core.runtime import RunContext, create_accelerator, refuse_processes, set
 from ..data.batches import make_loader
 from ..data.several import run_data
 from ..distil.metrics import accuracy, collect_logits
+from ..distil.simkd import for_weights
 from ..eval.evaluate import load_synergy, report_splits
 from ..models.cards import class_number, task_of
 from ..models.checkpoints import load_into, load_weights
@@ -127,7 +128,8 @@ def evaluate_single(
     file = cfg.ckpt_path or cfg.student_ckpt
     kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0], small_input=cfg.small_input == '1')
     net = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
-    load_into(net, load_weights(file), file)
+    state = load_weights(file)
+    net = load_into(for_weights(net, state), state, file)
     as_teacher = TeacherSpec('teacher1', cfg.teacher_type, norm=cfg.teacher1_norm)
     give_norm(net, as_teacher if cfg.teacher_type else spec_of_student(cfg), data, file)
     to_device(ctx, net)

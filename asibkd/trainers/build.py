@@ -17,8 +17,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..distil import amalgam, analytic, asmb, crd, features, merging, multi, single    # they register their methods
-from ..distil import stacked    # it registers their sums
+from ..distil import amalgam, analytic, asmb, crd, features, merging, mtkd, multi, review, simkd, single
+from ..distil import stacked    # they register their methods
 from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
 from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of, refuse,
                                  trains_teachers)
@@ -511,7 +511,7 @@ def check_plan(
                           f"{subset_methods()}")
     freeze_teachers(teachers, specs, cfg, log.debug)
     with forked_rng(cfg.seed, 'plan'):
-        create_method(cfg.method, cfg, student, teachers, extra, labels)
+        create_method(cfg.method, cfg, simkd.student_for(cfg.method, student, teachers), teachers, extra, labels)
     for t in teachers:
         t.requires_grad_(True)
         t.frozen_modules = set()
