@@ -55,7 +55,7 @@ CHANGES = dict(
 ELSEWHERE = dict(
     stream='test_stream.py::test_a_stream_of_datasets', extend='test_stream.py::test_goes_on_with_classes_that_came_later', keep_task_weights='test_stream.py::test_the_student_after_each_task',
     allow_leak='test_cl.py::test_a_teacher_that_saw_the_future', allow_untrained='test_recipe.py::test_B10_a_teacher_without_weights_is_refused', plugin='test_plugin.py::test_every_door', report='test_report.py::test_left_out_and_written_later',
-    compile='test_cache.py::test_compile', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
+    compile='test_cache.py::test_compile', sync_bn='test_processes.py::test_without_synchronised_batch_norm_all_keep_one_network', deterministic='test_deterministic', device='test_device', results_dir='test_folder_names', exp_id='test_folder_names', resume='test_resume.py::test_finished_run_is_not_run_again',
     checkpoint_steps='test_methods.py::test_resumes', log_level='test_log', log_filename='test_log', debug_verbose='test_log', mbm_type='test_log', disable_tqdm='nbs/00_core/05_runtime.ipynb', track='test_tracking.py::test_D_tensorboard_once_after_resume',
     dataset='test_door.py::test_image_folder_from_the_command_line', data_root='test_faults.py::test_data_root_missing_or_empty', num_workers='nbs/01_data/04_batches.ipynb', skip_corrupt='test_faults.py::test_corrupt_image', unlabelled='test_few_labels.py::test_unlabelled_folder',
     teacher1_classes='test_merge.py::test_specialists_by_parameter', teacher2_classes='test_merge.py::test_specialists_by_parameter', teacher_classes='test_merge.py::test_three_of_any_overlap',

@@ -20,6 +20,7 @@ from .setup import first_teacher
 from .streams import grow_head
 from ..core.config import ConfigError, RunError, log
 from ..core.files import atomic_save, read_weights
+from ..core.processes import from_main, n_processes
 from ..data.images import Data, ImageSet
 from ..distil.metrics import OF_TEACHERS, accuracy, collect_logits
 from ..models.kdmodel import KDModel
@@ -198,18 +199,25 @@ def take_over(self:Learner)->int: # The task to begin with
 
 # %% ../../nbs/07_cl/07_loop.ipynb #a48f94eb
 @patch
-def load(self:Learner)->int: # The task to begin with
-    "Resume after the last finished task; where its state is damaged, after the one before"
+def saved_state(self:Learner)->dict|None:
+    "The state after the last finished task; where it is damaged, after the one before"
     if self.run is None:
-        return 0
+        return None
     files = [self.run/'checkpoint'/f'{self.prefix}{k}.pt' for k in ('tasks', 'before')]
     self.run.passed |= {f.name for f in files}
-    s = next(filter(None, (read_checkpoint(self.run, f) for f in files if f.exists())), None)
+    return next(filter(None, (read_checkpoint(self.run, f) for f in files if f.exists())), None)
+
+# %% ../../nbs/07_cl/07_loop.ipynb #0f2e2780
+@patch
+def load(self:Learner)->int: # The task to begin with
+    "Resume after the last finished task"
+    s = from_main(self.saved_state)
     if s is None:
-        return self.take_over() if self.cfg.extend else 0
+        return self.take_over() if self.cfg.extend and not (self.run is None and n_processes() == 1) else 0
     self.restore(s)
     load_callback_states(self.user_callbacks, s['callbacks'])
-    self.run.n_rows = s['rows']      # `fit` keeps or drops the rows of phases begun since then
+    if self.run is not None:
+        self.run.n_rows = s['rows']      # `fit` keeps or drops the rows of phases begun since then
     return s['task'] + 1
 
 # %% ../../nbs/07_cl/07_loop.ipynb #57d0172e

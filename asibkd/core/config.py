@@ -262,7 +262,8 @@ def refuse_key(
     if plain in HYDRA_KEYS or '.' in plain:
         raise ConfigError(f"Unknown parameter '{key}': {hydra_hint(plain, names)}")
     if plain in ('num_processes', 'nproc_per_node', 'world_size', 'num_gpus'):
-        raise ConfigError(f"Unknown parameter '{key}': a run is trained by one process. Start several runs instead.")
+        raise ConfigError(f"Unknown parameter '{key}': torchrun says how many processes train a run: "
+                          "torchrun --nproc_per_node 2 -m asibkd.run.cli run …")
     owners = [m for m, p in method_params.items() if plain in p.model_fields]
     if owners:
         cl, first = owners[0].startswith('cl:'), owners[0].removeprefix('cl:')

@@ -393,6 +393,8 @@ class Precision(Params):
         "where it makes convolutions faster.")
     compile:bool = param(False, "Apply torch.compile to the networks in training steps (validation stays eager); "
         "needs a compiler, and takes minutes at the start.")
+    sync_bn:Literal['auto', '0', '1'] = param('auto', "With several processes (torchrun): BatchNorm standardises by "
+        "the rows of all of them; auto = 1; 0 = each by its own.")
     teacher_cache:Literal['auto', 'off', 'memory', 'disk'] = param('auto', "Cache a frozen teacher's outputs; auto = "
         "on disk (in memory with cl_mode), where augmented views can be numbered and a look-up is faster than the "
         "network.")

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader
 
 from ..core.config import DataError, unknown_name
+from ..core.processes import gathered, n_processes, own_rows
 from ..core.runtime import UNLABELLED, forked_rng, generator, has_label, seed_of
 from .images import Data, ImageSet, is_small, one_thread, resize_and_crop
 
@@ -264,15 +265,18 @@ def _steps(self:Loader, e, start):
 
 # %% ../../nbs/01_data/04_batches.ipynb #63a207ff
 @patch
-def _raw_batches(self:Loader, e, steps):
-    "uint8 batches; those of large images are augmented already"
-    ds = self.ds
+def _raw_batches(self:Loader, e, steps, together=True):
+    "uint8 batches; those of large images are augmented already; of these, each process decodes its rows"
+    ds, n = self.ds, n_processes() if together else 1
     if not ds.streamed: return (ds.images(p, self.device) for _, p in steps)
     augmented = self.aug != '0' and not is_small(ds.shape)
     def job(k, j, i): return i, seed_of(*self.draw_key(e), k, j) if augmented else None
-    jobs = ([job(k, j, i) for j, i in enumerate(ds.ids[p].tolist())] for k, p in steps)
+    def rows(p): return own_rows() if len(p) >= n > 1 else slice(None)
+    jobs = ([job(k, j, i) for j, i in enumerate(ds.ids[p].tolist())][rows(p)] for k, p in steps)
     tfm = large_image_transform(self.aug, ds.shape, self.data.flip) if augmented else None
-    return stream_batches(ds.source, ds.shape, jobs, tfm, self.num_workers, self.device)
+    parts = stream_batches(ds.source, ds.shape, jobs, tfm, self.num_workers, self.device)
+    if n == 1: return parts
+    return (gathered(x, len(p)) if len(p) >= n else x for (_, p), x in zip(steps, parts))
 
 # %% ../../nbs/01_data/04_batches.ipynb #337eca54
 @patch
@@ -293,10 +297,11 @@ def _batch(self:Loader, x, p, key):
 def epoch(self:Loader,
     e=0,      # Epoch, from 0
     start=0,  # First step; earlier ones are not computed
+    every=1,  # Only each `every`-th batch from there on: an evaluation is dealt out to the processes
 ):
     "The batches of epoch `e`"
-    steps = self._steps(e, start)
-    images = self._raw_batches(e, steps)
+    steps = self._steps(e, start)[::every]
+    images = self._raw_batches(e, steps, every == 1)
     try:
         for (k, p), x in zip(steps, images): yield self._batch(x, p, (*self.draw_key(e), k))
     finally: images.close()

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..core.config import ConfigError
+from ..core.processes import dealt, from_main
 from ..core.runtime import FOREIGN, eval_mode, seed_of
 from .metrics import accuracy, predict
 from .multi import min_norm
@@ -87,7 +88,8 @@ def collect_table(
             kept |= dict(z=o['logit'], f=o['feat_2d'])
         return kept
     with eval_mode(*nets):
-        o, y = predict(outputs, loader.epoch(0), autocast)
+        o, y = predict(outputs, dealt(loader), autocast, True)
+    columns = from_main(lambda: columns)                # a process may have had no batch
     logits, feats = zip(*((o[f'z{i}'], o[f'f{i}']) for i in range(len(fns))))
     return TeacherTable(torch.stack(logits), list(feats), y, columns, o.get('f'), o.get('z'))
 

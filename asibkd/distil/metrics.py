@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.processes import dealt, in_order
 from ..core.runtime import eval_mode
 from .losses import DISAGREE, disagreement, ib_kl, upcast
 from ..ib_mbm import average_logits, known_classes
@@ -22,6 +23,7 @@ def predict(
     fn,            # Batch → logits (B, K), or a dict of tensors (B, …)
     loader,        # Evaluation batches in order: `.x` and `.y`
     autocast=None, # Zero-argument function giving a context, for mixed precision
+    shared=False,  # Has each process some of the batches (from `dealt`)? Then all get all outputs
 )->tuple: # outputs of `fn`, on the CPU in float32, concatenated · labels (N,)
     "Collect outputs without gradient; one transfer per batch, no arithmetic"
     out, ys = [], []
@@ -30,6 +32,7 @@ def predict(
             o = fn(b)
             out.append({k: v.float().cpu() for k, v in o.items()} if isinstance(o, dict) else o.float().cpu())
             ys.append(b.y.cpu())
+    if shared: out, ys = in_order(out), in_order(ys)
     if not out: raise ValueError("Nothing to evaluate: the loader gave no batch.")
     cat = {k: torch.cat([o[k] for o in out]) for k in out[0]} if isinstance(out[0], dict) else torch.cat(out)
     return cat, torch.cat(ys)
@@ -74,7 +77,7 @@ def collect_logits(
         kept = logits_by_name(outs, teachers, bridged)
         return kept if extra is None else kept | extra(outs, bridged)
     with eval_mode(*models.values(), *([] if synergy is None else [synergy])):
-        return predict(outputs, loader.epoch(0), autocast)
+        return predict(outputs, dealt(loader), autocast, True)
 
 # %% ../../nbs/05_distil/01_metrics.ipynb #b5161ff0
 def accuracy(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CL_BASELINES', 'METHOD_WEIGHTS', 'baseline_config', 'part_classes', 'parts_plan', 'extended_plan', 'stream_of',
            'task_classes', 'check_given_teachers', 'create_learners', 'kept_megabytes', 'memory_columns', 'cl_row',
-           'cl_verdict', 'save_task', 'keep_task', 'save_cl_results', 'learner_costs', 'cl_summary_of', 'run_cl']
+           'cl_verdict', 'save_task', 'keep_task', 'save_cl_results', 'learner_costs', 'cl_summary_of', 'cl_results',
+           'run_cl']
 
 # %% ../../nbs/11_run/02_cl.ipynb #962e0e0e
 import copy
@@ -23,13 +24,14 @@ from ..cl.metrics import cl_metrics
 from ..cl.setup import check_cl, roles_of
 from ..cl.streams import Stream, create_stream, domain_of, grow_head, new_tasks, plan_of_parts, planned_stream
 from ..core.config import Config, ConfigError, log
+from ..core.processes import from_main
 from ..core.runtime import RunContext
 from ..core.text import one_line
 from ..data.images import Data
 from ..data.several import run_plan
 from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import verdict
-from ..models.cache import teacher_counts
+from ..models.cache import add_counts, teacher_counts
 from ..models.norm import norm_row, seen_by
 from ..models.teachers import model_costs
 from ..trainers.build import teacher_specs
@@ -261,6 +263,25 @@ def cl_summary_of(
                 images={s: len(getattr(data, s)) for s in ('train', 'val', 'test')}, plan=l.stream.plan,
                 time=time) | cl_verdict(done, key, l.stream)
 
+# %% ../../nbs/11_run/02_cl.ipynb #c4c9c110
+def cl_results(
+    ctx:RunContext,
+    done:dict,        # name → CLResult
+    learners:dict,    # name → Learner
+    card_type:str,    # Architecture of the student; '' for a module of the user's
+    params=None,      # Values of the method's parameters
+)->tuple: # (summary, row of summary.csv)
+    "Summary, row, and what is kept of the run"
+    cfg, data, key = ctx.cfg, ctx.data, ctx.cfg.cl_method
+    summary = cl_summary_of(ctx, done, learners, params)
+    for l in learners.values():
+        l.keep_state()
+    save_cl_results(ctx.run, done, learners[key], card_type)
+    row = next(r for r in summary['rows'] if r['key'] == key)
+    columns = ('val_acc', 'ACC', 'AIA', 'BWT', 'task_ACC', 'params', 'macs')
+    return summary, dict(method=key, dataset=data.name, seed=cfg.seed, student=learners[key].student.name,
+                         **{k: row[k] for k in columns}, baseline=summary.get('baseline'))
+
 # %% ../../nbs/11_run/02_cl.ipynb #7ab4f393
 def run_cl(
     ctx:RunContext,
@@ -278,11 +299,5 @@ def run_cl(
     if l.memory.capacity:
         log.info(memory_advice(l.memory.capacity, torch.bincount(stream.data.train.y).tolist(), data.shape))
     done = {k: l.learn() for k, l in learners.items()}
-    summary = cl_summary_of(ctx, done, learners, params)
-    for l in learners.values():
-        l.keep_state()
-    save_cl_results(ctx.run, done, learners[key], card_type)
-    row = next(r for r in summary['rows'] if r['key'] == key)
-    columns = ('val_acc', 'ACC', 'AIA', 'BWT', 'task_ACC', 'params', 'macs')
-    return summary, dict(method=key, dataset=data.name, seed=cfg.seed, student=learners[key].student.name,
-                         **{k: row[k] for k in columns}, baseline=summary.get('baseline'))
+    add_counts()
+    return from_main(lambda: cl_results(ctx, done, learners, card_type, params))

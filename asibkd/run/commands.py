@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOOP', 'REPRODUCE', 'COMMANDS', 'option_words', 'bare_value', 'read_options', 'parse', 'add_option', 'add_parameters',
-           'add_method_parameters', 'own_options', 'help_text', 'announce', 'print_run', 'cmd_run', 'cmd_merge',
-           'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'cmd_sweep', 'runs_options',
-           'cmd_reproduce', 'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_cite', 'cmd_explore',
-           'cmd_doctor', 'cmd_bench', 'run_command']
+           'add_method_parameters', 'own_options', 'help_text', 'is_first', 'announce', 'print_run', 'cmd_run',
+           'cmd_merge', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'cmd_sweep',
+           'runs_options', 'cmd_reproduce', 'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_cite',
+           'cmd_explore', 'cmd_doctor', 'cmd_bench', 'run_command']
 
 # %% ../../nbs/11_run/17_commands.ipynb #0ee13bbf
-import argparse, contextlib, re, sys
+import argparse, contextlib, os, re, sys
 from pathlib import Path
 
 from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layers, effective_value, is_on,
@@ -151,7 +151,7 @@ def help_text(
 )->str:
     "The page that `asibkd COMMAND --help` prints"
     from asibkd.cl import rivals, yardsticks                                # noqa: they register their methods
-    from asibkd.distil import amalgam, asmb, crd, features, merging, mtkd, multi, review, simkd, single, stacked
+    from asibkd.distil import amalgam, asmb, crd, features, logits, merging, mtkd, multi, review, simkd, single, stacked
     from asibkd.distil.methods import list_methods
     about = f"{ABOUT[command]}. Presets: {', '.join(list_presets())}. Methods: {', '.join(list_methods())}."
     files = 'FILE FILE … --data_root FOLDER ' if command == 'merge' else ''
@@ -167,6 +167,11 @@ def help_text(
     add_method_parameters(p)
     return p.format_help()
 
+# %% ../../nbs/11_run/17_commands.ipynb #bb55dcb2
+def is_first()->bool:
+    "Of the processes that torchrun started: is this the one that speaks?"
+    return os.environ.get('RANK', '0') == '0'
+
 # %% ../../nbs/11_run/17_commands.ipynb #77aefc94
 def announce(
     file:str,   # YAML file of parameters, or ''
@@ -175,7 +180,7 @@ def announce(
     "Log the plan of a run; nothing heavy has been imported yet"
     layers = config_layers(file, _plugins=False, **given)
     level = effective_value(layers, 'log_level')
-    if level not in ('DEBUG', 'INFO'):
+    if level not in ('DEBUG', 'INFO') or not is_first():
         return
     start_log(level)
     value = lambda key: effective_value(layers, key)
@@ -188,7 +193,8 @@ def print_run(
 ):
     "Print the table, the verdict and the run folder"
     from asibkd.analysis.notes import run_text
-    print(run_text(s))
+    if is_first():
+        print(run_text(s))
 
 # %% ../../nbs/11_run/17_commands.ipynb #38c3fb8b
 def cmd_run(argv):
@@ -466,5 +472,6 @@ def run_command(
             raise unknown_name('command', name, COMMANDS)
         return COMMANDS[name](argv) or 0
     except AsibError as e:
-        print(f'asibkd: {printable(e)}', file=sys.stderr)
+        if is_first() or not isinstance(e, ConfigError) and type(e).__name__ != 'OtherProcessError':
+            print(f'asibkd: {printable(e)}', file=sys.stderr)
         return 2

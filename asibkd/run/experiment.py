@@ -6,10 +6,10 @@
 __all__ = ['COLUMNS_OF_A_RUN', 'split_given', 'function_source', 'code_hash', 'method_class', 'classes_of_run', 'check_typed',
            'preset_summary', 'save_effective_config', 'finish_run', 'open_context', 'prepare_teachers',
            'save_freeze_report', 'changes_teachers', 'fuses_teachers', 'run_distil', 'run_in_folder', 'objects_id',
-           'explained_stops', 'run_experiment', 'parameters_set']
+           'explained_stops', 'opened', 'close_finished', 'refuse_unshared', 'run_experiment', 'parameters_set']
 
 # %% ../../nbs/11_run/03_experiment.ipynb #63557915
-import ast, contextlib, copy, hashlib, inspect, json, os, textwrap
+import ast, contextlib, copy, hashlib, inspect, json, os, re, textwrap
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +22,15 @@ from ..cl.methods import check_cl_method, cl_methods
 from ..core.config import Config, ConfigError, RunError, config_layers, log, read_yaml, resolve
 from ..core.files import atomic_write
 from ..core.runfolder import Run, environment, setup_log
-from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic, trains_teachers
+from ..core.processes import from_main, is_main, join_processes, n_processes, quiet_others
+from ..core.runtime import (RunContext, create_accelerator, pick_device, refuse, set_deterministic,
+                                 trains_teachers)
 from ..data.datasets import as_unlabelled_set
 from ..data.several import run_data
 from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
 from ..freeze import freeze_report
-from ..models.cache import is_frozen, teacher_counts
+from ..models.cache import add_counts, is_frozen, teacher_counts
 from ..models.cards import object_fingerprint
 from ..models.trace import copied, plain_module
 from .cl import CL_BASELINES, run_cl
@@ -36,6 +38,7 @@ from .students import baselines_of, look_ahead, train_all
 from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, settle_config,
                                    teacher_specs, train_teacher, warn_unknown)
+from ..trainers.loop import Callback
 from ..trainers.tables import bridge_images
 from ..trainers.tracking import track_results, tracking
 
@@ -171,17 +174,21 @@ def open_context(
     set_deterministic(cfg.deterministic)
     teacher_counts.clear()
     acc = create_accelerator(cfg)
-    data = run_data(cfg, train=train, val=val, test=test, unlabelled=unlabelled)
+    with acc.main_process_first():                     # it downloads
+        data = run_data(cfg, train=train, val=val, test=test, unlabelled=unlabelled)
     key, n = 'cl_method' if cfg.cl_mode else 'method', len(data.train) - len(data.labelled)
     refuse_unlabelled(f'{key}={getattr(cfg, key)}', classes_of_run(cfg), n)
     cfg = settle_config(cfg, data)
-    save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
+    if is_main():
+        save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
     precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
     log.info(f"{run.path}: {data.name}, "
              f"{len(data.train)} train{f' ({len(data.labelled)} labelled)' if n else ''}, "
              f"{len(data.val)} validation, {len(data.test)} test images, "
-             f"{data.n_class} classes, {data.shape}; {acc.device}, {precision}")
-    return RunContext(cfg, data, acc, run, tuple(callbacks))
+             f"{data.n_class} classes, {data.shape}; {acc.device.type}, {precision}"
+             f"{f', {n_processes()} processes' if n_processes() > 1 else ''}")
+    mine = [o for o in callbacks if is_main() or isinstance(o, Callback)]       # functions of a row: the first's alone
+    return RunContext(cfg, data, acc, run if is_main() else None, tuple(mine))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #e4ce7aa8
 def prepare_teachers(
@@ -249,19 +256,23 @@ def run_distil(
     specs = teacher_specs(cfg, teachers, data.n_class)
     net = build_student(cfg, data, student)
     ts, infos = prepare_teachers(specs, net, ctx, extra)
-    save_freeze_report({'student': net} | {s.name: t for s, t in zip(specs, ts)}, ctx.run/'freeze_report.csv')
+    if ctx.run is not None:
+        save_freeze_report({'student': net} | {s.name: t for s, t in zip(specs, ts)}, ctx.run/'freeze_report.csv')
     moves = changes_teachers(cfg, ts)
     originals = copy.deepcopy(ts) if moves else ts
     fitting = bridge_images(ctx, infos, ts) if fuses_teachers(cfg, ts) else None
     look = look_ahead(ts, specs, ctx, fitting) if len(ts) > 1 else None
     results, method, gates = train_all(net, ts, specs, ctx, extra, fitting)
     z, y = evaluate_all(net, originals, ts, specs, results, method, ctx)
-    summary = summarise(z, y, results, gates, specs, originals, net, infos, ctx, extra)
-    summary |= {} if look is None else dict(outlook=look)
-    save_results(net, results, method, ts, specs, moves, z, y, ctx, student)
-    row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
-    return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views,
-                               labels_per_class=cfg.labels_per_class)
+    add_counts()
+    def conclude():
+        summary = summarise(z, y, results, gates, specs, originals, net, infos, ctx, extra)
+        summary |= {} if look is None else dict(outlook=look)
+        save_results(net, results, method, ts, specs, moves, z, y, ctx, student)
+        row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
+        return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views,
+                                   labels_per_class=cfg.labels_per_class)
+    return from_main(conclude)
 
 # %% ../../nbs/11_run/03_experiment.ipynb #4ad5398a
 def run_in_folder(
@@ -272,11 +283,11 @@ def run_in_folder(
 ):
     "The body of `run_experiment`, inside the open run folder"
     work = run_cl if cfg.cl_mode else run_distil
-    with tracking(cfg, run) as trackers:
+    with tracking(cfg, run) if is_main() else contextlib.nullcontext(()) as trackers:
         ctx = open_context(run, cfg, train, val, test, (*callbacks, *trackers), unlabelled)
         summary, row = work(ctx, teachers, student, extra)
         figures = {} if trackers else None
-        finish_run(run, summary, row, figures)
+        from_main(lambda: finish_run(run, summary, row, figures))
         track_results(trackers, summary, figures)
 
 # %% ../../nbs/11_run/03_experiment.ipynb #93e0b8f4
@@ -307,6 +318,41 @@ def explained_stops(run:Run, cfg:Config):
     except torch.OutOfMemoryError as e:
         raise RunError(f"Out of GPU memory: lower batch_size ({cfg.batch_size}), or use_amp=1. "
                        f"{str(e).splitlines()[0]}") from e
+    except RuntimeError as e:
+        if n_processes() == 1 or not re.search('gloo|nccl|connection (closed|reset)', str(e), re.I):
+            raise
+        raise RunError("Another process of this run has ended, so this one cannot go on. The same command goes on from "
+                       f"the last checkpoint in {run.path}") from e
+
+# %% ../../nbs/11_run/03_experiment.ipynb #290f980f
+@contextlib.contextmanager
+def opened(run:Run):
+    "The run folder, opened by the first process; the others wait for its word, and hear why it was refused"
+    with contextlib.ExitStack() as stack:
+        from_main(lambda: stack.enter_context(run) and None)
+        yield
+
+# %% ../../nbs/11_run/03_experiment.ipynb #9fcd33cb
+def close_finished(run:Run):
+    "A finished run: say so, and write what is missing of its closing"
+    log.info(f"{run.path} is finished: nothing was run again (resume=0 starts anew)")
+    if run.unclosed or run.cfg.report and not (run/'report.html').exists():
+        run.close_up(save_report if run.cfg.report else None)
+
+# %% ../../nbs/11_run/03_experiment.ipynb #ce5a2753
+def refuse_unshared(
+    cfg:Config,
+    n=None,      # Processes; None = those there are
+):
+    "Refuse what several processes cannot share"
+    n = n_processes() if n is None else n
+    if n == 1:
+        return
+    whole = [cls.__name__ for cls in classes_of_run(cfg) if cls.whole_batch]
+    refuse([(whole, f"num_processes={n}: {', '.join(whole)} needs a whole batch in one process. Start it without "
+                    "torchrun; several runs can share the machine: asibkd loop --jobs N."),
+            (cfg.compile, f"num_processes={n} with compile=1: outputs and BatchNorm's statistics are exchanged in the "
+                          "middle of a step, and a compiled one has no middle. Leave one of both out.")])
 
 # %% ../../nbs/11_run/03_experiment.ipynb #ed4a02b1
 def run_experiment(
@@ -319,26 +365,27 @@ def run_experiment(
     **params,                          # Any parameter of `Config`
 )->dict: # The summary, as in summary.json, with `run`: the folder
     "Run one experiment end to end; repeating the call resumes it, or returns its stored result"
-    refuse_processes()
     objects = dict(teachers=teachers, student=student, train=train, val=val, test=test, unlabelled=unlabelled)
     params = split_given(objects, params)
     cfg, extra = resolve(_file, **params)
+    join_processes(pick_device(cfg.device).type == 'cpu')
+    quiet_others()
     idle = check_typed(cfg, params, _file)
+    refuse_unshared(cfg)
     run = Run(cfg, extra, objects_id(objects, cfg))
-    with run:
-        setup_log(cfg, run.path)
+    with opened(run):
+        if is_main():
+            setup_log(cfg, run.path)
         log.info(f"preset {cfg.preset}: {preset_summary(_file, params)}")
         if idle:
             log.warning(idle)
-        if run.finished:
-            log.info(f"{run.path} is finished: nothing was run again (resume=0 starts anew)")
-            if run.unclosed or cfg.report and not (run/'report.html').exists():
-                run.close_up(save_report if cfg.report else None)
+        if from_main(lambda: run.finished):
+            from_main(lambda: close_finished(run))
         else:
             with explained_stops(run, cfg):
                 copies = {k: copied(objects[k]) for k in ('teachers', 'student')}
                 run_in_folder(run, cfg, extra, **objects | copies, callbacks=callbacks)
-        return run.summary() | dict(run=str(run.path))
+        return from_main(run.summary) | dict(run=str(run.path))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #dbfc31ef
 def parameters_set(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..analysis.compare import collect, compare_runs, default_baseline, plot_compare, win_table
 from ..core.config import ConfigError, RunError, config_layers, effective_value, log, read_yaml
+from ..core.processes import refuse_processes
 from ..core.runfolder import start_log
-from ..core.runtime import refuse_processes
 from .experiment import method_class, split_given
 from .jobs import Board, packed, refuse_unseen_methods, run_jobs
 from .plans import loop_jobs, loop_runs, plan_loop, run_name, try_run
@@ -114,7 +114,7 @@ def run_loop(
     **params,          # Any parameter except method, seed and exp_id; teachers, student, train, …; slurm_… (see `SLURM`)
 )->list: # Summaries, seed by seed
     "`run_experiment` for every method and seed, with the same teachers within a seed; `LoopError` if a run failed"
-    refuse_processes()
+    refuse_processes('asibkd loop')
     objects = {k: params.pop(k) for k in OBJECTS if k in params}
     slurm = {k.removeprefix('slurm_'): params.pop(k) for k in [*params] if k.startswith('slurm_')}
     given = split_given(objects, (read_yaml(_file) if _file else {}) | params)

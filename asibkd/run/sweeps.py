@@ -18,7 +18,7 @@ from ..core.config import config_layers, effective_value, log
 from ..core.files import atomic_write, read_json
 from ..core.picture import COLOURS, Picture
 from ..core.runfolder import start_log
-from ..core.runtime import refuse_processes
+from ..core.processes import refuse_processes
 from .loops import whole_number
 from .sweep import Sweep, board_of, optuna_package, plan_sweep, run_workers, superseded, work_on
 
@@ -218,7 +218,7 @@ def run_sweep(
     **given,   # Parameters, ranges, and the keys of `SWEEP`
 )->dict: # The record, see `sweep_record`, with `folder`
     "Search until all trials are done; several of these commands, here or on other machines, share the work"
-    refuse_processes()
+    refuse_processes('asibkd sweep')
     jobs, threads = (whole_number(k, given.pop(k, 1)) for k in ('jobs', 'threads'))
     sweep = plan_sweep(_file, **given)
     start_log(effective_value(config_layers(**sweep.params), 'log_level'))

@@ -15,7 +15,8 @@ from filelock import FileLock
 from ..core.config import Config, ConfigError, log, read_yaml, resolve
 from ..core.files import atomic_write
 from ..core.runfolder import Run, setup_log, shared_table
-from ..core.runtime import RunContext, create_accelerator, refuse_processes, set_deterministic
+from ..core.processes import refuse_processes
+from ..core.runtime import RunContext, create_accelerator, set_deterministic
 from ..data.batches import make_loader
 from ..data.several import run_data
 from ..distil.metrics import accuracy, collect_logits
@@ -84,7 +85,7 @@ def run_finetune(
     **params,   # Any parameter of `Config`
 )->dict: # Summary: type, checkpoint, val_acc, test_acc, skipped
     "Fine-tune one teacher (`teacher_type`, else teacher 1) to `checkpoints/{type}_ft.pth`; skipped if the file exists"
-    refuse_processes()
+    refuse_processes('asibkd finetune')
     cfg, extra = resolve(_file, **{'method': 'ce', 'compare': 0} | params)
     arch, path = finetune_target(cfg)
     setup_log(cfg)
@@ -182,7 +183,7 @@ def run_evaluate(
     **params,   # Any parameter of `Config`
 )->dict: # {split: dict(models, per_class, disagreement)}, see `report_splits`
     "Train and test accuracy from checkpoints: `single` with ckpt_path; `synergy` with mbm_ckpt, teachers, student_ckpt"
-    refuse_processes()
+    refuse_processes('asibkd evaluate')
     cfg, _ = resolve(_file, **{'compare': 0} | params)
     setup_log(cfg)
     check_evaluation(cfg)

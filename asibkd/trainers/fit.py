@@ -7,6 +7,7 @@ __all__ = ['usual_callbacks', 'resume', 'prepare_from', 'fit']
 
 # %% ../../nbs/06_trainers/02_fit.ipynb #bf39107d
 from ..core.config import log
+from ..core.processes import from_main
 from ..core.runtime import RunContext
 from .callbacks import (AccumulateCB, CheckpointCB, ClipCB, CudaGraphCB, EarlyStopCB, FiniteCB,
                                        LateParamsCB, LogCB, PhaseCheckpoint, ProgressCB, SelectCB, load_callback_states)
@@ -62,7 +63,7 @@ def fit(
 )->FitResult: # The modules in `phase.keep` hold the *last* weights; `.state` the selected ones
     "Train a phase: from its beginning, from its checkpoint, or not at all where it is finished"
     run, loop = ctx.run, Loop(phase, ctx, usual_callbacks(phase, ctx))
-    state, done = PhaseCheckpoint(run, phase.name).load()
+    state, done = from_main(PhaseCheckpoint(run, phase.name).load)
     if state is not None:
         resume(loop, state)
     if run is not None:

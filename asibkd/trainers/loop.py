@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['create_optimizer', 'create_schedule', 'Phase', 'snapshot', 'restore', 'FitResult', 'Callback', 'FunctionCB',
-           'as_callback', 'Loop', 'unprepare', 'explained_batch_norm', 'train_step', 'shard', 'train_epoch']
+           'as_callback', 'Loop', 'unprepare', 'explained_batch_norm', 'average_gradients', 'train_step', 'train_epoch']
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #edaec4df
 import contextlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
@@ -16,8 +16,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.config import CheckpointError, Config, RunError
+from ..core.processes import average_over_processes, n_processes, share_weights
 from ..core.runtime import RunContext, When, reseed, seed_of
 from ..core.stopping import stop_if_asked
+from ..models.shards import running_statistics
 from ..models.trace import one_value_error
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #ada98268
@@ -196,7 +198,9 @@ def prepare(self:Loop)->Loop:
     phase, cfg, acc = self.phase, self.ctx.cfg, self.ctx.acc
     opt = create_optimizer(phase.groups, cfg, phase.optimizer)
     self.schedule = create_schedule(opt, cfg, phase.total if phase.span else phase.epochs, len(phase.loader))
-    self.model = acc.prepare_model(phase.objective)
+    share_weights(phase.objective)
+    # no wrapper around several processes: they exchange outputs (`on_rows`) and gradients (`average_gradients`)
+    self.model = acc.prepare_model(phase.objective, evaluation_mode=n_processes() > 1)
     # accelerate's wrapper serves float16's loss scaling; it looks for packages in every step, a tenth of a small one
     self.opt = acc.prepare_optimizer(opt) if acc.scaler is not None else opt
     return self
@@ -235,6 +239,18 @@ def explained_batch_norm():
             raise
         raise one_value_error('This batch') from e
 
+# %% ../../nbs/06_trainers/00_loop.ipynb #e72c6387
+def average_gradients(
+    loop, # Its optimiser's parameters have gradients
+):
+    "The mean over the processes of every gradient, and of running statistics where BatchNorm is not synchronised"
+    if n_processes() == 1:
+        return
+    params = [p for g in loop.opt.param_groups for p in g['params']]
+    average_over_processes([p.grad for p in params if p.grad is not None])
+    if loop.ctx.cfg.sync_bn == '0':
+        average_over_processes(running_statistics(loop.phase.objective))
+
 # %% ../../nbs/06_trainers/00_loop.ipynb #0c682f9b
 def train_step(loop:Loop):
     "One step of training: outputs, loss, backward, step"
@@ -243,18 +259,12 @@ def train_step(loop:Loop):
         loop.opt.zero_grad()
     loop.out = loop.model(loop.batch, loop.when)           # outputs and loss: dict(loss, parts)
     loop.ctx.acc.backward(loop.out['loss']/loop.group)
+    if loop.moves:
+        average_gradients(loop)
     loop.call('after_backward')
     if loop.moves:
         loop.opt.step()
     loop.call('after_step')
-
-# %% ../../nbs/06_trainers/00_loop.ipynb #f8883e3b
-def shard(batch, acc):
-    "This process's part of a global batch (all of it with one process)"
-    if acc.num_processes == 1:
-        return batch
-    part = slice(acc.process_index, None, acc.num_processes)
-    return replace(batch, **{f.name: v[part] for f in fields(batch) if torch.is_tensor(v := getattr(batch, f.name))})
 
 # %% ../../nbs/06_trainers/00_loop.ipynb #815f0779
 def train_epoch(loop:Loop):
@@ -267,7 +277,7 @@ def train_epoch(loop:Loop):
         for loop.step, batch in enumerate(phase.loader.epoch(loop.epoch, loop.step), loop.step):
             loop.set_lr(loop.step)
             reseed(seed_of(seed, phase.name, loop.epoch, loop.step))
-            loop.batch = shard(batch, acc)
+            loop.batch = batch
             train_step(loop)
             stop_if_asked()
     loop.step = 0
