@@ -43,7 +43,8 @@ LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [t
 REPRODUCE = dict(table='a published table [mdistiller]',
                  pairs="teacher-student, as 'resnet32x4-resnet8x4, vgg13-vgg8' [all of the table]",
                  methods='names [all of the table]', seeds=LOOP['seeds'],
-                 weights="folder with the published teachers, e.g. RepDistiller's save/models [each is fine-tuned once]")
+                 weights="folder with the published teachers, e.g. RepDistiller's save/models [each is fine-tuned "
+                         'once]')
 
 # %% ../../nbs/11_run/17_commands.ipynb #cc83ee27
 def bare_value(
@@ -391,7 +392,8 @@ def cmd_cite(argv):
     p = argparse.ArgumentParser('asibkd cite', description=ABOUT['cite'])
     p.add_argument('runs', nargs='*', help='run folders, or folders of run folders; default: the newest in results/')
     p.add_argument('--out', default='', help='file to write, e.g. papers.bib [the terminal]')
-    p.add_argument('--plugin', default='', help='your Python file, if the runs used one: what a folder names is not run')
+    p.add_argument('--plugin', default='', help='your Python file, if the runs used one: what a folder names is not '
+                   'run')
     a = p.parse_args(argv)
     load_plugins(a.plugin)
     from asibkd.run.cite import cite
@@ -459,7 +461,8 @@ def cmd_bench(argv):
 # %% ../../nbs/11_run/17_commands.ipynb #caabd909
 COMMANDS = dict(run=cmd_run, merge=cmd_merge, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate,
                 loop=cmd_loop, sweep=cmd_sweep, reproduce=cmd_reproduce, compare=cmd_compare, export=cmd_export,
-                show=cmd_show, report=cmd_report, cite=cmd_cite, explore=cmd_explore, doctor=cmd_doctor, bench=cmd_bench)
+                show=cmd_show, report=cmd_report, cite=cmd_cite, explore=cmd_explore, doctor=cmd_doctor,
+                bench=cmd_bench)
 
 # %% ../../nbs/11_run/17_commands.ipynb #71980d92
 def run_command(
