@@ -73,7 +73,7 @@ def teachers(tmp_path_factory):
     return dict(teacher1_ckpt=keep['finetune_ckpt1'], teacher2_ckpt=keep['finetune_ckpt2'])
 
 SMALL = dict(preset='quickstart', compare=0, report=0, device='cpu', teacher1_type='resnet14', teacher2_type='resnet8', num_stages=1, teacher_adapt_epochs=1, log_level='ERROR')
-OWN = dict(crd=dict(crd_nce_k=256), dkd=dict(dkd_warmup=2), reviewkd=dict(review_warmup=2))     # a parameter that a method does not read is refused
+OWN = dict(crd=dict(crd_nce_k=256), dkd=dict(dkd_warmup=2), reviewkd=dict(review_warmup=2), rld=dict(rld_warmup=2))     # a parameter that a method does not read is refused
 
 @pytest.mark.parametrize('method', TRAINED)
 def test_learns_on_digits(method, teachers, tmp_path, short_exam):
@@ -81,11 +81,11 @@ def test_learns_on_digits(method, teachers, tmp_path, short_exam):
     epochs = 12 if method in ('at', 'simkd') else 6        # on maps of 8×8 its published weight of 1000 holds the labels back at first
     s = run_experiment(**SMALL | OWN.get(method, {}) | teachers | dict(finetune_epochs=0, student_epochs_per_stage=epochs), method=method, results_dir=str(tmp_path))
     loss = [json.loads(o)['train_loss'] for o in (Path(s['run'])/'metrics.jsonl').read_text().splitlines() if json.loads(o)['kind'] == 'B']
-    if method not in ('dkd', 'camkd', 'reviewkd'): assert loss[-1] < loss[0]
+    if method not in ('dkd', 'camkd', 'reviewkd', 'rld'): assert loss[-1] < loss[0]
     else: assert loss[-1] < loss[1]                                                # dkd's warm-up of two epochs; camkd's first epoch has no feature term
     assert s['test_acc_last'] > .3 and s['test_acc_val_selected'] > .3
 
-PLAIN = {'pkt', 'sp', 'itrd', 'vid', 'mtkd_static'}      # a loss and at most a projection: they resume as rkd and fitnet do
+PLAIN = {'dist', 'ttm', 'wttm', 'rld', 'normkd', 'ofa', 'pkt', 'sp', 'itrd', 'vid', 'mtkd_static'}      # a loss and at most a projection: they resume as rkd and fitnet do
 
 @pytest.mark.parametrize('method', [m for m in TRAINED if m not in PLAIN])
 def test_resumes(method, teachers, tmp_path, short_exam):

@@ -49,7 +49,7 @@ def test_every_door(mine, here, notebook):
     command = html.unescape(re.search(r'asibkd (run [^<]*method=surest[^<]*)', (run/'report.html').read_text())[1])
     again = here(*shlex.split(command)); assert again.returncode == 0 and 'nothing was run again' in again.stdout, again.stderr[-1000:]
     same = here('run', '-f', str(run/'config.json')); assert same.returncode == 0 and 'nothing was run again' in same.stdout, same.stderr[-1000:]
-    other = here('run', '-f', str(run/'config.json'), 'seed=7'); assert other.returncode == 2 and 'seed: ' in other.stderr and ' → 7' in other.stderr
+    other = here('run', '-f', str(run/'config.json'), 'seed=1007'); assert other.returncode == 2 and 'seed: ' in other.stderr and ' → 1007' in other.stderr
     r = notebook('out.ipynb', *(o for k in SHORT[4:] for o in ('-p', *k.split('='))), '-p', 'plugin', 'mine.py', '-p', 'method', 'surest', '-p', 'results_dir', 'pm')
     assert r.returncode == 0, r.stderr[-2000:]
     assert json.loads(next(Path('pm').glob('*/summary.json')).read_text())['method'] == 'surest'

@@ -26,7 +26,7 @@ from ..cl.methods import cl_methods
 from ..core.config import Config, RunError, fields_read_by, resolve
 from ..core.files import FileDamaged, read_json
 from ..distil import amalgam, asmb, crd, features, merging, mtkd, multi, review, simkd
-from ..distil import single, stacked                      # they register their methods
+from ..distil import logits, single, stacked    # they register their methods
 from ..distil.methods import is_ours, methods
 
 # %% ../../nbs/09_analysis/06_sections.ipynb #4937c586
