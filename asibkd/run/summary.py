@@ -118,7 +118,7 @@ def weights_row(
     info:WeightsInfo,
 )->dict: # source, file, classes
     "The source of a teacher's weights, for the summary; its seconds are under `time`"
-    return {k: v for k, v in asdict(info).items() if k != 'seconds'}
+    return {k: v for k, v in asdict(info).items() if k not in ('seconds', 'taught')}
 
 # %% ../../nbs/11_run/01_summary.ipynb #d4e5fd3e
 def target_row(

@@ -12,7 +12,7 @@ __all__ = ['student_epochs', 'has_compiler', 'subset_methods', 'refuse_contradic
 
 # %% ../../nbs/06_trainers/04_build.ipynb #731a8183
 import os, shutil, time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -25,9 +25,9 @@ from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_
                                  trains_teachers)
 from ..data.images import Data, overlap_classes
 from ..freeze import apply_freeze, freeze_all
-from asibkd.models.cards import (OUTSIDE, card_norm, check_card, file_classes, labels_text,
-    match_classes, module_classes, read_card, refuse_labels, refuse_unseen, save_teacher, task_of, unknown_to_all,
-    warn_split)
+from ..models.cards import (OUTSIDE, card_norm, check_card, file_classes, labels_text,
+    match_classes, module_classes, read_card, refuse_labels, refuse_unseen, save_teacher, split_of, task_of,
+    unknown_to_all, warn_split)
 from ..models.kdmodel import KDModel, spread_classes
 from ..distil.analytic import fit_analytic
 from ..distil.methods import check_method, create_method, is_ours, list_methods
@@ -268,6 +268,7 @@ class WeightsInfo:
     classes:list|None = None       # Labels it was trained on; None = all
     outputs:list|None = None       # Label of each output, where some stand for no class of the data
     norm:dict|None = None          # mean and std that it expects; None = the data's
+    taught:bool = field(default=False, repr=False)   # Its card: fine-tuned on this run's training images
 
 # %% ../../nbs/06_trainers/04_build.ipynb #1e8ca4ae
 def width_error(
@@ -423,7 +424,8 @@ def ready_teacher(
         plain = '' if known else (
             f" (no card: images are normalised as the data; {norm_flag(spec.name)}=imagenet if it was trained so)")
         log.info(f"{spec.name}: {t.name} from {f}{skips}{plain}")
-        return t, WeightsInfo('checkpoint', Path(f).name, norm=norm_row(t))
+        taught = (read_card(f) or {}).get('split') == split_of(data.teacher)
+        return t, WeightsInfo('checkpoint', Path(f).name, norm=norm_row(t), taught=taught)
     if epochs:
         return t, None
     if own or spec.pretrained:

@@ -68,7 +68,8 @@ def taught_by(
     "Who has learnt from the labelled training images"
     if ctx.cfg.teacher_share:
         return ''
-    if tuned := [f'teacher{i + 1}' for i, o in enumerate(infos) if o.source in ('finetuned', 'computed')]:
+    here = [o.source in ('finetuned', 'computed') or getattr(o, 'taught', False) for o in infos]
+    if tuned := [f'teacher{i + 1}' for i, learnt in enumerate(here) if learnt]:
         return f"{', '.join(tuned)} learnt from the training images"
     val = val_loader(ctx)
     if val is None or not len(teachers):
