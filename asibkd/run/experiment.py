@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..analysis.report import save_report
+from ..analysis.result import RunResult
 from ..cl.setup import check_cl, check_typed_cl
 from ..cl.methods import check_cl_method, cl_methods
 from ..core.config import Config, ConfigError, RunError, config_layers, log, read_yaml, resolve
@@ -364,7 +365,7 @@ def run_experiment(
     unlabelled=None,                   # Your images without a class: a folder, a Dataset or a uint8 tensor (N, C, H, W)
     callbacks=(),                      # `Callback`s, or functions called with each epoch's row
     **params,                          # Any parameter of `Config`
-)->dict: # The summary, as in summary.json, with `run`: the folder
+)->RunResult: # A dict: the summary, as in summary.json, with `run`: the folder; a notebook shows its table
     "Run one experiment end to end; repeating the call resumes it, or returns its stored result"
     objects = dict(teachers=teachers, student=student, train=train, val=val, test=test, unlabelled=unlabelled)
     params = split_given(objects, params)
@@ -386,7 +387,7 @@ def run_experiment(
             with explained_stops(run, cfg):
                 copies = {k: copied(objects[k]) for k in ('teachers', 'student')}
                 run_in_folder(run, cfg, extra, **objects | copies, callbacks=callbacks)
-        return from_main(run.summary) | dict(run=str(run.path))
+        return RunResult(from_main(run.summary), run=str(run.path))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #dbfc31ef
 def parameters_set(
