@@ -48,6 +48,7 @@ _WHERE = {
     'analysis.figures': 'plot_curves',
     'analysis.cl': 'r_table explain_cl plot_R plot_forgetting plot_memory',
     'analysis.report': 'save_report save_compare_report',
+    'analysis.result': 'RunResult',
     'explore.opened': 'open_run',
     'explore.widgets': 'SynergyExplorer',
     'explore.screens': 'BottleneckExplorer CLExplorer RunBrowser',

@@ -9,3 +9,10 @@ class StopCB(Callback):
     def __init__(self, phase='t3-B', epoch=1): self.phase, self.epoch = phase, epoch
     def after_epoch(self, loop):
         if loop.phase.name == self.phase and loop.epoch == self.epoch: raise Stop
+
+class StopInStep(Callback):
+    "End the run before its step number `step`, whatever the phase"
+    def __init__(self, step): self.left = step
+    def before_step(self, loop):
+        self.left -= 1
+        if not self.left: raise Stop

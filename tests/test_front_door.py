@@ -21,6 +21,8 @@ def loaded(code, *argv, **kw):
 def test_light(code):
     assert loaded(code)[0] == []
 
+def test_a_comparison_needs_no_torch(): assert 'torch' not in loaded('import asibkd.analysis.report')[0]
+
 def test_asibkd_alone_imports_nothing():
     code = 'import sys; before = {*sys.modules}\nimport asibkd; assert {*sys.modules} - before == {"asibkd"}, {*sys.modules} - before'
     assert loaded(code)[0] == []

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from _stop import Stop, StopInStep
 from asibkd import run as door     # importing it registers every method of the package
 from asibkd.core.config import ConfigError, resolve
 from asibkd.core.runtime import UNLABELLED, When
@@ -225,20 +226,10 @@ SMALL = dict(preset='quickstart', compare=0, report=0, device='cpu', teacher1_ty
 
 def test_a_sum_runs_resumes_and_is_taken_away(tmp_path, short_exam):
     "Stopped within an epoch and started again: the same bits; the student loads; config.json names every parameter"
-    import asibkd.trainers.loop as trainers
     from asibkd import load_student
     args = SMALL | dict(method='crd+wttm', crd_nce_k=16, wttm_beta=2., checkpoint_steps=3)
     whole = run_experiment(**args, results_dir=str(tmp_path/'whole'))
-    class Stop(Exception): pass
-    real, seen = trainers.shard, []
-    def cut(batch, acc):
-        seen.append(1)
-        if len(seen) == 8: raise Stop()
-        return real(batch, acc)
-    trainers.shard = cut
-    try:
-        with pytest.raises(Stop): run_experiment(**args, results_dir=str(tmp_path/'cut'))
-    finally: trainers.shard = real
+    with pytest.raises(Stop): run_experiment(**args, results_dir=str(tmp_path/'cut'), callbacks=[StopInStep(8)])
     again = run_experiment(**args, results_dir=str(tmp_path/'cut'))
     assert (Path(again['run'])/'student_last.safetensors').read_bytes() == (Path(whole['run'])/'student_last.safetensors').read_bytes()
     rows = [json.loads(o) for o in (Path(whole['run'])/'metrics.jsonl').read_text().splitlines()]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from _stop import Stop, StopInStep
 from asibkd import run as door     # importing it registers every method of the package
 from asibkd.core.config import resolve
 from asibkd.core.runtime import When
@@ -93,17 +94,7 @@ def test_resumes(method, teachers, tmp_path, short_exam):
     args = SMALL | OWN.get(method, {}) | teachers | dict(finetune_epochs=0, student_epochs_per_stage=2, train_per_class=10, batch_size=16, checkpoint_steps=3, method=method)
     def outcome(s): return {k: v for k, v in s.items() if k not in ('time', 'run')}, (Path(s['run'])/'student_last.safetensors').read_bytes()
     whole = run_experiment(**args, results_dir=str(tmp_path/'whole'))
-    class Stop(Exception): pass
-    import asibkd.trainers.loop as trainers
-    real, seen = trainers.shard, []
-    def cut(batch, acc):
-        seen.append(1)
-        if len(seen) == 9: raise Stop()      # of 15 steps (asmb) or 10
-        return real(batch, acc)
-    trainers.shard = cut
-    try:
-        with pytest.raises(Stop): run_experiment(**args, results_dir=str(tmp_path/'cut'))
-    finally: trainers.shard = real
+    with pytest.raises(Stop): run_experiment(**args, results_dir=str(tmp_path/'cut'), callbacks=[StopInStep(9)])   # of 15 steps (asmb) or 10
     assert outcome(run_experiment(**args, results_dir=str(tmp_path/'cut'))) == outcome(whole)
 
 JPEG = Path('~/.cache/asibkd-dev').expanduser()

@@ -18,6 +18,11 @@ TINY = dict(dataset='digits', device='cpu', compare=0, train_per_class=16, val_f
 STAGES = dict(num_stages=1, student_epochs_per_stage=1, teacher_adapt_epochs=1)
 CL = dict(cl_mode=1, num_tasks=2, stop_after=2, replay_capacity=40, teacher_adapt_epochs=1)
 
+@pytest.fixture(scope='module', autouse=True)
+def imported(tmp_path_factory):
+    "What a run imports is imported here, once, and not by every forked process"
+    run_experiment(**TINY | dict(results_dir=str(tmp_path_factory.mktemp('imported')), exp_id='run', method='avgz', report=1))
+
 def weights(folder, name='student'):
     return load_file(Path(folder)/f'{name}.safetensors')
 
@@ -27,10 +32,10 @@ def furthest(a, b):
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
 
 def run_on(n, folder, **params):
-    "The run's folder, trained by `n` processes; one is this one, so the forked ones need import nothing"
+    "The run's folder, trained by `n` processes"
     def one(rank):
         return run_experiment(**TINY | dict(results_dir=str(folder/f'on{n}'), exp_id='run') | params)['run']
-    return Path(one(0) if n == 1 else together(one, n, 120)[0])
+    return Path(one(0) if n == 1 else together(one, n, 300)[0])
 
 CASES = dict(
     ce=(dict(method='ce'), 1e-6),
@@ -74,7 +79,7 @@ def test_one_voice(tmp_path):
                            callbacks=[rows.append])
         again = run_experiment(**TINY | dict(results_dir=str(tmp_path/'calls'), exp_id='run', method='ce', epochs=2, report=1))
         return len(rows), s == again, sorted(f.name for f in Path(s['run']).glob('report*'))
-    assert together(one, 2, 120) == [(2, True, ['report.html']), (0, True, ['report.html'])]
+    assert together(one, 2, 300) == [(2, True, ['report.html']), (0, True, ['report.html'])]
 
 def test_without_synchronised_batch_norm_all_keep_one_network(tmp_path):
     class Statistics(Callback):
@@ -85,7 +90,7 @@ def test_without_synchronised_batch_norm_all_keep_one_network(tmp_path):
         run_experiment(**TINY | dict(results_dir=str(tmp_path), exp_id='run', method='ce', student_type='resnet8', sync_bn='0'),
                        callbacks=[cb])
         return cb.sums
-    a, b = together(one, 2, 120)
+    a, b = together(one, 2, 300)
     assert a == b
 
 def test_refused_where_a_batch_cannot_be_divided(tmp_path):
@@ -98,6 +103,28 @@ def test_refused_where_a_batch_cannot_be_divided(tmp_path):
             run_on(2, tmp_path, method='undivided')
     finally:
         del methods['undivided']
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_streamed_images_are_decoded_once_and_are_the_same(n):
+    "Each process decodes its rows; the last batch, of three, is too small for four"
+    from asibkd.core.config import Config
+    from asibkd.data.batches import Loader
+    from asibkd.data.datasets import create_data
+    from asibkd.data.images import ImageSet
+    data, read = create_data(Config(dataset='digits')), []
+    class Source:
+        def __len__(self): return 11
+        def __getitem__(self, i):
+            read.append(i)
+            return data.train.x[i]
+    images = ImageSet(Source(), data.train.y[:11], data.classes, torch.arange(11), data.shape)
+    loader = Loader(images, data, 4, train=True, data_aug='standard', mix=(.2, 0.), num_workers=0, drop_last=False)
+    def epoch(rank):
+        read.clear()
+        return [b.x.tolist() for b in loader.epoch(1)], len(read)
+    one, found = epoch(0), together(epoch, n)
+    assert all(x == one[0] for x, _ in found)
+    assert [k for _, k in found] == ([6, 5] if n == 2 else [5]*4)      # 2 + 2 + 2 and 2 + 2 + 1; 1 + 1 + 3
 
 # Through the door
 
@@ -151,7 +178,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     def resumed(rank):
         return run_experiment(**mortal(tmp_path, results_dir=str(tmp_path/'again')))['run']
-    run = Path(together(resumed, 2, 120)[0])
+    run = Path(together(resumed, 2, 300)[0])
     assert furthest(weights(whole), weights(run)) == 0
     rows = [json.loads(o) for o in (run/'metrics.jsonl').read_text().splitlines()]
     assert [o['epoch'] for o in rows if o['phase'] == 'B1'] == [1, 2, 3]

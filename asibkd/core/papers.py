@@ -57,7 +57,8 @@ def paper(
     if o.lstrip().startswith('@'):
         for key, entry in read_bib(o.strip()).items():
             return key, entry
-        raise ConfigError(f"cited_by: '{o[:40]}…' is no BibTeX entry. It begins with @kind{{key, and ends with a brace.")
+        raise ConfigError(f"cited_by: '{o[:40]}…' is no BibTeX entry. It begins with @kind{{key, and ends with "
+                          "a brace.")
     if o not in papers():
         raise unknown_name('paper', o, papers())
     return o, papers()[o]

@@ -7,7 +7,7 @@ __all__ = ['LogitMethod', 'pearson', 'dist_losses', 'DISTParams', 'DIST', 'ttm_l
            'rld_losses', 'RLDParams', 'RLD', 'normkd_loss', 'NormKDParams', 'NormKD', 'ctkd_lambda', 'scale_gradient',
            'CTKDParams', 'CTKD', 'ofa_loss', 'OFAParams', 'OFA']
 
-# %% ../../nbs/05_distil/14_logits.ipynb #57d993b7
+# %% ../../nbs/05_distil/14_logits.ipynb #097614d0
 import math
 
 import torch
@@ -20,7 +20,7 @@ from .losses import check_logits, kd_loss, split_target, standardize_logits, upc
 from .methods import kd_parameters, register_method
 from .single import SingleTeacher
 
-# %% ../../nbs/05_distil/14_logits.ipynb #4e03e7d6
+# %% ../../nbs/05_distil/14_logits.ipynb #a3936e6c
 class LogitMethod(SingleTeacher):
     "Base of the methods of this chapter"
     @classmethod
@@ -38,7 +38,7 @@ class LogitMethod(SingleTeacher):
         pair = [upcast(z if columns is None else z[:, columns]) for z in (z_s, z_t)]
         return tuple(map(standardize_logits, pair)) if self.cfg.logit_standardization else tuple(pair)
 
-# %% ../../nbs/05_distil/14_logits.ipynb #192f143f
+# %% ../../nbs/05_distil/14_logits.ipynb #b61b0a89
 def pearson(
     a:Tensor, b:Tensor, # (N, D)
     eps=1e-8,           # Keeps constant rows finite: their correlation is 0
@@ -47,7 +47,7 @@ def pearson(
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return (a*b).sum(1)/(a.norm(dim=1)*b.norm(dim=1) + eps)
 
-# %% ../../nbs/05_distil/14_logits.ipynb #e7cd2114
+# %% ../../nbs/05_distil/14_logits.ipynb #2b5a9c01
 def dist_losses(
     z_s:Tensor, # (B, K) student's logits
     z_t:Tensor, # (B, K) teacher's; detached here
@@ -57,13 +57,13 @@ def dist_losses(
     p_s, p_t = ((upcast(z)/tau).softmax(1) for z in (z_s, z_t.detach()))
     return tau**2*(1 - pearson(p_s, p_t).mean()), tau**2*(1 - pearson(p_s.T, p_t.T).mean())
 
-# %% ../../nbs/05_distil/14_logits.ipynb #96c82e11
+# %% ../../nbs/05_distil/14_logits.ipynb #24b45ac7
 class DISTParams(BaseModel, extra='forbid'):
     "The parameters of DIST"
-    dist_beta:float = Field(2., ge=0, description="Weight of the relation between classes (each image over the classes).")
-    dist_gamma:float = Field(2., ge=0, description="Weight of the relation within a class (each class over the batch).")
+    dist_beta:float = Field(2., ge=0, description="Weight of the relation between the classes of an image.")
+    dist_gamma:float = Field(2., ge=0, description="Weight of the relation within a class, over the batch.")
 
-# %% ../../nbs/05_distil/14_logits.ipynb #a8d27b7e
+# %% ../../nbs/05_distil/14_logits.ipynb #cbc81999
 @register_method('dist', DISTParams)
 class DIST(LogitMethod):
     "CE + dist_beta · inter + dist_gamma · intra (Huang et al. 2022); resnet32x4 → resnet8x4: 76.31 ± 0.19"
@@ -79,7 +79,7 @@ class DIST(LogitMethod):
         terms = dict(inter=(p.dist_beta, inter), intra=(p.dist_gamma, intra))
         return {k: v for k, v in terms.items() if v[0] > 0}
 
-# %% ../../nbs/05_distil/14_logits.ipynb #70ccdee4
+# %% ../../nbs/05_distil/14_logits.ipynb #1c60680b
 def ttm_loss(
     z_s:Tensor,       # (B, K) student's logits
     z_t:Tensor,       # (B, K) teacher's; detached here
@@ -90,13 +90,13 @@ def ttm_loss(
     log_q = gamma*upcast(z_t.detach()).log_softmax(1)
     return kd_loss(z_s, log_q, 1., weight=log_q.logsumexp(1).exp() if by_power else None)
 
-# %% ../../nbs/05_distil/14_logits.ipynb #f22f6131
+# %% ../../nbs/05_distil/14_logits.ipynb #cbfa9948
 class TTMParams(BaseModel, extra='forbid'):
     "The parameters of TTM"
     ttm_beta:float = Field(45., ge=0, description="Weight of the TTM term (published for vgg13 → vgg8).")
     ttm_gamma:float = Field(.1, gt=0, description="Power γ of the teacher's probabilities, 1/T.")
 
-# %% ../../nbs/05_distil/14_logits.ipynb #1a9fa24c
+# %% ../../nbs/05_distil/14_logits.ipynb #c03fee65
 @register_method('ttm', TTMParams)
 class TTM(LogitMethod):
     "CE + ttm_beta · TTM (Zheng & Yang 2024); resnet32x4 → resnet8x4: 76.17"
@@ -106,13 +106,13 @@ class TTM(LogitMethod):
         p = self.params
         return dict(ttm=(p.ttm_beta, ttm_loss(*self.logits(s_out, t_outs[0]), p.ttm_gamma))) if p.ttm_beta > 0 else {}
 
-# %% ../../nbs/05_distil/14_logits.ipynb #cf5eedf9
+# %% ../../nbs/05_distil/14_logits.ipynb #818a07d2
 class WTTMParams(BaseModel, extra='forbid'):
     "The parameters of WTTM"
     wttm_beta:float = Field(4., ge=0, description="Weight of the WTTM term (the authors' value beside CRD).")
     wttm_gamma:float = Field(.2, gt=0, description="Power γ of the teacher's probabilities, 1/T.")
 
-# %% ../../nbs/05_distil/14_logits.ipynb #17d78036
+# %% ../../nbs/05_distil/14_logits.ipynb #de06e369
 @register_method('wttm', WTTMParams)
 class WTTM(LogitMethod):
     "CE + wttm_beta · WTTM (Zheng & Yang 2024); resnet32x4 → resnet8x4: 76.06, with CRD 76.65, with ITRD 77.36"
@@ -124,7 +124,7 @@ class WTTM(LogitMethod):
             return {}
         return dict(wttm=(p.wttm_beta, ttm_loss(*self.logits(s_out, t_outs[0]), p.wttm_gamma, by_power=True)))
 
-# %% ../../nbs/05_distil/14_logits.ipynb #3dbd256f
+# %% ../../nbs/05_distil/14_logits.ipynb #bd1e7e8a
 def rld_losses(
     z_s:Tensor,   # (B, K) student's logits
     z_t:Tensor,   # (B, K) teacher's; detached here
@@ -140,7 +140,7 @@ def rld_losses(
     s, t = ((z/tau).masked_fill(dropped, -1e9).log_softmax(1) for z in (z_s, z_t))
     return scd, tau**2*F.kl_div(s, t, reduction='batchmean', log_target=True)
 
-# %% ../../nbs/05_distil/14_logits.ipynb #37caf40a
+# %% ../../nbs/05_distil/14_logits.ipynb #211d0ab8
 class RLDParams(BaseModel, extra='forbid'):
     "The parameters of RLD"
     rld_alpha:float = Field(1., ge=0, description="Weight of the sample confidence.")
@@ -148,7 +148,7 @@ class RLDParams(BaseModel, extra='forbid'):
     rld_tau:float = Field(1., gt=0, description="Temperature of the sample confidence; tau_start is that of the other.")
     rld_warmup:int = Field(20, ge=0, description="Epochs over which both weights grow from 0.")
 
-# %% ../../nbs/05_distil/14_logits.ipynb #b6df23ca
+# %% ../../nbs/05_distil/14_logits.ipynb #a3db36fb
 @register_method('rld', RLDParams)
 class RLD(LogitMethod):
     "CE + warm-up · (rld_alpha · SCD + rld_beta · MCD) (Sun et al. 2025)"
@@ -167,7 +167,7 @@ class RLD(LogitMethod):
         terms = dict(scd=(warm*p.rld_alpha, scd), mcd=(warm*p.rld_beta, mcd))
         return {k: v for k, v in terms.items() if v[0] > 0}
 
-# %% ../../nbs/05_distil/14_logits.ipynb #a076aa2b
+# %% ../../nbs/05_distil/14_logits.ipynb #69251b0a
 def normkd_loss(
     z_s:Tensor, # (B, K) student's logits
     z_t:Tensor, # (B, K) teacher's; detached here
@@ -176,12 +176,12 @@ def normkd_loss(
     "KL of standardised logits at τ_n, weighted by (τ_n · std(z_t))² (Chi et al. 2023)"
     return kd_loss(z_s, z_t, tau, standardize=True, weight=upcast(z_t.detach()).var(1))
 
-# %% ../../nbs/05_distil/14_logits.ipynb #6d675ee1
+# %% ../../nbs/05_distil/14_logits.ipynb #8b5d12dd
 class NormKDParams(BaseModel, extra='forbid'):
     "The parameter of NormKD"
     normkd_tau:float = Field(2., gt=0, description="Temperature in standard deviations of an image's logits.")
 
-# %% ../../nbs/05_distil/14_logits.ipynb #ff137144
+# %% ../../nbs/05_distil/14_logits.ipynb #7e5713f5
 @register_method('normkd', NormKDParams)
 class NormKD(LogitMethod):
     "ce_alpha · CE + kd_alpha · NormKD, .1 and .9 (Chi et al. 2023)"
@@ -195,7 +195,7 @@ class NormKD(LogitMethod):
     def kd(self, batch, s_out, t_outs, when):
         return normkd_loss(*self.logits(s_out, t_outs[0]), self.params.normkd_tau)
 
-# %% ../../nbs/05_distil/14_logits.ipynb #5d37769d
+# %% ../../nbs/05_distil/14_logits.ipynb #2cd5c797
 def ctkd_lambda(
     epoch:int,    # From 0
     epochs=10,    # Epochs until λ = −1
@@ -203,7 +203,7 @@ def ctkd_lambda(
     "What the temperature's gradient is multiplied by (Li et al. 2023, eq. 7)"
     return -1. if epoch + 1 >= epochs else .5*(math.cos(math.pi*(epoch + 1)/epochs) - 1)
 
-# %% ../../nbs/05_distil/14_logits.ipynb #0897106c
+# %% ../../nbs/05_distil/14_logits.ipynb #a6521165
 def scale_gradient(
     x:Tensor,
     by:float, # Factor; negative: reversed (Ganin & Lempitsky 2015)
@@ -211,14 +211,14 @@ def scale_gradient(
     "The same value; its gradient is multiplied"
     return x.detach() + by*(x - x.detach())
 
-# %% ../../nbs/05_distil/14_logits.ipynb #fad1cf7b
+# %% ../../nbs/05_distil/14_logits.ipynb #59f51fba
 class CTKDParams(BaseModel, extra='forbid'):
     "The parameters of CTKD"
     ctkd_start:float = Field(1., gt=0, description="Smallest temperature.")
     ctkd_range:float = Field(20., ge=0, description="What the learned part can add to it.")
     ctkd_epochs:int = Field(10, ge=1, description="Epochs until the temperature's gradient is fully reversed.")
 
-# %% ../../nbs/05_distil/14_logits.ipynb #a928e567
+# %% ../../nbs/05_distil/14_logits.ipynb #710860e1
 @register_method('ctkd', CTKDParams)
 class CTKD(LogitMethod):
     "ce_alpha · CE + kd_alpha · KD at a learned temperature, .1 and .9 (Li et al. 2023); resnet32x4 → resnet8x4: 73.39"
@@ -243,7 +243,7 @@ class CTKD(LogitMethod):
     def own_terms(self, batch, s_out, t_outs, when):
         return {} if self.theta is None else dict(tau=(0., self.learned().detach()))    # for the log alone
 
-# %% ../../nbs/05_distil/14_logits.ipynb #a3035d1c
+# %% ../../nbs/05_distil/14_logits.ipynb #97f8d377
 def ofa_loss(
     z_s:Tensor,   # (B, K) student's logits
     z_t:Tensor,   # (B, K) teacher's; detached here
@@ -256,14 +256,14 @@ def ofa_loss(
     target = target.to(p_t.dtype)
     return -(((p_t + target)**eps - target)*log_s).sum(1).mean()
 
-# %% ../../nbs/05_distil/14_logits.ipynb #bc8e758c
+# %% ../../nbs/05_distil/14_logits.ipynb #c779c07d
 class OFAParams(BaseModel, extra='forbid'):
     "The parameters of OFA on logits"
     ofa_beta:float = Field(1., ge=0, description="Weight of the OFA term.")
     ofa_eps:float = Field(1., gt=0, description="ε: above 1, more weight on the label (1 to 1.5 in the paper).")
     ofa_tau:float = Field(1., gt=0, description="Temperature of both sides.")
 
-# %% ../../nbs/05_distil/14_logits.ipynb #7bf4bbcc
+# %% ../../nbs/05_distil/14_logits.ipynb #60af0c3f
 @register_method('ofa', OFAParams)
 class OFA(LogitMethod):
     "CE + ofa_beta · OFA on logits (Hao et al. 2023); images without a label keep the teacher's probabilities"

@@ -118,14 +118,6 @@ def own_terms(self:Method, batch, s_out, t_outs, when, # As in `kd`
     "What the method adds to CE and KD; terms of weight 0 are left out"
     return {}
 
-# %% ../../nbs/05_distil/02_methods.ipynb #ce3a8f29
-@patch
-def loss(self:Method, batch, s_out, t_outs, when, # As in `kd`
-)->dict: # dict(loss, parts), as `weighted` returns it
-    "ce_alpha · CE + kd_alpha · `kd` + `own_terms`"
-    kd = lambda: self.kd(batch, s_out, t_outs, when)
-    return weighted(**self.base_terms(batch, s_out, kd), **self.own_terms(batch, s_out, t_outs, when))
-
 # %% ../../nbs/05_distil/02_methods.ipynb #31d12e8f
 @patch
 def prepare(self:Method,
@@ -200,6 +192,14 @@ def base_terms(self:Method, batch,
     if c.kd_alpha > 0:
         terms['kd'] = (c.kd_alpha, kd())
     return terms
+
+# %% ../../nbs/05_distil/02_methods.ipynb #ce3a8f29
+@patch
+def loss(self:Method, batch, s_out, t_outs, when, # As in `kd`
+)->dict: # dict(loss, parts), as `weighted` returns it
+    "ce_alpha · CE + kd_alpha · `kd` + `own_terms`"
+    kd = lambda: self.kd(batch, s_out, t_outs, when)
+    return weighted(**self.base_terms(batch, s_out, kd), **self.own_terms(batch, s_out, t_outs, when))
 
 # %% ../../nbs/05_distil/02_methods.ipynb #456ab130
 def check_name(
@@ -359,7 +359,7 @@ class CE(Method):
 # %% ../../nbs/05_distil/02_methods.ipynb #ecb9ce44
 @register_method('vanilla_kd')
 class VanillaKD(Method):
-    "One teacher's softened logits beside the labels (Hinton et al. 2015)"
+    "One teacher's softened logits beside the labels (Hinton et al. 2015); resnet32x4 → resnet8x4: 73.33"
     cited_by = ('hinton2015distilling',)
     teachers_used = 'one'
 

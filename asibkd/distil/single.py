@@ -92,7 +92,7 @@ def hint_loss(
 # %% ../../nbs/05_distil/04_single.ipynb #de8ed8c1
 @register_method('fitnet')
 class FitNet(SingleTeacher):
-    "CE + hint_beta · hint on one stage (Romero et al. 2015)"
+    "CE + hint_beta · hint on one stage (Romero et al. 2015); resnet32x4 → resnet8x4: 73.50"
     cited_by = ('romero2015fitnets',)
     needs_maps = True
 
@@ -115,7 +115,7 @@ class FitNet(SingleTeacher):
 # %% ../../nbs/05_distil/04_single.ipynb #1c156a2e
 @register_method('at')
 class AT(SingleTeacher):
-    "CE + at_beta · Σ attention loss over the stages (Zagoruyko & Komodakis 2017)"
+    "CE + at_beta · Σ attention loss over the stages (Zagoruyko & Komodakis 2017); resnet32x4 → resnet8x4: 73.44"
     cited_by = ('zagoruyko2017attention',)
     needs_maps = True
 
@@ -132,7 +132,7 @@ class AT(SingleTeacher):
 # %% ../../nbs/05_distil/04_single.ipynb #1d5ce458
 @register_method('rkd')
 class RKD(SingleTeacher):
-    "CE + rkd_loss_weight · (distances + 2 · angles) (Park et al. 2019)"
+    "CE + rkd_loss_weight · (distances + 2 · angles) (Park et al. 2019); resnet32x4 → resnet8x4: 71.90"
     cited_by = ('park2019rkd',)
     defaults = {**SingleTeacher.defaults, 'rkd_loss_weight': 25.}
 
@@ -147,7 +147,7 @@ class RKD(SingleTeacher):
 # %% ../../nbs/05_distil/04_single.ipynb #9ab0e357
 @register_method('dkd')
 class DKD(SingleTeacher):
-    "CE + warm-up · (dkd_alpha · TCKD + dkd_beta · NCKD) (Zhao et al. 2022)"
+    "CE + warm-up · (dkd_alpha · TCKD + dkd_beta · NCKD) (Zhao et al. 2022); resnet32x4 → resnet8x4: 76.32"
     cited_by = ('zhao2022dkd',)
     allows_class_subsets = False
     unlabelled = False           # it splits every output at the label

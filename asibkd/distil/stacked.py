@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['misfit', 'default_weights', 'check_stack', 'check_shared', 'Stacked', 'made_of', 'stack_of']
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #b5bf825a
+# %% ../../nbs/05_distil/15_stacked.ipynb #752fd431
 from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..core.config import Config, ConfigError, method_params
 from .methods import Method, check_method, is_ours, methods, with_method_defaults
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #f47a74bf
+# %% ../../nbs/05_distil/15_stacked.ipynb #82518d77
 def misfit(
     name:str,  # One part of the stack
     cls:type,  # Its class
@@ -23,15 +23,15 @@ def misfit(
         (cls.adapts, "it trains a bridge in a phase of its own"),
         (cls.closed_form, "it computes the student's head instead of training it"),
         (cls.fits_teachers, "it fits a fusion of the teachers before it starts"),
-        (cls.loss is not Method.loss, "it defines the whole `loss`; one that defines `kd` or `own_terms` can")) if odd), '')
+        (cls.loss is not Method.loss, "it defines the whole `loss`, not `kd` or `own_terms`")) if odd), '')
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #62e71f05
+# %% ../../nbs/05_distil/15_stacked.ipynb #8dc9663c
 def default_weights(cls:type)->dict: # Parameter → weight
     "The weights of a class where the user gives none, its bases' included"
     filled = with_method_defaults(Config(), cls)
     return {k: getattr(filled, k) for c in cls.__mro__ for k in vars(c).get('defaults', {})}
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #68224913
+# %% ../../nbs/05_distil/15_stacked.ipynb #3c290591
 def check_stack(
     name:str,     # As typed, 'crd+wttm'
     parts:dict,   # Name → class
@@ -48,7 +48,7 @@ def check_stack(
     if len(both) > 1:
         raise ConfigError(f"method={name}: {' and '.join(both)} are both weighted by kd_alpha. Use one of them.")
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #1e005998
+# %% ../../nbs/05_distil/15_stacked.ipynb #8c13cee0
 def check_shared(
     name:str, # As typed
     parts,    # Names of the methods
@@ -61,7 +61,7 @@ def check_shared(
                 raise ConfigError(f"method={name}: {owner[k]} and {part} both have a parameter '{k}'. Rename one.")
             owner[k] = part
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #a32e5c39
+# %% ../../nbs/05_distil/15_stacked.ipynb #e5a773a1
 class Stacked(Method):
     "A sum of methods; `stack_of` makes a subclass for each combination"
     stack = {}   # Name → class
@@ -84,13 +84,13 @@ class Stacked(Method):
         self.parts = nn.ModuleList([o(cfg, student, teachers, own(k), labels) for k, o in self.stack.items()])
         self.needs_maps = any(o.needs_maps for o in self.parts)
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #8cdefa35
+# %% ../../nbs/05_distil/15_stacked.ipynb #a1276f2c
 @patch
 def kd(self:Stacked, batch, s_out, t_outs, when)->Tensor: # Scalar
     "The KD term of the part that owns it"
     return self.parts[[*self.stack].index(self.owner())].kd(batch, s_out, t_outs, when)
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #785cb08a
+# %% ../../nbs/05_distil/15_stacked.ipynb #27267b3e
 @patch
 def own_terms(self:Stacked, batch, s_out, t_outs, when)->dict: # name → (weight, term)
     "Every part's own terms; a name that is taken gets its method's before it"
@@ -100,7 +100,7 @@ def own_terms(self:Stacked, batch, s_out, t_outs, when)->dict: # name → (weigh
         terms |= {f'{name}_{k}' if k in terms or k in ('ce', 'kd') else k: v for k, v in found.items()}
     return terms
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #dacd9c81
+# %% ../../nbs/05_distil/15_stacked.ipynb #1cbe0b65
 @patch
 def prepare(self:Stacked,
     phase:str, # 'A' or 'B'
@@ -109,14 +109,14 @@ def prepare(self:Stacked,
     for part in self.parts:
         part.prepare(phase)
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #10b266f1
+# %% ../../nbs/05_distil/15_stacked.ipynb #ae8ac3f1
 @patch
 def after_step(self:Stacked):
     "Tell every part that the weights have moved"
     for part in self.parts:
         part.after_step()
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #a217cec2
+# %% ../../nbs/05_distil/15_stacked.ipynb #cdf286f5
 def made_of(
     parts:dict, # Name → class
 )->type: # A subclass of `Stacked`
@@ -130,12 +130,13 @@ def made_of(
     module = next((o.__module__ for o in classes if not is_ours(o)), Stacked.__module__)
     return type('+'.join(parts), (Stacked,), dict(
         stack=parts, defaults=defaults, teachers_used=classes[0].teachers_used, __module__=module,
-        cited_by=papers,
-        whole_batch=any(o.whole_batch for o in classes), needs_maps=any(o.needs_maps for o in classes),
-        unlabelled=all(o.unlabelled for o in classes), allows_class_subsets=all(o.allows_class_subsets for o in classes),
+        cited_by=papers, whole_batch=any(o.whole_batch for o in classes),
+        needs_maps=any(o.needs_maps for o in classes),
+        unlabelled=all(o.unlabelled for o in classes),
+        allows_class_subsets=all(o.allows_class_subsets for o in classes),
         __doc__=f"The sum of {', '.join(parts)}"))
 
-# %% ../../nbs/05_distil/15_stacked.ipynb #3aeaa8f6
+# %% ../../nbs/05_distil/15_stacked.ipynb #eb9f5726
 def stack_of(
     name:str, # As `method=` takes it
 )->type|None: # None: not a combination

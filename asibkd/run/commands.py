@@ -43,7 +43,8 @@ LOOP = dict(methods="names, as 'asmb, ce, avgz', or with cl_mode=1 'asib, er' [t
 REPRODUCE = dict(table='a published table [mdistiller]',
                  pairs="teacher-student, as 'resnet32x4-resnet8x4, vgg13-vgg8' [all of the table]",
                  methods='names [all of the table]', seeds=LOOP['seeds'],
-                 weights="folder with the published teachers, e.g. RepDistiller's save/models [each is fine-tuned once]")
+                 weights="folder with the published teachers, e.g. RepDistiller's save/models [each is fine-tuned "
+                         'once]')
 
 # %% ../../nbs/11_run/17_commands.ipynb #cc83ee27
 def bare_value(
@@ -391,7 +392,8 @@ def cmd_cite(argv):
     p = argparse.ArgumentParser('asibkd cite', description=ABOUT['cite'])
     p.add_argument('runs', nargs='*', help='run folders, or folders of run folders; default: the newest in results/')
     p.add_argument('--out', default='', help='file to write, e.g. papers.bib [the terminal]')
-    p.add_argument('--plugin', default='', help='your Python file, if the runs used one: what a folder names is not run')
+    p.add_argument('--plugin', default='', help='your Python file, if the runs used one: what a folder names is not '
+                   'run')
     a = p.parse_args(argv)
     load_plugins(a.plugin)
     from asibkd.run.cite import cite
@@ -437,17 +439,20 @@ def cmd_doctor(argv)->int: # 0: nothing is wrong, 1: something is
 def cmd_bench(argv):
     "asibkd bench"
     p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
-    p.add_argument('parts', nargs='*', help="pipeline, precision, loop, cache, peers, growth, parts [all]")
+    p.add_argument('parts', nargs='*',
+                   help="pipeline, precision, loop, cache, peers, growth, parts, start, jobs [all but jobs]")
     p.add_argument('--data_root', default='', help='folder of 32×32 images, train/<class>/… [noise]')
-    p.add_argument('--rounds', type=int, default=5, help='counted rounds [5]')
+    p.add_argument('--rounds', type=int, default=0, help='counted rounds [3; 5 with --full]')
+    p.add_argument('--full', action='store_true',
+                   help='every case at its full size, and jobs (over ten minutes on two cores)')
     p.add_argument('--quick', action='store_true', help='small models and few images: does it run?')
     p.add_argument('--compiled', action='store_true', help='also compiled steps (minutes to begin)')
     p.add_argument('--out', default='bench.csv', help='where the rows go [bench.csv]')
     a = p.parse_args(argv)
     from asibkd.analysis.tables import show_table
     from asibkd.run.bench import run_bench
-    t = run_bench(a.parts, a.data_root, a.rounds, a.quick, a.compiled)
-    atomic_write(a.out, t.to_csv(index=False))
+    start_log()
+    t = run_bench(a.parts, a.data_root, a.rounds, a.quick, a.compiled, a.full, a.out)
     every_row = ['machine', 'torch', 'version', 'images', 'threads', 'precision']
     print(show_table(t.drop(columns=every_row).round(3).astype(object).fillna('')))
     print(f"\n{t.machine[0]}, {t.threads[0]} threads, torch {t.torch[0]}; ratios are to the first case of each group, "

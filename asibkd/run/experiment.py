@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..analysis.report import save_report
+from ..analysis.result import RunResult
 from ..cl.setup import check_cl, check_typed_cl
 from ..cl.methods import check_cl_method, cl_methods
 from ..core.config import Config, ConfigError, RunError, config_layers, log, read_yaml, resolve
@@ -79,7 +80,8 @@ def code_hash(
 )->str: # '' for a method of the package
     "A short hash of the functions and plain values in a method's user-written classes"
     tops = (cls, *getattr(cls, 'stack', {}).values())   # a sum of methods, and its parts
-    classes = [c for o in tops for c in o.__mro__ if c.__module__.partition('.')[0] not in ('asibkd', 'torch', 'builtins')]
+    known = ('asibkd', 'torch', 'builtins')
+    classes = [c for o in tops for c in o.__mro__ if c.__module__.partition('.')[0] not in known]
     parts = []
     for c in classes:
         for k, v in sorted(vars(c).items()):
@@ -363,7 +365,7 @@ def run_experiment(
     unlabelled=None,                   # Your images without a class: a folder, a Dataset or a uint8 tensor (N, C, H, W)
     callbacks=(),                      # `Callback`s, or functions called with each epoch's row
     **params,                          # Any parameter of `Config`
-)->dict: # The summary, as in summary.json, with `run`: the folder
+)->RunResult: # A dict: the summary, as in summary.json, with `run`: the folder; a notebook shows its table
     "Run one experiment end to end; repeating the call resumes it, or returns its stored result"
     objects = dict(teachers=teachers, student=student, train=train, val=val, test=test, unlabelled=unlabelled)
     params = split_given(objects, params)
@@ -385,7 +387,7 @@ def run_experiment(
             with explained_stops(run, cfg):
                 copies = {k: copied(objects[k]) for k in ('teachers', 'student')}
                 run_in_folder(run, cfg, extra, **objects | copies, callbacks=callbacks)
-        return from_main(run.summary) | dict(run=str(run.path))
+        return RunResult(from_main(run.summary), run=str(run.path))
 
 # %% ../../nbs/11_run/03_experiment.ipynb #dbfc31ef
 def parameters_set(
