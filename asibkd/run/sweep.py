@@ -224,7 +224,8 @@ def is_abandoned(
         return True
     if o['machine'] == platform.node():
         with contextlib.suppress(psutil.Error):
-            return psutil.Process(o['pid']).create_time() != o['begun']
+            p = psutil.Process(o['pid'])
+            return p.create_time() != o['begun'] or p.status() == psutil.STATUS_ZOMBIE
         return True
     return time.time() - o['beat'] > 5*BEAT
 
