@@ -196,7 +196,7 @@ def test_B5_closing_is_repeated_until_it_is_whole(tmp_path, monkeypatch, step):
     "A kill anywhere after summary.json; the same command closes the run"
     import asibkd.run.experiment as door
     kw = TINY | dict(report=1, epochs=1, results_dir=str(tmp_path), exp_id='a')
-    def killed(*a): raise KeyboardInterrupt
+    def killed(*a, **kw): raise KeyboardInterrupt
     monkeypatch.setattr(*((Run, 'add_to_table') if step == 'add_to_table' else (door, 'save_report')), killed)
     with pytest.raises(KeyboardInterrupt): run_experiment(**kw)
     a = tmp_path/'a'; assert (a/'summary.json').exists() and not (a/'report.html').exists()

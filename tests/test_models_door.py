@@ -1,4 +1,5 @@
 "Ten models nobody wrote code for, five timm CNNs, three timm transformers, one of torchvision, one plain `nn.Sequential`, teach and learn through the public door, unedited."
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ MODELS = ['resnet10t', 'mobilenetv3_small_050', 'regnetx_002', 'convnext_atto', 
 def module(name):
     return {'torchvision': lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10), 'sequential': plain}.get(name, lambda: name)()
 
-@pytest.mark.parametrize('name', MODELS)
+SLOW = pytest.mark.skipif(os.environ.get('ASIBKD_SLOW') != '1', reason='one family of each kind is enough; set ASIBKD_SLOW=1')
+
+@pytest.mark.parametrize('name', [pytest.param(m, marks=SLOW) if m in ('efficientnet_b0', 'vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224') else m for m in MODELS])
 def test_twenty_steps_of_a_and_b(name, tmp_path):
     "20 steps of A (what is open in the teacher moves too) and of B, as teacher beside another and as student"
     s = run_experiment(teachers=[module(name), 'resnet8'], student=module(name), preset='method/asmb', bridge_objective='both', teacher1_freeze_level=1, dataset='digits', image_size=32, small_input=0,

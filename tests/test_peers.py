@@ -20,6 +20,7 @@ from asibkd.distil.idle import idle_parameters, narrow_parameters, parameters_re
 from asibkd.distil.losses import at_loss, dkd_losses, pairwise, rkd_angle, rkd_distance
 from asibkd.distil.methods import check_method, create_method, list_methods, with_method_defaults
 from asibkd.distil.multi import PooledRegressor, min_norm, weigh_entropy, weigh_min_norm
+from asibkd.distil.simkd import student_for
 from asibkd.distil.single import aligned, hint_pair
 from asibkd.models.kdmodel import spread_classes
 from asibkd.models.students import create_student
@@ -149,6 +150,7 @@ def make_scene(use_adapter=False):
     kw = dict(n_class=4, img_size=16, use_adapter=use_adapter)
     st = create_student('resnet8', **kw)
     ts = [create_teacher(n, **kw).eval() for n in ('resnet8', 'vgg8')]
+    for t in ts: t.preact = True                                            # ReviewKD's targets
     b = NS(x=torch.randn(8, 3, 16, 16), y=torch.arange(8) % 4, idx=torch.arange(8)); b.hard = b.y
     with torch.no_grad(): outs = st.train()(b.x), [t(b.x) for t in ts]
     return NS(student=st, teachers=ts, batch=b, s_out=outs[0], t_outs=outs[1])
@@ -281,12 +283,14 @@ def one_step(method, scene, **given):
     cfg, o, cls, out = Config(**BASE | given), scene, check_method(method), []
     last = slice(1 if cls.teachers_used == 'one' else 0, None)
     torch.manual_seed(0)
-    m = create_method(method, cfg, o.student, o.teachers[last], None, torch.arange(40) % 4).train()
+    st = student_for(method, o.student, o.teachers[last])
+    s_out = o.s_out if st is o.student else st(o.batch.x)
+    m = create_method(method, cfg, st, o.teachers[last], None, torch.arange(40) % 4).train()
     for p in m.parameters(): p.data.add_(.1*torch.randn_like(p))            # what begins at zero has no effect yet
     for phase in 'AB' if cls.adapts else 'B':
         m.prepare(phase); torch.manual_seed(1)
         when = When(phase, stage=0, epoch=1, epochs=4)
-        got = (m.adapt_loss if phase == 'A' else m.loss)(o.batch, o.s_out, o.t_outs[last], when)
+        got = (m.adapt_loss if phase == 'A' else m.loss)(o.batch, s_out, o.t_outs[last], when)
         out += [got['loss'].item(), *(v.item() for v in got['parts'].values())]
     after = [v.double().sum().item() for k, v in m.state_dict().items() if 'bank' in k]       # CRD's memory after the step
     return out + after

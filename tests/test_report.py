@@ -177,7 +177,7 @@ def test_names_are_escaped(folder, tmp_path):
 
 def test_a_page_that_cannot_be_drawn_loses_no_run(tmp_path, monkeypatch, caplog):
     import asibkd.run.experiment
-    def broken(*a): raise ZeroDivisionError('no ink')
+    def broken(*a, **kw): raise ZeroDivisionError('no ink')
     monkeypatch.setattr(asibkd.run.experiment, 'save_report', broken); monkeypatch.setattr(asibkd.run.experiment.log, 'propagate', True)
     monkeypatch.setattr(asibkd.run.experiment, 'setup_log', lambda *a: None); caplog.set_level('WARNING', 'asibkd')      # whatever another test has set
     s = run_experiment(**TINY | dict(method='ce', results_dir=str(tmp_path)))
