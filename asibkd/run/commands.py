@@ -124,13 +124,18 @@ def add_parameters(
 def add_method_parameters(
     p:argparse.ArgumentParser,
 ):
-    "The parameters of registered methods, plugins included"
+    "The parameters of registered methods, plugins included; one that several methods share stands once"
+    owners, groups = {}, {}
     for m, params in method_params.items():
-        kind = 'cl_method' if m.startswith('cl:') else 'method'
-        group = p.add_argument_group(f"Of {kind}={m.removeprefix('cl:')}")
+        name = f"cl_method={m[3:]}" if m.startswith('cl:') else f'method={m}'
         for k, f in params.model_fields.items():
-            default = 'must be given' if f.is_required() else f.default
-            add_option(group, k, f"{f.description or 'a parameter of this method'} [{default}]")
+            owners.setdefault(k, (f, []))[1].append(name)
+    for k, (f, names) in owners.items():
+        title = f"Of {', '.join(names)}"
+        if title not in groups:
+            groups[title] = p.add_argument_group(title)
+        default = 'must be given' if f.is_required() else f.default
+        add_option(groups[title], k, f"{f.description or 'a parameter of this method'} [{default}]")
 
 # %% ../../nbs/11_run/17_commands.ipynb #4d5f8112
 def own_options(
