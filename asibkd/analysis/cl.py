@@ -91,9 +91,9 @@ def newest_wins(
     return '\n'.join(lines)
 
 # %% ../../nbs/09_analysis/01_cl.ipynb #20f64667
-LEAKS = dict(
-    yes="A teacher SAW FUTURE CLASSES (allow_leak=1): these numbers are no class-incremental result.",
-    unknown="It is unknown which classes a teacher was trained on: future ones may be among them.") | {
+LEAKS = {
+    'yes': "A teacher SAW FUTURE CLASSES (allow_leak=1): these numbers are no class-incremental result.",
+    'unknown': "It is unknown which classes a teacher was trained on: future ones may be among them.",
     'no labels': "A teacher was pretrained on images without labels: some may be of later tasks' classes."}
 
 def leak_note(

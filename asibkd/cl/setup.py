@@ -218,8 +218,9 @@ def leak_of(
     if not spec.ckpt:
         if not isinstance(spec.arch, str):
             return 'unknown'
-        known = 'no labels' if learnt_without_labels(spec.arch) else 'unknown'
-        return known if spec.pretrained else ''
+        if not spec.pretrained:
+            return ''
+        return 'no labels' if learnt_without_labels(spec.arch) else 'unknown'
     card = read_card(spec.ckpt)
     if card is None:
         return 'unknown'

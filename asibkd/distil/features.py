@@ -20,7 +20,7 @@ from ..core.config import ConfigError
 from .amalgam import same_size
 from .losses import upcast
 from .methods import register_method
-from .single import SingleTeacher, aligned
+from .single import SingleTeacher, aligned_after_stem
 
 # %% ../../nbs/05_distil/16_features.ipynb #1c3ebccf
 def full_precision(
@@ -230,12 +230,12 @@ class VID(SingleTeacher):
 
     def __init__(self, cfg, student, teachers, params=None, labels=None):
         super().__init__(cfg, student, teachers, params)
-        pairs = aligned(student.stage_shapes(), teachers[0].stage_shapes(), cfg.stage_pairs)
+        pairs = aligned_after_stem(student.stage_shapes(), teachers[0].stage_shapes(), cfg.stage_pairs)
         if params.vid_beta > 0:
-            self.predict = nn.ModuleList([Predictor(s[0], t[0], params.vid_variance) for s, t in pairs[1:] or pairs])
+            self.predict = nn.ModuleList([Predictor(s[0], t[0], params.vid_variance) for s, t in pairs])
 
     def own_terms(self, batch, s_out, t_outs, when):
         if not self.params.vid_beta:
             return {}
-        pairs = aligned(s_out['stages'], t_outs[0]['stages'], self.cfg.stage_pairs)
-        return dict(vid=(self.params.vid_beta, sum(p(*pair) for p, pair in zip(self.predict, pairs[1:] or pairs))))
+        pairs = aligned_after_stem(s_out['stages'], t_outs[0]['stages'], self.cfg.stage_pairs)
+        return dict(vid=(self.params.vid_beta, sum(p(*pair) for p, pair in zip(self.predict, pairs))))

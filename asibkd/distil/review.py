@@ -14,7 +14,7 @@ from torch import nn, Tensor
 
 from .losses import upcast
 from .methods import register_method
-from .single import SingleTeacher, aligned
+from .single import SingleTeacher, aligned_after_stem
 
 # %% ../../nbs/05_distil/17_review.ipynb #30084048
 def hcl_loss(
@@ -93,8 +93,8 @@ class ReviewKD(SingleTeacher):
         super().__init__(cfg, student, teachers, params)
         if not params.review_beta: return
         s, t = student.stage_shapes(), teachers[0].stage_shapes()
-        pairs = aligned(s, t, cfg.stage_pairs)
-        levels = [*(pairs[1:] or pairs), ((student.feat_dim,), (teachers[0].feat_dim,))]
+        pairs = aligned_after_stem(s, t, cfg.stage_pairs)
+        levels = [*pairs, ((student.feat_dim,), (teachers[0].feat_dim,))]
         width = min(512, student.feat_dim)
         self.fuse = nn.ModuleList([Fusion(a[0], width, b[0], i == len(levels) - 1)
                                    for i, (a, b) in enumerate(levels)])
@@ -107,10 +107,10 @@ def levels(self:ReviewKD,
     t_out:dict,  # The teacher's, with `preact`
 )->list: # [(student's fused level, teacher's level)], the deepest first
     "Fuse the student's levels from the pooled feature backwards"
-    pairs = aligned(s_out['stages'], t_out['preact'], self.cfg.stage_pairs)
+    pairs = aligned_after_stem(s_out['stages'], t_out['preact'], self.cfg.stage_pairs)
     pooled = s_out['feat_2d'][..., None, None], t_out['feat_2d'][..., None, None]
     found, x = [], None
-    for fuse, (f_s, f_t) in zip(reversed(self.fuse), [pooled, *reversed(pairs[1:] or pairs)]):
+    for fuse, (f_s, f_t) in zip(reversed(self.fuse), [pooled, *reversed(pairs)]):
         out, x = fuse(f_s, x, f_t.shape[-2:])
         found.append((out, f_t))
     return found
