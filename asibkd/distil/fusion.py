@@ -81,7 +81,7 @@ def collect_table(
         kept = {}
         for i, fn in enumerate(fns):
             o = fn(b)
-            kept |= {f'z{i}': o['logit'], f'f{i}': o[key]}
+            kept |= {f'z{i}': o['logit'], f'f{i}': feature_of(o, key)}
             columns[i] = None if o.get('columns') is None else o['columns'].cpu()
         if student is not None:
             o = student(b.x)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROGRAMS', 'CARD', 'SIZES', 'is_program', 'program_kind', 'card_beside', 'as_card', 'only_tensors', 'damaged_program',
            'fixed', 'load_onnx', 'load_pt2', 'load_script', 'content_sum', 'Program', 'needs_features', 'LogitsOnly',
-           'ProgramTeacher', 'create_program']
+           'feature_of', 'ProgramTeacher', 'create_program']
 
-# %% ../../nbs/02_models/04_programs.ipynb #f2913c30
+# %% ../../nbs/02_models/04_programs.ipynb #af217ed3
 import contextlib, hashlib, json, warnings, zipfile
 from pathlib import Path
 from unittest import mock
@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.config import CheckpointError, ConfigError, log
 from ..core.files import file_sum, read_json
@@ -98,10 +99,10 @@ def fixed(n)->int: # 0 = any
     "A dimension of a program's input: a number, or a symbol"
     return n if isinstance(n, int) and n > 0 else 0
 
-# %% ../../nbs/02_models/04_programs.ipynb #3566f6a5
+# %% ../../nbs/02_models/04_programs.ipynb #523b7f1d
 def load_onnx(
     path,
-)->tuple: # (images → logits, (batch, channels, height, width) with 0 = any, card)
+)->tuple: # (images → logits, (batch, channels, height, width) with 0 = any, card, parameters or None)
     "An ONNX file, run by onnxruntime on as many threads as torch"
     try:
         import onnxruntime as ort
@@ -122,9 +123,10 @@ def load_onnx(
     def run(x):
         outs = s.run(None, {ins[0].name: (x.half() if half else x).cpu().numpy()})
         return tuple(torch.from_numpy(o) for o in outs)
-    return run, tuple(map(fixed, ins[0].shape)), as_card(s.get_modelmeta().custom_metadata_map.get(CARD), path)
+    card = as_card(s.get_modelmeta().custom_metadata_map.get(CARD), path)
+    return run, tuple(map(fixed, ins[0].shape)), card, None
 
-# %% ../../nbs/02_models/04_programs.ipynb #2441e393
+# %% ../../nbs/02_models/04_programs.ipynb #194eecd0
 def load_pt2(
     path,
 )->tuple: # As `load_onnx` returns it
@@ -145,9 +147,10 @@ def load_pt2(
             from torch.export.passes import move_to_device_pass
             on[x.device.type] = move_to_device_pass(program, str(x.device)).module()
         return on[x.device.type](x)
-    return run, tuple(map(fixed, ins[0].shape)), as_card(extra[f'{CARD}.json'], path)
+    n = sum(p.numel() for p in program.parameters())
+    return run, tuple(map(fixed, ins[0].shape)), as_card(extra[f'{CARD}.json'], path), n
 
-# %% ../../nbs/02_models/04_programs.ipynb #13ac9aec
+# %% ../../nbs/02_models/04_programs.ipynb #7d4b4fb5
 def load_script(
     path,
 )->tuple: # As `load_onnx` returns it; the file does not tell its shape
@@ -161,7 +164,8 @@ def load_script(
         raise damaged_program(path, 'TorchScript', e) from e
     text = extra[f'{CARD}.json']
     def run(x): return program.to(x.device)(x)
-    return run, (0, 0, 0, 0), as_card(text.decode() if isinstance(text, bytes) else text, path)
+    n = sum(p.numel() for p in program.parameters())
+    return run, (0, 0, 0, 0), as_card(text.decode() if isinstance(text, bytes) else text, path), n
 
 # %% ../../nbs/02_models/04_programs.ipynb #2e2cde2f
 def content_sum(
@@ -175,7 +179,7 @@ def content_sum(
         h.update(file_sum(f).encode())
     return h.hexdigest()
 
-# %% ../../nbs/02_models/04_programs.ipynb #930dee68
+# %% ../../nbs/02_models/04_programs.ipynb #740485a0
 class Program(nn.Module):
     "A black box: images to logits"
     def __init__(self,
@@ -185,7 +189,7 @@ class Program(nn.Module):
         refuse_program(path)
         self.kind, self.file = program_kind(path), Path(path).name
         load = dict(onnx=load_onnx, pt2=load_pt2, torchscript=load_script)[self.kind]
-        self.run, self.shape, self.card = load(path)
+        self.run, self.shape, self.card, self.n_params = load(path)
         self.size, self.probabilities = self.shape[-1], False
         digest = torch.tensor(list(bytes.fromhex(content_sum(path))), dtype=torch.uint8)
         self.register_buffer('digest', digest)
@@ -246,6 +250,18 @@ def try_out(self:Program,
     raise ConfigError(f"'{self.file}' fails on images of {img_size}×{img_size} pixels: {why}. Set image_size to what it "
                       "was exported for.")
 
+# %% ../../nbs/02_models/04_programs.ipynb #eb74346b
+@patch
+def costs(self:Program,
+    shape,    # (C, H, W) of one image
+    latency,  # Images → milliseconds
+)->dict: # params and macs None where they cannot be counted, latency_ms
+    "What is known of a program's cost"
+    x = torch.zeros(1, *shape, device=self.anchor.device)
+    with FlopCounterMode(display=False) as count:
+        self(x)
+    return dict(params=self.n_params, macs=count.get_total_flops()//2 or None, latency_ms=latency(x))
+
 # %% ../../nbs/02_models/04_programs.ipynb #0968d551
 def needs_features(
     name:str,  # Of the teacher
@@ -259,6 +275,14 @@ class LogitsOnly(dict):
     "The output of a program: logits, and the classes they stand for"
     def __missing__(self, k):
         raise needs_features(self.get('name', 'The teacher'))
+
+# %% ../../nbs/02_models/04_programs.ipynb #0be6351e
+def feature_of(
+    o:dict,         # Output of a teacher
+    key='feat_2d',  # Which
+):  # (B, D), or (B, 0) of a program
+    "A teacher's feature, for what is collected whether a method reads it or not"
+    return o['logit'][:, :0] if isinstance(o, LogitsOnly) else o[key]
 
 # %% ../../nbs/02_models/04_programs.ipynb #f0b8424a
 class ProgramTeacher(KDModel):
