@@ -445,11 +445,12 @@ def cmd_bench(argv):
     "asibkd bench"
     p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
     p.add_argument('parts', nargs='*',
-                   help="pipeline, precision, loop, cache, peers, growth, parts, start, jobs [all but jobs]")
+                   help='pipeline, precision, loop, cache, peers, growth, parts, start, jobs, processes '
+                        '[all but the last two]')
     p.add_argument('--data_root', default='', help='folder of 32×32 images, train/<class>/… [noise]')
     p.add_argument('--rounds', type=int, default=0, help='counted rounds [3; 5 with --full]')
     p.add_argument('--full', action='store_true',
-                   help='every case at its full size, and jobs (over ten minutes on two cores)')
+                   help='every case at its full size, and all parts (over ten minutes on two cores)')
     p.add_argument('--quick', action='store_true', help='small models and few images: does it run?')
     p.add_argument('--compiled', action='store_true', help='also compiled steps (minutes to begin)')
     p.add_argument('--out', default='bench.csv', help='where the rows go [bench.csv]')
