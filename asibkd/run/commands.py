@@ -20,6 +20,7 @@ from ..core.params import field_bounds, field_kinds
 from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
 from ..core.text import printable
+from .forks import start_server
 from .usage import ABOUT
 
 # %% ../../nbs/11_run/17_commands.ipynb #d051eb89
@@ -274,6 +275,8 @@ def print_comparison(
 def cmd_loop(argv):
     "asibkd loop"
     file, given = parse('loop', argv)
+    if given.get('jobs', 1) not in (1, '1'):
+        start_server()
     from asibkd.analysis.compare import collect
     from asibkd.run.loops import LoopError, run_loop
     loop = {k: given.pop(k) for k in LOOP if k in given}
@@ -297,6 +300,8 @@ def cmd_loop(argv):
 def cmd_sweep(argv):
     "asibkd sweep"
     file, given = parse('sweep', argv)
+    if given.get('jobs', 1) not in (1, '1'):
+        start_server()
     from asibkd.run.sweeps import run_sweep, sweep_text
     print(sweep_text(run_sweep(file, **given)))
 
