@@ -27,6 +27,7 @@ from ..distil.analytic import AnalyticTeacher, RidgeSums, sample_images, unpacke
 from ..distil.methods import with_method_defaults
 from ..models.cards import read_card
 from ..models.kdmodel import KDModel, spread_classes
+from ..models.programs import is_program
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from ..models.trace import copied

@@ -22,6 +22,7 @@ from ..core.processes import dealt, from_main
 from ..core.runtime import FOREIGN, eval_mode, seed_of
 from .metrics import accuracy, predict
 from .multi import min_norm
+from ..models.programs import feature_of
 from ..ib_mbm import calibrated, energy, fuse, known_classes, mean_logits
 
 # %% ../../nbs/05_distil/08_fusion.ipynb #595a79d9

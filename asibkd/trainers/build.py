@@ -529,7 +529,7 @@ def check_plan(
         raise ConfigError(f"{cfg.method} needs teachers that know every class: {', '.join(partial)}. "
                           f"{subset_methods()}")
     programs = [t.name for t in teachers if isinstance(t.model, Program)]
-    if programs and check_method(cfg.method).needs_maps:
+    if programs and (check_method(cfg.method).needs_maps or check_method(cfg.method).adapts):
         raise needs_features(programs[0])
     freeze_teachers(teachers, specs, cfg, log.debug)
     with forked_rng(cfg.seed, 'plan'):
