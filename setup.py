@@ -18,7 +18,7 @@ setup(
                              'notebooks/*.ipynb', 'notebooks/voila/templates/*/*', 'templates/*']},
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'onnx': cfg['onnx_requirements'].split(),
-                    'mnist': cfg['mnist_requirements'].split(), 'track': cfg['track_requirements'].split(),
+                    'mnist': cfg['mnist_requirements'].split(), 'hf': cfg['hf_requirements'].split(), 'track': cfg['track_requirements'].split(),
                     'sweep': cfg['sweep_requirements'].split(), 'slurm': cfg['slurm_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False,
     classifiers=['License :: OSI Approved :: MIT License', 'Programming Language :: Python :: 3', 'Framework :: Jupyter',

@@ -50,6 +50,22 @@ def test_small_batches_and_large_numbers(nets, name, m):
         assert l.isfinite() and all(p.grad.isfinite().all() for p in (*nets.st.parameters(), *method.parameters()) if p.grad is not None), (n, scale)
 
 @pytest.mark.parametrize('name', (*ONE, *SEVERAL))
+def test_two_classes(name):
+    "A gradient for the student and for what is trained beside it, and different numbers where the teacher differs"
+    torch.manual_seed(0)
+    def two(arch): return create_teacher(arch, n_class=2, img_size=16).eval().requires_grad_(False)
+    nets = NS(st=create_student('resnet8', n_class=2, img_size=16), ts=[two('vgg8'), two('resnet14')])
+    m = 2 if name in SEVERAL else 1
+    method, b = made(name, nets, m), batch(6, torch.arange(6) % 2)
+    s, ts = outputs(nets, b, m)
+    o = method.loss(b, s, ts, When(epoch=1))
+    o['loss'].backward()
+    assert o['loss'].isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
+    assert next(nets.st.parameters()).grad.abs().sum() > 0
+    other = [{k: v.flip(0) if torch.is_tensor(v) else [f.flip(0) for f in v] if isinstance(v, list) else v for k, v in t.items()} for t in ts]
+    assert method.loss(b, s, other, When(epoch=1))['loss'] != o['loss']
+
+@pytest.mark.parametrize('name', (*ONE, *SEVERAL))
 def test_images_without_a_label(nets, name):
     "CE counts on the labelled images alone; the features of all images are compared"
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
 from ..core.text import printable
 from .export import cmd_export, cmd_push, newest
+from .forks import start_server
 from .usage import ABOUT
 
 # %% ../../nbs/11_run/17_commands.ipynb #d051eb89
@@ -275,6 +276,8 @@ def print_comparison(
 def cmd_loop(argv):
     "asibkd loop"
     file, given = parse('loop', argv)
+    if given.get('jobs', 1) not in (1, '1'):
+        start_server()
     from asibkd.analysis.compare import collect
     from asibkd.run.loops import LoopError, run_loop
     loop = {k: given.pop(k) for k in LOOP if k in given}
@@ -298,6 +301,8 @@ def cmd_loop(argv):
 def cmd_sweep(argv):
     "asibkd sweep"
     file, given = parse('sweep', argv)
+    if given.get('jobs', 1) not in (1, '1'):
+        start_server()
     from asibkd.run.sweeps import run_sweep, sweep_text
     print(sweep_text(run_sweep(file, **given)))
 
@@ -421,11 +426,12 @@ def cmd_bench(argv):
     "asibkd bench"
     p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
     p.add_argument('parts', nargs='*',
-                   help="pipeline, precision, loop, cache, peers, growth, parts, start, jobs [all but jobs]")
+                   help='pipeline, precision, loop, cache, peers, growth, parts, start, jobs, processes '
+                        '[all but the last two]')
     p.add_argument('--data_root', default='', help='folder of 32×32 images, train/<class>/… [noise]')
     p.add_argument('--rounds', type=int, default=0, help='counted rounds [3; 5 with --full]')
     p.add_argument('--full', action='store_true',
-                   help='every case at its full size, and jobs (over ten minutes on two cores)')
+                   help='every case at its full size, and all parts (over ten minutes on two cores)')
     p.add_argument('--quick', action='store_true', help='small models and few images: does it run?')
     p.add_argument('--compiled', action='store_true', help='also compiled steps (minutes to begin)')
     p.add_argument('--out', default='bench.csv', help='where the rows go [bench.csv]')
