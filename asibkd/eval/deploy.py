@@ -19,7 +19,6 @@ from ..core.offline import no_downloads
 from ..core.files import atomic_path, atomic_write, read_json, read_weights
 from ..data.batches import normalise
 from ..data.images import Data, prepare_image
-from ..distil.simkd import for_weights, reused_form
 from ..models.kdmodel import KDModel
 from ..models.students import create_student
 from ..models.checkpoints import load_into
@@ -121,7 +120,8 @@ def load_student(
             student = create_student(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
                                      in_chans=card['shape'][0], small_input=card['small_input'])
     state = read_weights(weights)
-    if reused_form(state):
+    if 'projector.net.0.weight' in state:      # SimKD's: only then is what trains imported
+        from asibkd.distil.simkd import for_weights
         net = student if model is None else KDModel(model, card['shape'][-1], card['shape'][0])
         model = for_weights(net, state).model
     elif model is None:

@@ -247,8 +247,8 @@ def try_out(self:Program,
             continue
         self.probabilities = bool((z >= 0).all()) and bool(((z.sum(1) - 1).abs() < 1e-3).all())
         return z.shape[1]
-    raise ConfigError(f"'{self.file}' fails on images of {img_size}×{img_size} pixels: {why}. Set image_size to what it "
-                      "was exported for.")
+    raise ConfigError(f"'{self.file}' fails on images of {img_size}×{img_size} pixels: {why}. Set image_size to what "
+                      "it was exported for.")
 
 # %% ../../nbs/02_models/04_programs.ipynb #eb74346b
 @patch
@@ -268,7 +268,7 @@ def needs_features(
 )->ConfigError: # Ready to be raised
     "The error for a method that reads what a program does not give"
     return ConfigError(f"'{name}' is a program: it gives logits alone, and this method reads features. Use one that "
-                       "compares logits: vanilla_kd, avgz, dkd, dist, aekd, camkd, …")
+                       "compares logits: vanilla_kd, avgz, dkd, dist, aekd, wavg, …")
 
 # %% ../../nbs/02_models/04_programs.ipynb #08b4c86a
 class LogitsOnly(dict):

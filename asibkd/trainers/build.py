@@ -476,7 +476,8 @@ def train_teacher(
 )->WeightsInfo:
     "Fine-tune a teacher that `build_teacher` left untrained, on its classes"
     if is_program(spec.arch):
-        raise ConfigError(f"{spec.name}: '{spec.arch}' is a program, and a program cannot be fine-tuned. Name a network.")
+        raise ConfigError(f"{spec.name}: '{spec.arch}' is a program, and a program cannot be fine-tuned. Name a "
+                          "network.")
     data, run, name, classes = ctx.data, ctx.run, spec.name, spec.classes
     if classes is not None:
         data, t.columns = task_of(data, classes), None
