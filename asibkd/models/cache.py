@@ -23,7 +23,7 @@ from ..core.runtime import pick_device
 from ..data.batches import Loader
 from ..data.sources import fingerprint_of
 from .kdmodel import KDModel
-from .programs import LogitsOnly, Program, feature_of
+from .programs import LogitsOnly, Program, ProgramTeacher, feature_of
 from .tables import Table, open_table
 from .teachers import count_macs
 from .trace import ResizeInput
@@ -89,7 +89,7 @@ def maybe_compile(
     cfg:Config=None, # `compile` is read from it
 ):
     "A network as training steps run it: compiled where `compile=1`; it shares weights and hooks with `m`"
-    if cfg is None or not cfg.compile: return m
+    if cfg is None or not cfg.compile or isinstance(m, ProgramTeacher): return m
     torch._dynamo.config.recompile_limit = 256   # a run has many networks of one class, each in two modes
     graphs = pick_device(cfg.device).type == 'cuda'   # CUDA graphs: small networks wait for kernel launches
     return torch.compile(m, dynamic=False, mode='reduce-overhead' if graphs else None)

@@ -212,7 +212,6 @@ def chunks(self:Program,
 
 # %% ../../nbs/02_models/04_programs.ipynb #e8baf8de
 @patch
-@torch.compiler.disable
 def forward(self:Program,
     x,  # (B, C, H, W) images, normalised as it expects
 )->torch.Tensor: # (B, K) logits, float32
