@@ -99,7 +99,7 @@ def test_medmnist(tmp_path):
     assert (data.name, data.n_class, data.shape, len(data.train), len(data.val), len(data.test)) == ('bloodmnist.npz', 3, (3, 28, 28), 18, 6, 6)
     assert torch.equal(data.test.x, torch.from_numpy(x[24:]).permute(0, 3, 1, 2))
     assert torch.equal(create_data(Config(dataset='npz', data_root=str(tmp_path))).test.x, data.test.x)
-    for changed, says in ((dict(train_labels=np.eye(18, dtype=int)), 'several classes'), (dict(train_images=np.zeros((18, 8, 8, 8), np.uint8)), 'volumes')):
+    for changed, says in ((dict(train_labels=np.eye(18, dtype=int)), 'several classes'), (dict(train_images=np.zeros((18, 8, 8, 8), np.uint8)), 'Volumes')):
         np.savez(tmp_path/'bad.npz', **parts | changed)
         with pytest.raises(DataError, match=says): create_data(Config(dataset=str(tmp_path/'bad.npz')))
     with pytest.raises(DataError, match='no such file'): create_data(Config(dataset=str(tmp_path/'none.npz')))

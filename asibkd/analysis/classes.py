@@ -34,7 +34,7 @@ def group_table(
     return pd.DataFrame([{'model': k, 'balanced %': round(100*v, 2)} | groups.get(k, {})
                          for k, v in o['balanced_acc'].items()])
 
-# %% ../../nbs/09_analysis/08_classes.ipynb #3534c54a
+# %% ../../nbs/09_analysis/08_classes.ipynb #29efa7ca
 def plot_classes(
     s:dict, # summary.json
     names,  # Of the classes
@@ -47,7 +47,8 @@ def plot_classes(
     top, low = fig.subplots(2, 1, sharex=True)
     top.bar(range(len(order)), [o['train'][c] for c in order], color=COLOURS[0])
     top.set(ylabel='training\nimages', yscale='log' if max(o['train']) > 10*max(1, min(o['train'])) else 'linear')
-    low.bar(range(len(order)), [100*(o['recall'][c] or 0) for c in order], color=COLOURS[1], hatch='//', edgecolor='white')
+    heights = [100*(o['recall'][c] or 0) for c in order]
+    low.bar(range(len(order)), heights, color=COLOURS[1], hatch='//', edgecolor='white')
     low.axhline(100*o['balanced_acc'][s['method']], color='black', lw=1, ls='--')
     low.set(ylabel='recall (%)', ylim=(0, 100))
     low.set_xticks(range(len(order)) if len(order) <= 30 else [],
@@ -55,7 +56,7 @@ def plot_classes(
     for ax in (top, low): ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../../nbs/09_analysis/08_classes.ipynb #94b477da
+# %% ../../nbs/09_analysis/08_classes.ipynb #042d785f
 def class_sections(
     run,    # Run folder
     s:dict, # summary.json
@@ -65,9 +66,11 @@ def class_sections(
     if not s.get('by_class'): return []
     o, card = s['by_class'], read_json(run/'student.json', strict=False) or {}
     names = card.get('classes') or range(len(o['train']))
-    words = f"Balanced accuracy of {s['method']}, the mean of the classes' recalls: {100*o['balanced_acc'][s['method']]:.2f} %."
+    balanced = 100*o['balanced_acc'][s['method']]
+    words = f"Balanced accuracy of {s['method']}, the mean of the classes' recalls: {balanced:.2f} %."
     if o.get('groups'):
-        means = joined(f"{100*v:.1f} % of {g} ({len(o['groups'][g])} classes)" for g, v in o['group_recall'][s['method']].items())
+        means = joined(f"{100*v:.1f} % of {g} ({len(o['groups'][g])} classes)"
+                       for g, v in o['group_recall'][s['method']].items())
         words += f" By training images: {means}; many: over 100, few: under 20."
     bars = picture(plot_classes(s, names), 'Classes by their training images; dashed: the mean recall.', words)
     return [section('Classes', text(words), bars, table(group_table(s), 'Every class counts alike'),

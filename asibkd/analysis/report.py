@@ -50,8 +50,9 @@ def run_page(
     for sentence in damage:
         warn_once(sentence)
     sections = [result_section(s), *bridge_sections(run, s), *figure_sections(run, s), *knowledge_sections(run, s),
-                *class_sections(Path(run), s), *prediction_sections(run, s), section('Parameters', *config_parts(effective_config(s, c))),
-                section('Time', *time_parts(s)), section('Environment', env_part(run)), repeat_section(c)]
+                *class_sections(Path(run), s), *prediction_sections(run, s),
+                section('Parameters', *config_parts(effective_config(s, c))), section('Time', *time_parts(s)),
+                section('Environment', env_part(run)), repeat_section(c)]
     return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=run_sentence(s),
                 verdict=s.get('verdict', ''), warnings=[*damage, *warnings_of(s)],
                 sections=[o for o in sections if o and o['parts']])

@@ -569,7 +569,8 @@ class Evaluation(Params):
 
 # %% ../../nbs/00_core/00_params.ipynb #2cc48b68
 GROUPS = (Experiment, Output, DataParams, MoreData, Models, Freezing, Bridge, Adaptation, Distillation, Terms,
-          Optimisation, Precision, Finetuning, MethodKeys, Continual, TaskKeys, Replaying, Penalties, Analytic, Evaluation)
+          Optimisation, Precision, Finetuning, MethodKeys, Continual, TaskKeys, Replaying, Penalties, Analytic,
+          Evaluation)
 
 # %% ../../nbs/00_core/00_params.ipynb #b4dff8d1
 def suite_values()->dict:

@@ -230,8 +230,8 @@ class Loader:
         self.only, self.recycle = only, recycle if train and only is None else 0
         self.balanced = train and balanced
         if self.balanced and self.recycle:
-            raise DataError("sampler=balanced repeats images within an epoch, and cache_views gives an image one view in "
-                            "it: set cache_views=0, or use class_weight=balanced.")
+            raise DataError("sampler=balanced repeats images within an epoch, and cache_views gives an image one view "
+                            "in it: set cache_views=0, or use class_weight=balanced.")
         self.n_views = self.recycle or (None if any(self.mix) else n_views(self.aug, ds.shape))
         if not len(ds):
             raise DataError(f"There are no images to load for phase '{phase}': the split is empty, as the validation "

@@ -167,8 +167,8 @@ def _imagefolder(cfg):
     "train/, and val/ or test/ or both; and unlabelled/, where it exists"
     root = _root(cfg)
     if folder_dataset(root) == 'csv':
-        raise DataError(f"data_root '{root}' holds no folders of classes, but {table_files(root)[0].name}: photos with a "
-                        f"table are read by dataset=csv. {LAYOUT}")
+        raise DataError(f"data_root '{root}' holds no folders of classes, but {table_files(root)[0].name}: photos with "
+                        f"a table are read by dataset=csv. {LAYOUT}")
     scans = scan_photos(split_folders(root))
     if text := left_out_text(scans.values()):
         log.warning(f"'{root}': left out {text}. Photos end in {', '.join(PHOTO_ENDINGS)}.")

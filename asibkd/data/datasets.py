@@ -160,15 +160,15 @@ def _tell_labels(data, cfg, unlabelled=''):
                  f"{f' ({unlabelled} come without)' if unlabelled else ''}; validation and test images all have one")
     if own: log.info(f"teachers are fine-tuned on {own:,} other images (teacher_share={cfg.teacher_share:g})")
 
-# %% ../../nbs/01_data/03_datasets.ipynb #da150653
+# %% ../../nbs/01_data/03_datasets.ipynb #997caefc
 def _tell_balance(data, cfg):
     "Log that classes are of very unequal size, where nothing is done about it"
     counts = class_counts(data.train.y, data.n_class)
     if imbalance(counts) < LONG_TAIL or cfg.sampler != 'shuffle' or cfg.class_weight != 'none': return
     most, least = int(counts.argmax()), int(counts.where(counts > 0, counts.max()).argmin())
-    log.info(f"classes of very unequal size: {counts[most]:,} training images of '{data.classes[most]}', {counts[least]:,} "
-             f"of '{data.classes[least]}'. class_weight=balanced or sampler=balanced weighs rare ones more; the summary's "
-             "balanced_acc counts all classes alike.")
+    log.info(f"classes of very unequal size: {counts[most]:,} training images of '{data.classes[most]}', "
+             f"{counts[least]:,} of '{data.classes[least]}'. class_weight=balanced or sampler=balanced weighs rare "
+             "ones more; the summary's balanced_acc counts all classes alike.")
 
 # %% ../../nbs/01_data/03_datasets.ipynb #fa284af4
 def create_data(

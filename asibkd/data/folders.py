@@ -279,13 +279,13 @@ def _npz_names(split):
     names += [(f'x_{n}', f'y_{n}') for n in SPLIT_NAMES[split]]
     return names + ([('images', 'labels'), ('x', 'y')] if split == 'train' else [])
 
-# %% ../../nbs/01_data/00_folders.ipynb #8f4a9662
+# %% ../../nbs/01_data/00_folders.ipynb #4f2ea53d
 def _npz_split(f, x, y):
     "Images as uint8 (N, C, H, W), and (N,) labels, of one split; refused where they are something else"
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.ndim == 4 and x.shape[-1] not in (1, 3):
-        raise DataError(f"'{shown_path(f)}' must hold images as uint8 (N, H, W) or (N, H, W, 3); got {x.dtype} {x.shape}."
-                        + (" These are volumes; there are networks for images only." if x.ndim > 3 else ''))
+        raise DataError(f"'{shown_path(f)}' must hold images as uint8 (N, H, W) or (N, H, W, 3); got {x.dtype} "
+                        f"{x.shape}." + (" Volumes are no images." if x.ndim > 3 else ''))
     if y.ndim != 1 or len(y) != len(x):
         raise DataError(f"'{shown_path(f)}' must hold one label an image; got labels {y.shape} for images {x.shape}."
                         + (" An image with several classes at once cannot be used." if y.ndim == 2 else ''))

@@ -57,14 +57,15 @@ def hub_package():
                         "pip install 'asibkd[hf]'.") from None
     return datasets
 
-# %% ../../nbs/01_data/02_hub.ipynb #560f8dea
+# %% ../../nbs/01_data/02_hub.ipynb #1eabb065
 def hub_refusal(
     o:HubName,
     timeout=5., # seconds
 )->str: # '' where the Hub answers and has it
     "Why the Hub does not give a dataset"
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError,
+        RevisionNotFoundError)
     try: HfApi().dataset_info(o.name, revision=o.revision or None, timeout=timeout)
     except GatedRepoError: return "its owner asks for a login: accept the terms on its page, then hf auth login"
     except RevisionNotFoundError: return f"it has no revision '{o.revision}'"
@@ -104,7 +105,7 @@ def load_local(
             raise DataError(f"dataset=hf:{path} cannot be read by the datasets library: {one_line(e).rstrip('.')}. "
                             "Expected: parquet files, a folder of photos, or what save_to_disk wrote.") from e
 
-# %% ../../nbs/01_data/02_hub.ipynb #0b2e8258
+# %% ../../nbs/01_data/02_hub.ipynb #96632439
 def load_hub(
     text:str, # What was typed: 'hf:user/name', 'hf:FOLDER'
 )->dict: # split → the library's Dataset
@@ -114,15 +115,16 @@ def load_hub(
     else:
         refused = hub_refusal(o)
         try:
-            with quietly(bool(refused)) as hf: found = hf.load_dataset(o.name, o.config or None, revision=o.revision or None)
+            with quietly(bool(refused)) as hf:
+                found = hf.load_dataset(o.name, o.config or None, revision=o.revision or None)
         except Exception as e:                 # the library's, the network's, arrow's
             why = refused or one_line(e).rstrip('.')
-            raise DataError(f"dataset={text}: {why}, and it is not in this machine's cache. Connect once, or fetch it "
-                            "elsewhere (hf download --repo-type dataset) and give the folder: dataset=hf:FOLDER.") from e
+            raise DataError(f"dataset={text}: {why}, and it is not in this machine's cache. Connect once, or fetch "
+                            "it elsewhere (hf download --repo-type dataset) and give the folder: hf:FOLDER.") from e
         if refused: log.info(f"dataset={text}: {refused}; what this machine has in its cache is used.")
     return dict(found) if isinstance(found, dict) else {'train': found}
 
-# %% ../../nbs/01_data/02_hub.ipynb #6e4cf364
+# %% ../../nbs/01_data/02_hub.ipynb #8ee2c0da
 def hub_splits(
     found:dict, # split → Dataset
     text:str,   # What was typed, for the message
@@ -134,7 +136,8 @@ def hub_splits(
         if (k := of.get(name.lower())) and k not in splits: splits[k] = ds
     if 'train' not in splits and len(found) == 1: splits = dict(train=[*found.values()][0])
     if 'train' not in splits:
-        raise DataError(f"dataset={text} has the splits {', '.join(found)}: which one is for training? Expected: train.")
+        raise DataError(f"dataset={text} has the splits {', '.join(found)}: which one is for training? "
+                        "Expected: train.")
     if rest := [n for n, ds in found.items() if all(ds is not o for o in splits.values())]:
         log.info(f"dataset={text}: the splits {', '.join(rest)} are not used.")
     return splits
@@ -156,7 +159,7 @@ def hub_image_column(
         raise DataError(f"{text}: {what}. Name one with image_column=…. There are: {kinds}.")
     return found[0]
 
-# %% ../../nbs/01_data/02_hub.ipynb #1dc5a164
+# %% ../../nbs/01_data/02_hub.ipynb #10e67dfb
 USUAL = ('label', 'labels', 'class', 'target', 'category', 'y', 'fine_label')
 
 def hub_label_column(
@@ -175,10 +178,11 @@ def hub_label_column(
         def listed(c, f): return f"{c} ({len(f.names)} classes)" if isinstance(f, ClassLabel) else f"{c} ({f.dtype})"
         why = f"label_column={given} holds several values a row; a photo must have one class" if given else \
             f"{len(found) or 'no'} columns may hold the classes"
-        raise DataError(f"{text}: {why}. Name one with label_column=…: {', '.join(listed(c, kinds[c]) for c in (found or kinds))}.")
+        choices = ', '.join(listed(c, kinds[c]) for c in (found or kinds))
+        raise DataError(f"{text}: {why}. Name one with label_column=…: {choices}.")
     return found[0]
 
-# %% ../../nbs/01_data/02_hub.ipynb #702ca2ae
+# %% ../../nbs/01_data/02_hub.ipynb #1bc7fa08
 class HubSource:
     "Images inside a table, decoded when one is taken"
     def __init__(self,
@@ -187,7 +191,9 @@ class HubSource:
         text='',     # What was typed, for messages
     ):
         from datasets import Image
-        self.ds, self.column, self.text = ds.select_columns([column]).cast_column(column, Image(decode=False)), column, text
+        self.ds = ds.select_columns([column]).cast_column(column, Image(decode=False))
+        self.column, self.text = column, text
+
     def __len__(self): return len(self.ds)
 
     @contextlib.contextmanager

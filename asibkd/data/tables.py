@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLIT_WORDS', 'LABEL_NAMES', 'table_split', 'table_files', 'read_table', 'all_photos', 'photo_names', 'photo_of',
-           'image_column_of', 'binary_columns', 'label_columns_of', 'refuse_columns', 'row_classes', 'class_order',
+           'image_column_of', 'binary_columns', 'label_columns_of', 'refuse_columns', 'row_classes', 'sorted_classes',
            'rows_to_scan', 'split_column_of', 'table_rows', 'all_rows', 'scan_tables']
 
 # %% ../../nbs/01_data/01_tables.ipynb #550d405c
@@ -127,7 +127,7 @@ def label_columns_of(
     repeat = [c for c in rest if 1 < t[c].nunique() <= len(t)/2]
     return next((o for o in (usual, rest, repeat) if len(o) == 1), [])
 
-# %% ../../nbs/01_data/01_tables.ipynb #6a9614f3
+# %% ../../nbs/01_data/01_tables.ipynb #6c29e7bb
 def refuse_columns(f, t,
     given,        # image_column or label_column
     parameter,    # Its name
@@ -135,11 +135,12 @@ def refuse_columns(f, t,
 ):
     "Raise the error for a table in which a column was not found"
     if given: raise unknown_name(f"column in '{shown_path(f)}' ({parameter}):", given, t.columns)
-    listed = ', '.join(f"{one_line(c)} ({t[c].nunique():,} different, e.g. {one_line(t[c].iloc[0])!r})" for c in t if len(t))
+    listed = ', '.join(f"{one_line(c)} ({t[c].nunique():,} different, e.g. {one_line(t[c].iloc[0])!r})"
+                       for c in t if len(t))
     raise DataError(f"Which column of '{shown_path(f)}' holds the {what}? Name it with {parameter}=…. "
                     f"There are: {listed or 'no rows'}.")
 
-# %% ../../nbs/01_data/01_tables.ipynb #f76507d4
+# %% ../../nbs/01_data/01_tables.ipynb #efdde61c
 def row_classes(
     f, t, columns:list, # The file, its table, and from `label_columns_of`
 )->list: # The class of each row, '' where it has none
@@ -148,13 +149,13 @@ def row_classes(
     ones = [[c for c, v in zip(columns, row) if v.startswith('1')] for row in t[columns].values]
     if bad := [k for k, o in enumerate(ones) if len(o) != 1]:
         listed = ', '.join(map(one_line, columns[:6])) + (', …' if len(columns) > 6 else '')
-        raise DataError(f"The columns {listed} of '{shown_path(f)}' hold zeros and ones, and {len(bad):,} of {len(t):,} "
-                        f"rows (first: number {bad[0] + 1}) have {len(ones[bad[0]])} ones: a photo must have one class. "
-                        "Leave such rows out, or name the column of the classes with label_column=….")
+        raise DataError(f"The columns {listed} of '{shown_path(f)}' hold zeros and ones, and {len(bad):,} of "
+                        f"{len(t):,} rows (first: number {bad[0] + 1}) have {len(ones[bad[0]])} ones: a photo must "
+                        "have one class. Leave such rows out, or name the column of the classes with label_column=….")
     return [o[0] for o in ones]
 
 # %% ../../nbs/01_data/01_tables.ipynb #c6d02874
-def class_order(
+def sorted_classes(
     names, # Of classes
 )->list:
     "Classes in order: numbers by size, other names by letter"
@@ -184,7 +185,7 @@ def rows_to_scan(
         raise DataError(f"{len(missing):,} of {len(rows):,} rows of '{shown_path(f)}' name photos that are not below "
                         f"'{shown_path(root)}', first: '{one_line(missing[0])}'. skip_corrupt=1 leaves such rows out.")
     scan.left_out += Counter({'rows whose photo is not there': len(missing)} if missing else {})
-    scan.files = {c: sorted(o for o in of if of[o] == c) for c in class_order(of.values())}
+    scan.files = {c: sorted(o for o in of if of[o] == c) for c in sorted_classes(of.values())}
     return scan
 
 # %% ../../nbs/01_data/01_tables.ipynb #932aef5f
@@ -215,7 +216,7 @@ def table_rows(
     rows, splits = [*zip(t[image], row_classes(f, t, columns))], splits or [split]*len(t)
     return {k: [r for r, s in zip(rows, splits) if s == k] for k in SPLIT_NAMES if k in splits}, columns
 
-# %% ../../nbs/01_data/01_tables.ipynb #9c27f523
+# %% ../../nbs/01_data/01_tables.ipynb #7d4843a8
 def all_rows(
     root, names:dict,             # As in `rows_to_scan`
     image_column, label_column,   # As in `scan_tables`
@@ -231,8 +232,8 @@ def all_rows(
         columns = columns or used
         if not parts: unused.append(f)
         for k, rows in parts.items():
-            if k in found: raise DataError(f"'{shown_path(found[k][0])}' and '{shown_path(f)}' are both tables for {k}. "
-                                           "Keep one.")
+            if k in found:
+                raise DataError(f"'{shown_path(found[k][0])}' and '{shown_path(f)}' are both tables for {k}. Keep one.")
             found[k] = f, rows
     if 'train' not in found:
         refuse_columns(files[0], read_table(files[0]), image_column, 'image_column', f"photos of '{shown_path(root)}'")

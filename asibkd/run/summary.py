@@ -275,7 +275,8 @@ def summarise(
     out |= {k: row[k] for k in OF_THE_METHOD if k in row}
     shown = {r['key']: z['test'][r['key']] for r in rows}
     out['by_class'] = class_report(shown, y['test'], data.train.y, cfg.method)
-    out |= dict(images=split_sizes(data, cfg), n_class=data.n_class, balanced_acc=out['by_class']['balanced_acc'][cfg.method])
+    out['balanced_acc'] = out['by_class']['balanced_acc'][cfg.method]
+    out |= dict(images=split_sizes(data, cfg), n_class=data.n_class)
     out |= dict(student=scores(z['test'][cfg.method], y['test']), notes=dict(data.notes))
     out['weights'] = {s.name: weights_row(i) for s, i in zip(specs, infos)}
     if len(specs):

@@ -233,8 +233,9 @@ def finetune(
     loader = loader or make_loader(cfg, data, 'teacher', f'finetune-{name}', mix=(0., alpha), device=acc.device)
     validate = validator(model, val_loader(ctx), acc)
     groups = [dict(params=model.parameters(), lr=cfg.finetune_lr, weight_decay=cfg.finetune_weight_decay)]
-    phase = Phase(f'finetune-{name}', FinetuneStep(model, cfg, loader.ds.y), groups, loader, cfg.finetune_epochs, validate,
-                  dict(model=model), kind='finetune')
+    step = FinetuneStep(model, cfg, loader.ds.y)
+    phase = Phase(f'finetune-{name}', step, groups, loader, cfg.finetune_epochs, validate, dict(model=model),
+                  kind='finetune')
     fitted = fit(phase, ctx)
     restore(phase.keep, fitted.state)
     return fitted
