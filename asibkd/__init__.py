@@ -41,7 +41,8 @@ _WHERE = {
     'cl.streams': 'Stream create_stream',
     'cl.metrics': 'cl_metrics',
     # take the student away
-    'eval.deploy': 'load_student export_student',
+    'eval.deploy': 'load_student',
+    'run.export': 'export_student push_student',
     'eval.evaluate': 'verdict',
     # look at finished runs
     'analysis.tables': 'load_summary load_config load_metrics load_runs result_table show_table',

@@ -11,7 +11,8 @@ from asibkd.core.config import ConfigError, resolve
 from asibkd.core.runtime import FOREIGN, UNLABELLED, When
 from asibkd.distil.methods import check_method, create_method
 from asibkd.distil.simkd import ReusedHead, student_for
-from asibkd.eval.deploy import export_student, load_student
+from asibkd.eval.deploy import load_student
+from asibkd.run.export import export_student
 from asibkd.models.kdmodel import spread_classes
 from asibkd.models.students import create_student
 from asibkd.models.teachers import create_teacher, model_costs
@@ -47,6 +48,22 @@ def test_small_batches_and_large_numbers(nets, name, m):
         nets.st.zero_grad(); method.zero_grad()
         l = method.loss(b, s, ts, When(epoch=1))['loss']; l.backward()
         assert l.isfinite() and all(p.grad.isfinite().all() for p in (*nets.st.parameters(), *method.parameters()) if p.grad is not None), (n, scale)
+
+@pytest.mark.parametrize('name', (*ONE, *SEVERAL))
+def test_two_classes(name):
+    "A gradient for the student and for what is trained beside it, and different numbers where the teacher differs"
+    torch.manual_seed(0)
+    def two(arch): return create_teacher(arch, n_class=2, img_size=16).eval().requires_grad_(False)
+    nets = NS(st=create_student('resnet8', n_class=2, img_size=16), ts=[two('vgg8'), two('resnet14')])
+    m = 2 if name in SEVERAL else 1
+    method, b = made(name, nets, m), batch(6, torch.arange(6) % 2)
+    s, ts = outputs(nets, b, m)
+    o = method.loss(b, s, ts, When(epoch=1))
+    o['loss'].backward()
+    assert o['loss'].isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
+    assert next(nets.st.parameters()).grad.abs().sum() > 0
+    other = [{k: v.flip(0) if torch.is_tensor(v) else [f.flip(0) for f in v] if isinstance(v, list) else v for k, v in t.items()} for t in ts]
+    assert method.loss(b, s, other, When(epoch=1))['loss'] != o['loss']
 
 @pytest.mark.parametrize('name', (*ONE, *SEVERAL))
 def test_images_without_a_label(nets, name):

@@ -87,8 +87,9 @@ def test_learns_on_digits(method, teachers, tmp_path, short_exam):
     assert s['test_acc_last'] > .3 and s['test_acc_val_selected'] > .3
 
 PLAIN = {'dist', 'ttm', 'wttm', 'rld', 'normkd', 'ofa', 'pkt', 'sp', 'itrd', 'vid', 'mtkd_static'}      # a loss and at most a projection: they resume as rkd and fitnet do
+slow = pytest.mark.skipif(not os.environ.get('ASIBKD_SLOW'), reason='ASIBKD_SLOW=1: as rkd and fitnet')
 
-@pytest.mark.parametrize('method', [m for m in TRAINED if m not in PLAIN])
+@pytest.mark.parametrize('method', [pytest.param(m, marks=[slow] if m in PLAIN else []) for m in TRAINED])
 def test_resumes(method, teachers, tmp_path, short_exam):
     "Stopped within an epoch and started again: the same bits"
     args = SMALL | OWN.get(method, {}) | teachers | dict(finetune_epochs=0, student_epochs_per_stage=2, train_per_class=10, batch_size=16, checkpoint_steps=3, method=method)

@@ -45,10 +45,17 @@ CASES = dict(
     asmb_fuse=(STAGES | dict(method='asmb'), 1e-5),
     batch_norm=(dict(method='avgz', student_type='resnet8', teacher1_type='resnet8', student_lr=.02), 1e-5),
     cl_asib=(CL | dict(cl_method='asib'), 1e-5))
+NETS = dict(student_type='resnet8', teacher1_type='resnet8', teacher2_type='resnet8', student_lr=.02)
+MORE = dict(       # of ASIBKD_SLOW=1: methods with modules of their own, a student of two networks, an agent, a sum of two
+    simkd=(NETS | dict(method='simkd'), 1e-5),
+    reviewkd=(NETS | dict(method='reviewkd'), 1e-5),
+    mtkd_rl=(NETS | dict(method='mtkd_rl'), 1e-5),
+    stacked=(NETS | {'method': 'crd+wttm', 'crd_nce_k': 64}, 1e-5))
+slow = pytest.mark.skipif(not os.environ.get('ASIBKD_SLOW'), reason='ASIBKD_SLOW=1: minutes')
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [*CASES, *(pytest.param(k, marks=slow) for k in MORE)])
 def test_two_processes_train_what_one_does(case, tmp_path):
-    params, tolerance = CASES[case]
+    params, tolerance = (CASES | MORE)[case]
     one, two = (run_on(n, tmp_path, **params) for n in (1, 2))
     assert furthest(weights(one), weights(two)) < tolerance
     if (one/'bridge.safetensors').exists():
@@ -184,7 +191,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(tmp_path, monkeypatch):
     assert [o['epoch'] for o in rows if o['phase'] == 'B1'] == [1, 2, 3]
     assert len((run.parent/'summary.csv').read_text().splitlines()) == 2 and (run/'report.html').exists()
 
-@pytest.mark.skipif(not os.environ.get('ASIBKD_SLOW'), reason='starts torchrun six times: set ASIBKD_SLOW=1')
+@slow
 @pytest.mark.parametrize('moment', MOMENTS)
 def test_killed_at_any_moment_it_ends_with_the_same_bits(moment, tmp_path, monkeypatch):
     dies(tmp_path, MOMENTS[moment])

@@ -1,5 +1,5 @@
 "TensorBoard, Weights & Biases, MLflow and Trackio, the real packages, offline: what they read back is what the run logged, once."
-import json, os, struct, threading, time
+import json, os, signal, struct, threading, time
 from pathlib import Path
 
 import pytest
@@ -210,6 +210,42 @@ def test_D_the_others_keep_the_runs_of_a_loop_apart(params, request, track):
         tags = mlflow_run(package, params['results_dir'], s['run'])[1] if track == 'mlflow' else next(iter(trackio_runs(package, s['run']).values()))
         check_scalars(s['run'], tags)
     assert len({read(s, track) for s in done}) == 2
+
+def everything_sent(track, package, results, run):
+    "{tag: [(step, value)]} of a run, over all its processes; what was sent again under the same step is there once"
+    if track == 'tensorboard': return scalars(run)[0]
+    if track == 'mlflow': return mlflow_run(package, results, run)[1]
+    if track == 'trackio':
+        (_, tags), = trackio_runs(package, run).items()
+        return tags
+    files, tags = [sent(f) for f in wandb_files(run)], {}
+    assert len({o[0] for o in files}) == 1 and [o[4] for o in files][-1] == 0         # one id; the last process finished
+    for o in files:
+        for k, v in o[3].items(): tags.setdefault(k, set()).update(v)
+    return tags
+
+@pytest.mark.skipif(not os.environ.get('ASIBKD_SLOW'), reason='ASIBKD_SLOW=1: minutes')
+@pytest.mark.parametrize('track', ['tensorboard', 'wandb', 'mlflow', 'trackio'])
+def test_D_kill_9_and_resume(params, request, door, tmp_path, track):
+    "Killed in the middle, twice, at no moment of our choice; every row is there once, at its step, in one run"
+    package = pytest.importorskip('tensorboard') if track == 'tensorboard' else request.getfixturevalue(track)
+    words = [f'{k}={v}' for k, v in (params | dict(epochs=60, track=track, exp_id='run')).items()]
+    run = Path(params['results_dir'])/'run'
+    def n(): return (run/'metrics.jsonl').read_bytes().count(b'\n') if (run/'metrics.jsonl').exists() else 0
+    for until in (8, 25):
+        c, end = door.start('run', *words, cwd=tmp_path), time.time() + 120
+        while n() < until and c.poll() is None:
+            assert time.time() < end
+            time.sleep(.01)
+        assert c.poll() is None
+        c.send_signal(signal.SIGKILL)
+        c.communicate(20)
+    o = door('run', *words, cwd=tmp_path)
+    assert o.returncode == 0 and 'Nothing more is sent' not in o.stdout + o.stderr, o.stdout + o.stderr
+    tags = everything_sent(track, package, params['results_dir'], run)
+    assert n() == 60
+    check_scalars(run, tags)
+    assert len(list(run.glob('tensorboard/*'))) == (3 if track == 'tensorboard' else 0)
 
 def test_D_continual_run_and_resume(params):
     "Tasks, baselines and a resumed process: one growing step"

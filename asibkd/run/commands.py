@@ -6,8 +6,8 @@
 __all__ = ['LOOP', 'REPRODUCE', 'COMMANDS', 'option_words', 'bare_value', 'read_options', 'parse', 'add_option', 'add_parameters',
            'add_method_parameters', 'own_options', 'help_text', 'is_first', 'announce', 'print_run', 'cmd_run',
            'cmd_merge', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'cmd_sweep',
-           'runs_options', 'cmd_reproduce', 'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_cite',
-           'cmd_explore', 'cmd_doctor', 'cmd_bench', 'run_command']
+           'runs_options', 'cmd_reproduce', 'cmd_compare', 'cmd_show', 'cmd_report', 'cmd_cite', 'cmd_explore',
+           'cmd_doctor', 'cmd_bench', 'run_command']
 
 # %% ../../nbs/11_run/17_commands.ipynb #0ee13bbf
 import argparse, contextlib, os, re, sys
@@ -20,6 +20,8 @@ from ..core.params import field_bounds, field_kinds
 from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
 from ..core.text import printable
+from .export import cmd_export, cmd_push, newest
+from .forks import start_server
 from .usage import ABOUT
 
 # %% ../../nbs/11_run/17_commands.ipynb #d051eb89
@@ -274,6 +276,8 @@ def print_comparison(
 def cmd_loop(argv):
     "asibkd loop"
     file, given = parse('loop', argv)
+    if given.get('jobs', 1) not in (1, '1'):
+        start_server()
     from asibkd.analysis.compare import collect
     from asibkd.run.loops import LoopError, run_loop
     loop = {k: given.pop(k) for k in LOOP if k in given}
@@ -297,6 +301,8 @@ def cmd_loop(argv):
 def cmd_sweep(argv):
     "asibkd sweep"
     file, given = parse('sweep', argv)
+    if given.get('jobs', 1) not in (1, '1'):
+        start_server()
     from asibkd.run.sweeps import run_sweep, sweep_text
     print(sweep_text(run_sweep(file, **given)))
 
@@ -338,18 +344,6 @@ def cmd_compare(argv):
     runs = a.runs or ['results']
     print_comparison(collect(*runs, cl=a.cl), a.baseline, a.out or Path(runs[0])/'compare')
 
-# %% ../../nbs/11_run/17_commands.ipynb #f3c4ec14
-def newest(
-    results='results', # A folder of run folders
-)->str:
-    "The run folder finished last"
-    from asibkd.analysis.tables import has_results
-    done = sorted(Path(results).glob('*/summary.json'), key=lambda f: (-f.stat().st_mtime, f))
-    for f in done:
-        if has_results(f.parent):
-            return str(f.parent)
-    raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
-
 # %% ../../nbs/11_run/17_commands.ipynb #a7f239cb
 def cmd_show(argv):
     "asibkd show"
@@ -377,19 +371,6 @@ def cmd_report(argv):
     else:
         out = a.out or Path(runs[0])/'compare'/'report.html'
         print(save_compare_report(collect(*runs, cl=a.cl), out, a.baseline))
-
-# %% ../../nbs/11_run/17_commands.ipynb #0dbbd20a
-def cmd_export(argv):
-    "asibkd export"
-    p = argparse.ArgumentParser('asibkd export', description=ABOUT['export'])
-    p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/')
-    p.add_argument('--to', default='pt2', choices=('pt2', 'onnx'),
-                   help='pt2: torch.export; onnx needs `pip install asibkd[onnx]`')
-    p.add_argument('--path', default='', help='file to write')
-    a = p.parse_args(argv)
-    from asibkd.eval.deploy import export_student
-    e = export_student(a.run or newest(), a.to, a.path)
-    print(f"{e['path']}: answers alike (largest difference {e['difference']:.1e} of the largest logit)")
 
 # %% ../../nbs/11_run/17_commands.ipynb #c8eac41d
 def cmd_cite(argv):
@@ -445,11 +426,12 @@ def cmd_bench(argv):
     "asibkd bench"
     p = argparse.ArgumentParser('asibkd bench', description=ABOUT['bench'])
     p.add_argument('parts', nargs='*',
-                   help="pipeline, precision, loop, cache, peers, growth, parts, start, jobs [all but jobs]")
+                   help='pipeline, precision, loop, cache, peers, growth, parts, start, jobs, processes '
+                        '[all but the last two]')
     p.add_argument('--data_root', default='', help='folder of 32×32 images, train/<class>/… [noise]')
     p.add_argument('--rounds', type=int, default=0, help='counted rounds [3; 5 with --full]')
     p.add_argument('--full', action='store_true',
-                   help='every case at its full size, and jobs (over ten minutes on two cores)')
+                   help='every case at its full size, and all parts (over ten minutes on two cores)')
     p.add_argument('--quick', action='store_true', help='small models and few images: does it run?')
     p.add_argument('--compiled', action='store_true', help='also compiled steps (minutes to begin)')
     p.add_argument('--out', default='bench.csv', help='where the rows go [bench.csv]')
@@ -466,7 +448,7 @@ def cmd_bench(argv):
 # %% ../../nbs/11_run/17_commands.ipynb #caabd909
 COMMANDS = dict(run=cmd_run, merge=cmd_merge, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate,
                 loop=cmd_loop, sweep=cmd_sweep, reproduce=cmd_reproduce, compare=cmd_compare, export=cmd_export,
-                show=cmd_show, report=cmd_report, cite=cmd_cite, explore=cmd_explore, doctor=cmd_doctor,
+                push=cmd_push, show=cmd_show, report=cmd_report, cite=cmd_cite, explore=cmd_explore, doctor=cmd_doctor,
                 bench=cmd_bench)
 
 # %% ../../nbs/11_run/17_commands.ipynb #71980d92
