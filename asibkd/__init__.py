@@ -26,7 +26,8 @@ _WHERE = {
     'models.students': 'create_student list_students',
     'models.kdmodel': 'KDModel',
     'data.check': 'check_data',
-    'data.datasets': 'register_dataset create_data list_datasets',
+    'data.catalogue': 'register_dataset list_datasets',
+    'data.datasets': 'create_data',
     'data.images': 'Data ImageSet',
     # the parts, for loops of your own
     'core.runtime': 'RunContext When eval_mode create_accelerator generator forked_rng seed_everything tau_at beta_at',

@@ -39,6 +39,7 @@ def run_page(
 )->dict: # Input of `render`
     "The content of a run's report"
     from asibkd.analysis.bridge import bridge_sections          # torch is needed for this page, not for a comparison
+    from asibkd.analysis.classes import class_sections
     from asibkd.analysis.knowledge import knowledge_sections
     from asibkd.analysis.sections import (config_parts, env_part, figure_sections, prediction_sections,
                                           quantised_section, result_section, time_parts)
@@ -49,7 +50,7 @@ def run_page(
     for sentence in damage:
         warn_once(sentence)
     sections = [result_section(s), *bridge_sections(run, s), *figure_sections(run, s), *knowledge_sections(run, s),
-                *prediction_sections(run, s), quantised_section(s),
+                *class_sections(Path(run), s), *prediction_sections(run, s), quantised_section(s),
                 section('Parameters', *config_parts(effective_config(s, c))), section('Time', *time_parts(s)),
                 section('Environment', env_part(run)), repeat_section(c)]
     return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=run_sentence(s),

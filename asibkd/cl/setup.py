@@ -54,6 +54,8 @@ def one_shot_rules(c:Config)->list: # (condition, message)
             ('labels_per_class', c.labels_per_class > 0, 'memory and metrics of the tasks need every label'),
             ('teacher_share', c.teacher_share > 0, 'the teachers of a task learn from its images, as the student does'),
             ('report_oracle', c.report_oracle, 'the test set is evaluated once per task'),
+            ('sampler', c.sampler != 'shuffle', 'the memory decides which classes are replayed (replay_policy)'),
+            ('class_weight', c.class_weight != 'none', 'replay changes how often a class is seen (replay_policy)'),
             ('drop_last', not c.drop_last, 'replayed images follow whole batches of new ones'),
             ('cache_views', c.cache_views > 0, 'replayed images are drawn anew in every step')]
     return [(given, f"{k}={getattr(c, k)} with cl_mode=1: {why}.") for k, given, why in rows]
