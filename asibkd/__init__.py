@@ -26,7 +26,8 @@ _WHERE = {
     'models.students': 'create_student list_students',
     'models.kdmodel': 'KDModel',
     'data.check': 'check_data',
-    'data.datasets': 'register_dataset create_data list_datasets',
+    'data.catalogue': 'register_dataset list_datasets',
+    'data.datasets': 'create_data',
     'data.images': 'Data ImageSet',
     # the parts, for loops of your own
     'core.runtime': 'RunContext When eval_mode create_accelerator generator forked_rng seed_everything tau_at beta_at',
@@ -40,7 +41,9 @@ _WHERE = {
     'cl.streams': 'Stream create_stream',
     'cl.metrics': 'cl_metrics',
     # take the student away
-    'eval.deploy': 'load_student export_student',
+    'eval.deploy': 'load_student',
+    'run.export': 'export_student push_student',
+    'eval.predict': 'predict',
     'eval.evaluate': 'verdict',
     # look at finished runs
     'analysis.tables': 'load_summary load_config load_metrics load_runs result_table show_table',

@@ -23,7 +23,7 @@ def shorten(put):
 def digits_with_few_tests(put, images):
     "`put(dict, key, value)`: the digits with as many test images"
     import torch
-    from asibkd.data.datasets import datasets
+    from asibkd.data.catalogue import datasets
     real = datasets['digits']
     def few(cfg):
         d = real(cfg)

@@ -11,7 +11,8 @@ from asibkd.core.config import ConfigError, resolve
 from asibkd.core.runtime import FOREIGN, UNLABELLED, When
 from asibkd.distil.methods import check_method, create_method
 from asibkd.distil.simkd import ReusedHead, student_for
-from asibkd.eval.deploy import export_student, load_student
+from asibkd.eval.deploy import load_student
+from asibkd.run.export import export_student
 from asibkd.models.kdmodel import spread_classes
 from asibkd.models.students import create_student
 from asibkd.models.teachers import create_teacher, model_costs

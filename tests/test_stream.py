@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from _stop import Stop, StopCB
 from asibkd.core.config import ConfigError, RunError
-from asibkd.data.datasets import create_data, datasets
+from asibkd.data.catalogue import datasets
+from asibkd.data.datasets import create_data
 from asibkd.data.images import ImageSet
 from asibkd.eval.deploy import load_student
 from asibkd.run.experiment import run_experiment

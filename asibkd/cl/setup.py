@@ -27,6 +27,7 @@ from ..distil.analytic import AnalyticTeacher, RidgeSums, sample_images, unpacke
 from ..distil.methods import with_method_defaults
 from ..models.cards import read_card
 from ..models.kdmodel import KDModel, spread_classes
+from ..models.programs import is_program
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from ..models.trace import copied
@@ -54,6 +55,8 @@ def one_shot_rules(c:Config)->list: # (condition, message)
             ('labels_per_class', c.labels_per_class > 0, 'memory and metrics of the tasks need every label'),
             ('teacher_share', c.teacher_share > 0, 'the teachers of a task learn from its images, as the student does'),
             ('report_oracle', c.report_oracle, 'the test set is evaluated once per task'),
+            ('sampler', c.sampler != 'shuffle', 'the memory decides which classes are replayed (replay_policy)'),
+            ('class_weight', c.class_weight != 'none', 'replay changes how often a class is seen (replay_policy)'),
             ('drop_last', not c.drop_last, 'replayed images follow whole batches of new ones'),
             ('cache_views', c.cache_views > 0, 'replayed images are drawn anew in every step')]
     return [(given, f"{k}={getattr(c, k)} with cl_mode=1: {why}.") for k, given, why in rows]
@@ -264,6 +267,9 @@ def build_first(
 )->KDModel:
     "A teacher without its checkpoint, with a head for `names`"
     data = stream.data
+    if is_program(spec.arch):
+        raise ConfigError(f"{spec.name}: '{spec.arch}' is a program; with cl_mode=1 a teacher grows with the tasks. Name a "
+                          "network.")
     with forked_rng(cfg.seed, 'cl', spec.name):
         if isinstance(spec.arch, nn.Module):
             return create_teacher(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['side_param', 'FILE_NAME', 'NameList', 'bridge_param', 'method_param', 'finetune_param', 'cl_param', 'eval_param',
            'GROUPS', 'param', 'field_kinds', 'plain_value', 'split_words', 'number_or_text', 'TextLoader', 'Params',
-           'field_bounds', 'group_rows', 'Experiment', 'Output', 'DataParams', 'Models', 'Freezing', 'Bridge',
-           'Adaptation', 'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys', 'Continual',
-           'TaskKeys', 'Replaying', 'Penalties', 'Analytic', 'Evaluation', 'suite_values']
+           'field_bounds', 'group_rows', 'Experiment', 'Output', 'DataParams', 'MoreData', 'Models', 'Freezing',
+           'Bridge', 'Adaptation', 'Distillation', 'Terms', 'Optimisation', 'Precision', 'Finetuning', 'MethodKeys',
+           'Continual', 'TaskKeys', 'Replaying', 'Penalties', 'Analytic', 'Evaluation', 'suite_values']
 
 # %% ../../nbs/00_core/00_params.ipynb #1258e250
 import os, re
@@ -176,8 +176,8 @@ class Output(Params):
 # %% ../../nbs/00_core/00_params.ipynb #8df29a49
 class DataParams(Params):
     "Data"
-    dataset:str = param('cifar100', "digits, mnist5k, cifar10, cifar100, imagenet32, imagenet100, imagefolder, or a "
-        "registered dataset.")
+    dataset:str = param('cifar100', "digits, mnist5k, cifar10, cifar100, imagenet32, imagenet100, imagefolder, csv, "
+        "FILE.npz, hf:NAME, or a registered dataset.")
     data_root:str = param('./data', "Folder of the datasets; CIFAR is downloaded to it once.")
     batch_size:int = param(128, "Images per step.", ge=1)
     num_workers:int = side_param(2, "Processes that decode large images; their number never changes a result.", ge=0)
@@ -206,6 +206,19 @@ class DataParams(Params):
     teacher_share:float = param(0.0, "Share of the training images that teachers are fine-tuned on and the student "
         "never sees; 0 = both use the same images.", ge=0, lt=1)
     skip_corrupt:bool = param(False, "Drop and count images that cannot be read instead of stopping.")
+
+# %% ../../nbs/00_core/00_params.ipynb #ba2bf6c2
+class MoreData(Params):
+    "Data: tables, and classes of unequal size"
+    image_column:str = param('', "Column of the images in a table (csv: names of files; hf:NAME); empty = found by "
+        "what it holds.")
+    label_column:str = param('', "Column of the classes in a table; empty = found by its name and what it holds.")
+    test_frac:float = param(0.2, "Share of the images held out as the test set where the data bring none (csv, "
+        "FILE.npz, hf:NAME); the same images for every seed.", gt=0, lt=1)
+    sampler:Literal['shuffle', 'balanced'] = param('shuffle', "Training images of an epoch: shuffle = each once; "
+        "balanced = as many of each class, so that rare ones are repeated and common ones wait for later epochs.")
+    class_weight:Literal['none', 'balanced'] = param('none', "Weight of each class in the cross-entropy of student, "
+        "synergy and fine-tuning: balanced = n/(K·n_c), as in scikit-learn. Other terms, and evaluation, have none.")
 
 # %% ../../nbs/00_core/00_params.ipynb #62324d82
 NameList = list[Annotated[str, Field(coerce_numbers_to_str=True)]]   # names or numbers of classes
@@ -555,8 +568,9 @@ class Evaluation(Params):
     head_ckpt:str = eval_param('', "Weights of the synergy head (when not in mbm_ckpt).")
 
 # %% ../../nbs/00_core/00_params.ipynb #2cc48b68
-GROUPS = (Experiment, Output, DataParams, Models, Freezing, Bridge, Adaptation, Distillation, Terms, Optimisation,
-          Precision, Finetuning, MethodKeys, Continual, TaskKeys, Replaying, Penalties, Analytic, Evaluation)
+GROUPS = (Experiment, Output, DataParams, MoreData, Models, Freezing, Bridge, Adaptation, Distillation, Terms,
+          Optimisation, Precision, Finetuning, MethodKeys, Continual, TaskKeys, Replaying, Penalties, Analytic,
+          Evaluation)
 
 # %% ../../nbs/00_core/00_params.ipynb #b4dff8d1
 def suite_values()->dict:

@@ -27,7 +27,8 @@ def exp_name(
     text = json.dumps(body, sort_keys=True, default=str) + salt
     tag = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
     method = f'cl-{cfg.cl_method}' if cfg.cl_mode else cfg.method
-    return f'{method}-{cfg.dataset}-s{cfg.seed}-{tag}'
+    data = cfg.dataset.rpartition('/')[2].replace(':', '-').replace('@', '-')    # hf:user/name, a path
+    return f'{method}-{data}-s{cfg.seed}-{tag}'
 
 # %% ../../nbs/00_core/04_runfolder.ipynb #84f67967
 def package_version(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ..core.config import DataError, unknown_name
 from ..core.processes import gathered, n_processes, own_rows
 from ..core.runtime import UNLABELLED, forked_rng, generator, has_label, seed_of
+from .balance import balanced_order
 from .images import Data, ImageSet, is_small, one_thread, resize_and_crop
 
 # %% ../../nbs/01_data/04_batches.ipynb #31ab3e82
@@ -220,12 +221,17 @@ class Loader:
         drop_last=None,       # None = when training
         recycle=0,            # Epoch e repeats the draws of epoch e mod `recycle`; 0 = always new ones
         only=None,            # Positions to train on, repeated to as many steps as all have; None = all
+        balanced=False,       # Training: as many images of each class in an epoch
     ):
         self.ds, self.data, self.train, self.key = ds, data, train, (seed, phase)
         self.device, self.num_workers = torch.device(device), num_workers
         self.aug, self.mix = (str(data_aug), mix) if train else ('0', (0., 0.))
         self.stats = [torch.tensor(o, device=self.device) for o in (data.mean, data.std)]
         self.only, self.recycle = only, recycle if train and only is None else 0
+        self.balanced = train and balanced
+        if self.balanced and self.recycle:
+            raise DataError("sampler=balanced repeats images within an epoch, and cache_views gives an image one view "
+                            "in it: set cache_views=0, or use class_weight=balanced.")
         self.n_views = self.recycle or (None if any(self.mix) else n_views(self.aug, ds.shape))
         if not len(ds):
             raise DataError(f"There are no images to load for phase '{phase}': the split is empty, as the validation "
@@ -251,9 +257,9 @@ def order(self:Loader, e)->torch.Tensor: # (N,) positions
     "The order of epoch `e`"
     n, gen = len(self.ds), generator(*self.draw_key(e), 'order')
     if not self.train: return torch.arange(n)
-    if self.only is None: return torch.randperm(n, generator=gen)
-    k = len(self.only)
-    return torch.cat([self.only[torch.randperm(k, generator=gen)] for _ in range(-(-n//k))])[:n]
+    at = torch.arange(n) if self.only is None else self.only
+    def again(): return balanced_order(self.ds.y[at], gen) if self.balanced else torch.randperm(len(at), generator=gen)
+    return torch.cat([at[again()] for _ in range(-(-n//len(at)))])[:n]
 
 # %% ../../nbs/01_data/04_batches.ipynb #9cffeab0
 @patch
@@ -318,7 +324,7 @@ def view_key(self:Loader)->tuple|None: # None where views have no number
 
 # %% ../../nbs/01_data/04_batches.ipynb #7cd3eadc
 def make_loader(
-    cfg,            # batch_size, num_workers, data_aug, drop_last, mixup_alpha, cutmix_alpha_distill, seed
+    cfg,            # batch_size, num_workers, data_aug, drop_last, mixup_alpha, cutmix_alpha_distill, sampler, seed
     data:Data,      # The dataset
     split:str,      # 'train', 'val' or 'test'; 'teacher': what teachers are fine-tuned on
     phase:str,      # Part of the key of every draw
@@ -340,4 +346,4 @@ def make_loader(
                         "few for BatchNorm. Choose another batch_size, or drop_last=1.")
     only = data.labelled if labelled and len(data.labelled) < len(ds) else None
     return Loader(ds, data, batch, train, cfg.seed, phase, device, cfg.data_aug, mix, cfg.num_workers, drop_last,
-                  recycle, only)
+                  recycle, only, cfg.sampler == 'balanced')

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.config import DataError
+from .balance import LONG_TAIL, imbalance
+from .catalogue import folder_dataset
 from .folders import (PHOTO_ENDINGS, left_out_text, require_two_classes, scan_photos, scan_unlabelled,
     shown_path, split_folders, unlabelled_folder)
 from .sources import FileSource
+from .tables import scan_tables
 
 # %% ../../nbs/01_data/05_check.ipynb #9472e1da
 @dataclass
@@ -84,21 +87,21 @@ def _deep_findings(files):
 # %% ../../nbs/01_data/05_check.ipynb #deeeb119
 def photo_findings(
     scan,  # `SplitScan` of one split
-    name,  # 'train', 'val' or 'test'
+    name,  # As it is called in messages: 'train/', 'labels.csv'
 ):
     "Sizes, modes, and files that cannot be read"
     paths = [f for files in scan.files.values() for f in files]
     source = FileSource(paths)
     facts = [photo_facts(source, i) for i in range(len(paths))]
     if bad := [o['error'] for o in facts if 'error' in o]:
-        yield Finding('error', f"{len(bad)} of {len(paths)} photos of {name}/ cannot be read, first: {bad[0]}")
+        yield Finding('error', f"{len(bad)} of {len(paths)} photos of {name} cannot be read, first: {bad[0]}")
     good = [(f, o) for f, o in zip(paths, facts) if 'error' not in o]
     sizes = Counter('{1}×{0}'.format(*o['size']) for _, o in good)
     modes = Counter(o['mode'] for _, o in good)
-    if good: yield Finding('note', f"{name}/: sizes {_list(sizes)}; modes {_list(modes)}; "
+    if good: yield Finding('note', f"{name}: sizes {_list(sizes)}; modes {_list(modes)}; "
                            f"endings {_list(Counter(o['ending'] for _, o in good))}.")
     if len(sizes) > 1:
-        yield Finding('note', f"The photos of {name}/ have {len(sizes)} sizes.", "Set image_size to choose the side "
+        yield Finding('note', f"The photos of {name} have {len(sizes)} sizes.", "Set image_size to choose the side "
                       "they are resized to; without it, it is 224.")
     yield from _deep_findings([f for f, o in good if o['mode'].startswith('I')])
 
@@ -156,18 +159,28 @@ def class_findings(
     try:
         if train.files: require_two_classes([*train.files], train.folder)
     except DataError as e: yield Finding('error', str(e))
+    counts = {c: len(files) for c, files in train.files.items() if files}
+    if imbalance(counts.values()) >= LONG_TAIL:
+        most, least = max(counts, key=counts.get), min(counts, key=counts.get)
+        yield Finding('warning', f"Classes of very unequal size in train/: {counts[most]:,} photos of '{most}', "
+                      f"{counts[least]:,} of '{least}'.", "class_weight=balanced or sampler=balanced weighs rare ones "
+                      "more; look at balanced_acc beside the accuracy.")
+    if 'test' not in scans and 'val' not in scans:
+        yield Finding('note', "There is no test set: a run holds out test_frac of the photos, the same for every seed.")
     if text := left_out_text(scans.values()):
         yield Finding('warning', f"Left out: {text}.", f"Photos end in {', '.join(PHOTO_ENDINGS)}.")
 
 # %% ../../nbs/01_data/05_check.ipynb #8f2ea41a
 def check_data(
-    root, # data_root: train/<class>/*.jpg and val/ or test/ or both; unlabelled/ where there is one
+    root,                             # data_root: train/<class>/*.jpg, val/, test/, unlabelled/; or photos and a table
+    image_column='', label_column='', # Columns of the table, where they are not found
 )->DataCheck:
     "Look at every photo of a folder: what a run would find, and what it would not notice"
     root = Path(root).expanduser()
     check = DataCheck(root)
     try:
-        scans, extra = scan_photos(split_folders(root)), {}
+        is_table, extra = folder_dataset(root) == 'csv', {}
+        scans = scan_tables(root, image_column, label_column) if is_table else scan_photos(split_folders(root))
         if folder := unlabelled_folder(root): extra = dict(unlabelled=scan_unlabelled(folder))
     except DataError as e:
         check.findings.append(Finding('error', str(e)))
@@ -175,6 +188,6 @@ def check_data(
     check.findings += class_findings(scans)
     scans |= extra
     check.splits = {k: {c: len(files) for c, files in s.files.items()} for k, s in scans.items()}
-    for k, s in scans.items(): check.findings += photo_findings(s, s.folder.name)
+    for k, s in scans.items(): check.findings += photo_findings(s, s.folder.name + '/'*s.folder.is_dir())
     check.findings += duplicate_findings(scans)
     return check

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JPEG_ENDINGS', 'PHOTO_ENDINGS', 'NOT_DATA', 'SPLIT_NAMES', 'LAYOUT', 'UNLABELLED_NAMES', 'shown_path', 'data_entries',
            'SplitScan', 'scan_split', 'scan_photos', 'left_out_text', 'split_folders', 'unlabelled_folder',
-           'scan_unlabelled', 'require_two_classes', 'batch_arrays']
+           'scan_unlabelled', 'require_two_classes', 'batch_arrays', 'split_arrays']
 
 # %% ../../nbs/01_data/00_folders.ipynb #bb920c60
 import codecs, difflib, os, pickle
@@ -271,3 +271,40 @@ def batch_arrays(
     if len(y) and y.min() < 1:
         raise DataError(f"Labels in '{f}' count from 1 in this format; got {y.min()}.")
     return torch.from_numpy(x).view(-1, 3, side, side), torch.from_numpy(y.astype(np.int64)) - 1
+
+# %% ../../nbs/01_data/00_folders.ipynb #a1e743eb
+def _npz_names(split):
+    "Pairs of names under which the images and labels of a split may stand"
+    names = [(f'{n}_images', f'{n}_labels') for n in SPLIT_NAMES[split]]
+    names += [(f'x_{n}', f'y_{n}') for n in SPLIT_NAMES[split]]
+    return names + ([('images', 'labels'), ('x', 'y')] if split == 'train' else [])
+
+# %% ../../nbs/01_data/00_folders.ipynb #4f2ea53d
+def _npz_split(f, x, y):
+    "Images as uint8 (N, C, H, W), and (N,) labels, of one split; refused where they are something else"
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.ndim == 4 and x.shape[-1] not in (1, 3):
+        raise DataError(f"'{shown_path(f)}' must hold images as uint8 (N, H, W) or (N, H, W, 3); got {x.dtype} "
+                        f"{x.shape}." + (" Volumes are no images." if x.ndim > 3 else ''))
+    if y.ndim != 1 or len(y) != len(x):
+        raise DataError(f"'{shown_path(f)}' must hold one label an image; got labels {y.shape} for images {x.shape}."
+                        + (" An image with several classes at once cannot be used." if y.ndim == 2 else ''))
+    x = torch.from_numpy(x)
+    x = x[..., None] if x.ndim == 3 else x
+    return x.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous(), y
+
+# %% ../../nbs/01_data/00_folders.ipynb #a39e13ff
+def split_arrays(
+    f:Path, # An .npz file
+)->dict: # {'train': (uint8 (N, 3, H, W), (N,) labels), …}
+    "The splits of a file of arrays"
+    try:
+        with np.load(f, allow_pickle=False) as o: arrays = {k: o[k] for k in o.files}
+    except Exception as e:                 # of zipfile, zlib, numpy
+        raise DataError(f"Cannot read '{shown_path(f)}': {one_line(e).rstrip('.')}. Expected: an .npz file with "
+                        "train_images and train_labels (MedMNIST), or x_train and y_train.") from e
+    of = {k: next((p for p in _npz_names(k) if {*p} <= {*arrays}), None) for k in SPLIT_NAMES}
+    if not of['train']:
+        raise DataError(f"'{shown_path(f)}' holds {', '.join(arrays) or 'nothing'}. Expected: train_images and "
+                        "train_labels (MedMNIST), or x_train and y_train; and the same for val and test.")
+    return {k: _npz_split(f, *(arrays[n] for n in names)) for k, names in of.items() if names}

@@ -89,7 +89,8 @@ def subset(self:ImageSet, idx)->ImageSet:
 @patch(as_prop=True)
 def streamed(self:ImageSet)->bool:
     "Are the images decoded batch by batch, rather than kept in memory in the shape a network sees?"
-    return not (isinstance(self.source, TensorSource) and tuple(self.source.x.shape[1:]) == self.shape)
+    return not (isinstance(self.source, TensorSource) and tuple(self.source.x.shape[1:]) == self.shape
+                and is_small(self.shape))       # large ones are augmented one by one, wherever they lie
 
 # %% ../../nbs/01_data/02_images.ipynb #a4dea0f9
 @patch(as_prop=True)
@@ -220,7 +221,7 @@ def load_images(
     memory_gb=6.,    # Keep small images in memory up to this size
 )->tuple: # The set, and {position: error} of what was left out
     "Decode small images into memory; of large ones, check that the files are whole"
-    files = isinstance(ds.source, FileSource)
+    files = hasattr(ds.source, 'check')      # files, or bytes of files in a table
     threads = min(4, os.cpu_count() or 1) if files else 1
     ds = ImageSet(ds.source, ds.y, ds.classes, ds.ids, tuple(shape))
     if not ds.streamed: return ds, {}

@@ -16,7 +16,8 @@ import torch
 from ..core.config import Config, ConfigError, DataError, RunError, resolve, unknown_name
 from ..core.files import read_json
 from ..core.runtime import has_label
-from .datasets import class_list, create_data, datasets
+from .catalogue import folder_dataset, is_dataset, list_datasets
+from .datasets import class_list, create_data
 from .images import Data, ImageSet, join_sets
 
 # %% ../../nbs/01_data/06_several.ipynb #8dc41c7f
@@ -65,14 +66,15 @@ def join_data(
 # %% ../../nbs/01_data/06_several.ipynb #b5df1fb9
 def part_config(
     cfg:Config,
-    name:str,    # A dataset, or a folder with train/ and test/
+    name:str,    # A dataset, or a folder with train/ and test/, or with a table
 )->Config:
     "The parameters by which one dataset of `stream` is read"
-    if name in datasets:
+    if is_dataset(name):
         return cfg.model_copy(update=dict(dataset=name))
     if Path(name).expanduser().is_dir():
-        return cfg.model_copy(update=dict(dataset='imagefolder', data_root=name))
-    raise ConfigError(f"{unknown_name('dataset in stream:', name, datasets)} No folder of that name exists, either.")
+        return cfg.model_copy(update=dict(dataset=folder_dataset(name), data_root=name))
+    unknown = unknown_name('dataset in stream:', name, list_datasets())
+    raise ConfigError(f"{unknown} No folder of that name exists, either.")
 
 # %% ../../nbs/01_data/06_several.ipynb #ee90134c
 def run_config(run)->Config:
@@ -118,7 +120,7 @@ def extended_parts(
 )->list:
     "The datasets of the run in `extend`, then the new ones"
     old, known = run_config(cfg.extend), {c for t in run_plan(cfg.extend) for c in t['classes']}
-    if not old.stream and old.dataset not in datasets:
+    if not old.stream and not is_dataset(old.dataset):
         raise RunError(f"extend={cfg.extend}: its dataset '{old.dataset}' was an object of your own. Register it with "
                        "register_dataset, and name it, so that it can be read again.")
     parts, plain = data_parts(old, known), cfg.model_copy(update=dict(extend=''))

@@ -206,7 +206,7 @@ def synergy_ce(self:ASMB,
     batch,
 )->Tensor:
     "Cross-entropy of the synergy on the labels"
-    return ce_loss(z, batch.y, self.cfg.label_smoothing)
+    return ce_loss(z, batch.y, self.cfg.label_smoothing, class_weight=self.class_weight)
 
 # %% ../../nbs/05_distil/03_asmb.ipynb #1cbb420a
 @patch

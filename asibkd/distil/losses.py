@@ -48,14 +48,17 @@ def ce_loss(
     smoothing=0.,        # ε: share spread over all classes
     weight:Tensor=None,  # (B,)
     reduction='mean',    # 'mean' or 'none'
+    class_weight:Tensor=None, # (K,): the mean is weighted by the class; of a mixed label, by its share in each
 )->Tensor:
     "Cross-entropy, from hard or soft labels, averaged over the images that have one; 0 for those without"
-    z, known = upcast(z), has_label(y)
-    if y.dtype == torch.long:
-        v = F.cross_entropy(z, y, label_smoothing=smoothing, reduction='none', ignore_index=UNLABELLED)
-    else: v = torch.where(known, F.cross_entropy(z, y.to(z.dtype), label_smoothing=smoothing, reduction='none'), 0.)
+    z, known, hard = upcast(z), has_label(y), y.dtype == torch.long
+    how = dict(weight=None if class_weight is None else class_weight.to(z), label_smoothing=smoothing, reduction='none')
+    if hard: v = F.cross_entropy(z, y, ignore_index=UNLABELLED, **how)
+    else: v = torch.where(known, F.cross_entropy(z, y.to(z.dtype), **how), 0.)
     if reduction != 'mean': return reduce(v, weight, reduction)
-    return reduce(v, weight)*(len(y)/known.sum().clamp(min=1).to(v.dtype))
+    if class_weight is None: return reduce(v, weight)*(len(y)/known.sum().clamp(min=1).to(v.dtype))
+    share = torch.where(known, how['weight'][y.clamp(min=0)], 0.) if hard else y.to(z.dtype) @ how['weight']
+    return reduce(v, weight)*(len(y)/share.sum().clamp(min=1e-12))
 
 # %% ../../nbs/05_distil/00_losses.ipynb #1dea6a18
 def standardize_logits(

@@ -18,6 +18,7 @@ from torch import nn, Tensor
 from ..core.config import ALIASES, Config, ConfigError, Registry, method_params, params_of, unknown_name
 from ..core.papers import paper
 from ..core.runtime import When, base_of, objective_of, tau_at
+from ..data.balance import loss_weights
 from .losses import ce_loss, kd_loss
 from ..ib_mbm import average_logits
 
@@ -92,6 +93,7 @@ class Method(nn.Module):
         super().__init__()
         self.cfg, self.params = cfg, params
         self.known_columns = columns_of(teachers)   # classes that some teacher knows; None = all
+        self.register_buffer('class_weight', loss_weights(cfg, labels, student), persistent=False)
 
     @classmethod
     def reads(cls,
@@ -143,8 +145,8 @@ def fit_teachers(self:Method,
 def hard_ce(self:Method, batch,
     s_out:dict, # The student's output
 )->Tensor:
-    "Cross-entropy of the student on the labels, hard or soft, with label_smoothing"
-    return ce_loss(s_out['logit'], batch.y, self.cfg.label_smoothing)
+    "Cross-entropy of the student on the labels, hard or soft, with label_smoothing and class_weight"
+    return ce_loss(s_out['logit'], batch.y, self.cfg.label_smoothing, class_weight=self.class_weight)
 
 # %% ../../nbs/05_distil/02_methods.ipynb #dad0d457
 @patch

@@ -21,7 +21,8 @@ from ..core.offline import no_downloads
 from ..core.files import atomic_write, check_file, read_json
 from ..core.runtime import forked_rng, pick_device
 from ..data.images import Data
-from ..data.datasets import create_data, list_datasets
+from ..data.catalogue import dataset_name, is_dataset
+from ..data.datasets import create_data
 from ..data.batches import Loader, apply_views, normalise, padding
 from ..models.kdmodel import KDModel
 from ..models.norm import as_norm, seen_by, set_norm
@@ -175,7 +176,7 @@ def splits_of(data:Data)->list:
 # %% ../../nbs/10_explore/00_opened.ipynb #d40f39bb
 def _open_data(s:dict, cfg:Config, train=None, val=None, test=None, unlabelled=None)->Data:
     "The images of a run, checked against its summary"
-    if train is None and (s['dataset'] != cfg.dataset or cfg.dataset not in list_datasets()):
+    if train is None and (s['dataset'] != dataset_name(cfg.dataset) or not is_dataset(cfg.dataset)):
         raise RunError(f"The images were a user-defined dataset ({s['dataset']}). "
                        "Pass it again: open_run(run, train=…, test=…).")
     data = create_data(cfg, train, val, test, unlabelled=unlabelled)

@@ -6,7 +6,7 @@
 __all__ = ['LOOP', 'REPRODUCE', 'COMMANDS', 'option_words', 'bare_value', 'read_options', 'parse', 'add_option', 'add_parameters',
            'add_method_parameters', 'own_options', 'help_text', 'is_first', 'announce', 'print_run', 'cmd_run',
            'cmd_merge', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'cmd_sweep',
-           'runs_options', 'cmd_reproduce', 'cmd_compare', 'newest', 'cmd_show', 'cmd_report', 'cmd_export', 'cmd_cite',
+           'runs_options', 'cmd_reproduce', 'cmd_compare', 'cmd_show', 'cmd_predict', 'cmd_report', 'cmd_cite',
            'cmd_explore', 'cmd_doctor', 'cmd_bench', 'run_command']
 
 # %% ../../nbs/11_run/17_commands.ipynb #0ee13bbf
@@ -20,6 +20,7 @@ from ..core.params import field_bounds, field_kinds
 from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
 from ..core.text import printable
+from .export import cmd_export, cmd_push, newest
 from .forks import start_server
 from .usage import ABOUT
 
@@ -343,18 +344,6 @@ def cmd_compare(argv):
     runs = a.runs or ['results']
     print_comparison(collect(*runs, cl=a.cl), a.baseline, a.out or Path(runs[0])/'compare')
 
-# %% ../../nbs/11_run/17_commands.ipynb #f3c4ec14
-def newest(
-    results='results', # A folder of run folders
-)->str:
-    "The run folder finished last"
-    from asibkd.analysis.tables import has_results
-    done = sorted(Path(results).glob('*/summary.json'), key=lambda f: (-f.stat().st_mtime, f))
-    for f in done:
-        if has_results(f.parent):
-            return str(f.parent)
-    raise AsibError(f"No finished run in '{results}'. Start one with `asibkd run`, or name a run folder.")
-
 # %% ../../nbs/11_run/17_commands.ipynb #a7f239cb
 def cmd_show(argv):
     "asibkd show"
@@ -365,6 +354,12 @@ def cmd_show(argv):
     for damage in check_folder(run, most=QUICK_BYTES, deep=False):
         warn_once(damage)
     print_run(load_summary(run) | dict(run=run))
+
+# %% ../../nbs/11_run/17_commands.ipynb #7d5db4dd
+def cmd_predict(argv)->int: # 2: a file could not be read
+    "asibkd predict"
+    from asibkd.eval.predict import predict_command   # the student alone: nothing that trains is imported
+    return predict_command(argv, ABOUT['predict'])
 
 # %% ../../nbs/11_run/17_commands.ipynb #d652ece8
 def cmd_report(argv):
@@ -382,19 +377,6 @@ def cmd_report(argv):
     else:
         out = a.out or Path(runs[0])/'compare'/'report.html'
         print(save_compare_report(collect(*runs, cl=a.cl), out, a.baseline))
-
-# %% ../../nbs/11_run/17_commands.ipynb #0dbbd20a
-def cmd_export(argv):
-    "asibkd export"
-    p = argparse.ArgumentParser('asibkd export', description=ABOUT['export'])
-    p.add_argument('run', nargs='?', default='', help='run folder; default: the newest in results/')
-    p.add_argument('--to', default='pt2', choices=('pt2', 'onnx'),
-                   help='pt2: torch.export; onnx needs `pip install asibkd[onnx]`')
-    p.add_argument('--path', default='', help='file to write')
-    a = p.parse_args(argv)
-    from asibkd.eval.deploy import export_student
-    e = export_student(a.run or newest(), a.to, a.path)
-    print(f"{e['path']}: answers alike (largest difference {e['difference']:.1e} of the largest logit)")
 
 # %% ../../nbs/11_run/17_commands.ipynb #c8eac41d
 def cmd_cite(argv):
@@ -472,8 +454,8 @@ def cmd_bench(argv):
 # %% ../../nbs/11_run/17_commands.ipynb #caabd909
 COMMANDS = dict(run=cmd_run, merge=cmd_merge, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate,
                 loop=cmd_loop, sweep=cmd_sweep, reproduce=cmd_reproduce, compare=cmd_compare, export=cmd_export,
-                show=cmd_show, report=cmd_report, cite=cmd_cite, explore=cmd_explore, doctor=cmd_doctor,
-                bench=cmd_bench)
+                push=cmd_push, show=cmd_show, predict=cmd_predict, report=cmd_report, cite=cmd_cite, explore=cmd_explore,
+                doctor=cmd_doctor, bench=cmd_bench)
 
 # %% ../../nbs/11_run/17_commands.ipynb #71980d92
 def run_command(

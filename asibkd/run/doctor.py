@@ -128,10 +128,11 @@ def sources(
     config:dict, # config.json of a run
 )->list: # Sentences
     "Files and folders outside the run folder that it needs to go on, and that are not there"
-    own = config.get('dataset') in (None, 'digits') or not config.get('data_root')
+    name = config.get('dataset') or 'digits'
+    own = name == 'digits' or name.startswith('hf:') or name.endswith('.npz') or not config.get('data_root')
     plugins = config.get('plugin') or []
     files = [p for p in ([plugins] if isinstance(plugins, str) else plugins) if p.endswith('.py')]
-    paths = [('data_root', config['data_root'])] if not own else []
+    paths = [('data_root', config['data_root'])] if not own else [('dataset', name)]*name.endswith('.npz')
     return [f"{key} '{p}' is not there, seen from this folder: the run cannot go on or be explored here."
             for key, p in (*paths, *(('plugin', f) for f in files)) if not Path(p).expanduser().exists()]
 

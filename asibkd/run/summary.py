@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OF_THE_METHOD', 'student_copies', 'train_subset', 'split_sizes', 'split_loader', 'evaluate_all', 'average_of',
            'weights_row', 'target_row', 'accuracies', 'teacher_rows', 'ensemble_rows', 'score_row', 'table_rows',
-           'best_baseline', 'measured_costs', 'time_part', 'summarise', 'save_predictions', 'save_results']
+           'best_baseline', 'measured_costs', 'time_part', 'class_report', 'summarise', 'save_predictions',
+           'save_results']
 
 # %% ../../nbs/11_run/01_summary.ipynb #567946ac
 import copy
@@ -16,10 +17,11 @@ from torch import nn
 
 from ..core.config import Config
 from ..core.runtime import RunContext, objective_of
+from ..data.balance import class_counts, tail_groups
 from ..data.batches import Loader, make_loader
 from ..data.images import Data, ImageSet
 from ..distil.methods import check_method
-from ..distil.metrics import OF_TEACHERS, accuracy, collect_logits, evidence_score, scores
+from ..distil.metrics import OF_TEACHERS, accuracy, collect_logits, evidence_score, mean_recall, per_class, scores
 from ..eval.deploy import save_state, save_student, student_card
 from ..eval.evaluate import teacher_report, verdict
 from ..ib_mbm import average_logits
@@ -230,6 +232,24 @@ def time_part(
     per_image |= {k: latency.get(f'student~{k}', latency['student']) for k in results}
     return dict(seconds=seconds, latency_ms=per_image, teacher_images=dict(teacher_counts))
 
+# %% ../../nbs/11_run/01_summary.ipynb #8a338303
+def class_report(
+    z:dict,          # name → (N, K) test logits
+    y:torch.Tensor,  # (N,) labels
+    train:torch.Tensor, # Labels that the student learnt from
+    key:str,         # The method
+)->dict: # train, test: images of each class · recall · balanced_acc by name · groups, and their recall by name
+    "How well each class is recognised"
+    n_class = z[key].shape[1]
+    counts = class_counts(train, n_class).tolist()
+    recall = {k: per_class(v, y) for k, v in z.items()}
+    out = dict(train=counts, test=class_counts(y, n_class).tolist(), recall=[o and round(o, 4) for o in recall[key]],
+               balanced_acc={k: mean_recall(o) for k, o in recall.items()})
+    if groups := tail_groups(counts):
+        def of_groups(o): return {g: mean_recall([o[c] for c in classes]) for g, classes in groups.items()}
+        out |= dict(groups=groups, group_recall={k: of_groups(o) for k, o in recall.items()})
+    return out
+
 # %% ../../nbs/11_run/01_summary.ipynb #b94823b8
 OF_THE_METHOD = ('val_acc', 'test_acc_val_selected', 'test_acc_last', 'test_acc_oracle', 'train_acc', 'params', 'macs')
 
@@ -253,6 +273,9 @@ def summarise(
     out = dict(exp_id=ctx.run.id, kind='distil', method=cfg.method, dataset=data.name, seed=cfg.seed, rows=rows,
                gates=gates, method_params=extra)
     out |= {k: row[k] for k in OF_THE_METHOD if k in row}
+    shown = {r['key']: z['test'][r['key']] for r in rows}
+    out['by_class'] = class_report(shown, y['test'], data.train.y, cfg.method)
+    out['balanced_acc'] = out['by_class']['balanced_acc'][cfg.method]
     out |= dict(images=split_sizes(data, cfg), n_class=data.n_class)
     out |= dict(student=scores(z['test'][cfg.method], y['test']), notes=dict(data.notes))
     out['weights'] = {s.name: weights_row(i) for s, i in zip(specs, infos)}

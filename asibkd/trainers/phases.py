@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.config import Config, RunError, log
 from ..core.runtime import RunContext, trains_teachers
+from ..data.balance import loss_weights
 from ..data.batches import make_loader
 from ..models.shards import on_rows
 from ..models.cache import LiveTeacher, get_teacher_fn, maybe_compile
@@ -151,16 +152,18 @@ class FinetuneStep(nn.Module):
     "Fine-tuning: one model, cross-entropy"
     def __init__(self,
         model,       # A wrapped teacher
-        cfg:Config,  # label_smoothing, compile
+        cfg:Config,  # label_smoothing, class_weight, compile
+        labels=None, # (N,) of the training images, for class_weight
     ):
         super().__init__()
+        self.register_buffer('class_weight', loss_weights(cfg, labels, model), persistent=False)
         self.model, self.smoothing, self.run = model, cfg.label_smoothing, [maybe_compile(model, cfg)]
         self.sync = syncs(cfg)
 
     def forward(self, batch, when)->dict:
         "dict(loss, parts)"
         z = on_rows(lambda b: self.run[0](b.x), batch, self.sync)['logit']
-        return weighted(ce=(1., ce_loss(z, batch.y, self.smoothing)))
+        return weighted(ce=(1., ce_loss(z, batch.y, self.smoothing, class_weight=self.class_weight)))
 
 # %% ../../nbs/06_trainers/03_phases.ipynb #7b17c6f3
 def val_loader(ctx:RunContext): # None where no image was held out (`val_frac=0`)
@@ -230,8 +233,9 @@ def finetune(
     loader = loader or make_loader(cfg, data, 'teacher', f'finetune-{name}', mix=(0., alpha), device=acc.device)
     validate = validator(model, val_loader(ctx), acc)
     groups = [dict(params=model.parameters(), lr=cfg.finetune_lr, weight_decay=cfg.finetune_weight_decay)]
-    phase = Phase(f'finetune-{name}', FinetuneStep(model, cfg), groups, loader, cfg.finetune_epochs, validate,
-                  dict(model=model), kind='finetune')
+    step = FinetuneStep(model, cfg, loader.ds.y)
+    phase = Phase(f'finetune-{name}', step, groups, loader, cfg.finetune_epochs, validate, dict(model=model),
+                  kind='finetune')
     fitted = fit(phase, ctx)
     restore(phase.keep, fitted.state)
     return fitted
