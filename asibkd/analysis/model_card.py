@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['accuracy_interval', 'interval_rows', 'card_data', 'loading_text', 'input_text', 'limit_lines', 'model_card']
 
-# %% ../../nbs/09_analysis/10_model_card.ipynb #ba17f9ad
+# %% ../../nbs/09_analysis/10_model_card.ipynb #ffdba06c
 from pathlib import Path
 
 from ..core.files import read_json
 from ..core.text import escape_markdown, one_line
-from .notes import main_row, run_sentence, verdict_lines, warnings_of
+from .notes import main_row, quantised_rows, run_sentence, verdict_lines, warnings_of
 from .tables import is_cl, joined, load_config, load_summary, result_rows, show_table
 
-# %% ../../nbs/09_analysis/10_model_card.ipynb #c60d1af9
+# %% ../../nbs/09_analysis/10_model_card.ipynb #d7ff3463
 def accuracy_interval(
     acc:float, # On the test images
     n:int,     # How many they are
@@ -23,7 +23,7 @@ def accuracy_interval(
     o = binomtest(round(acc*n), n).proportion_ci(method='wilson')
     return float(o.low), float(o.high)
 
-# %% ../../nbs/09_analysis/10_model_card.ipynb #7e8da48e
+# %% ../../nbs/09_analysis/10_model_card.ipynb #6926b612
 def interval_rows(
     s:dict, # summary.json
 )->list: # of dicts
@@ -36,7 +36,7 @@ def interval_rows(
     return [{k: r.get(k) for k in keep[:4]} | {'95 % interval': shown(o)} | {k: r.get(k) for k in keep[4:]}
             for r, o in zip(rows, s['rows'])]
 
-# %% ../../nbs/09_analysis/10_model_card.ipynb #6ed02b23
+# %% ../../nbs/09_analysis/10_model_card.ipynb #95e630e2
 def card_data(
     s:dict,      # summary.json
     library:str, # 'timm', or '' for plain torch
@@ -56,7 +56,7 @@ def card_data(
                          eval_results=result)
     return data.to_yaml()
 
-# %% ../../nbs/09_analysis/10_model_card.ipynb #5e7eb905
+# %% ../../nbs/09_analysis/10_model_card.ipynb #9e10d7d1
 def loading_text(
     library:str, # 'timm', or '' for the folder's own student.py
     repo:str,    # 'user/name'
@@ -77,7 +77,7 @@ model, preprocess, classes = load_student()
 p = model(preprocess('image.jpg')[None]).softmax(1)
 ```'''
 
-# %% ../../nbs/09_analysis/10_model_card.ipynb #45557ec2
+# %% ../../nbs/09_analysis/10_model_card.ipynb #79e35bae
 def input_text(
     card:dict, # From `student_card`
 )->str:
@@ -89,7 +89,7 @@ def input_text(
     return (f"{c} × {h} × {w} pixels, mean {mean}, deviation {std} (white is 1); config.json says how images are "
             f"resized. {len(names)} classes: {escape_markdown(few)}.")
 
-# %% ../../nbs/09_analysis/10_model_card.ipynb #9ec4f91e
+# %% ../../nbs/09_analysis/10_model_card.ipynb #2b206d16
 def limit_lines(
     s:dict, # summary.json
 )->list: # of sentences
@@ -99,7 +99,7 @@ def limit_lines(
     return [images, 'It answers with one of its classes for every image, also where none of them is there.',
             *warnings_of(s)]
 
-# %% ../../nbs/09_analysis/10_model_card.ipynb #87d2f612
+# %% ../../nbs/09_analysis/10_model_card.ipynb #cd5dd60a
 def model_card(
     run,         # Folder of a finished run
     library='',  # 'timm' where timm loads the folder; '' = its own student.py does
@@ -119,7 +119,7 @@ def model_card(
              '## Input and classes', input_text(card),
              '## Results', show_table(interval_rows(s)),
              "Test accuracy of the weights selected on validation images; Wilson's 95 % interval over the test images.",
-             verdict, '## Limits', lines, '## Licence', terms,
+             verdict, show_table(forms) if (forms := quantised_rows(s)) else '', '## Limits', lines, '## Licence', terms,
              '## How it was made', f'```bash\n{command_of(load_config(run))}\n```',
              'with [asibkd](https://github.com/asibkd/asibkd); `summary.json` of the run holds every number of this page.']
     return '\n\n'.join(o for o in parts if o) + '\n'

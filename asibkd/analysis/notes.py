@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WARNINGS', 'TERMINAL_WARNINGS', 'main_row', 'count_text', 'run_sentence', 'warn_behind', 'warn_leak', 'is_noise',
            'warn_untrained', 'price_text', 'path_ends', 'bridge_images_text', 'step_of', 'warn_gate', 'gate_lines',
-           'warn_oracle', 'warn_no_validation', 'warn_labels', 'warn_no_baseline', 'warn_seed', 'warnings_of',
-           'outlook_lines', 'verdict_lines', 'cl_text', 'run_text']
+           'warn_oracle', 'warn_no_validation', 'warn_labels', 'warn_no_baseline', 'warn_seed', 'quantised_rows',
+           'warn_quantised', 'warnings_of', 'outlook_lines', 'verdict_lines', 'cl_text', 'run_text']
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #93ddb942
 from pathlib import Path
@@ -234,11 +234,31 @@ def warn_seed(
     return (f"ONE SEED ({s['seed']}): what another would give is not known. "
             "`asibkd loop` runs several and gives intervals.")
 
+# %% ../../nbs/09_analysis/02_notes.ipynb #45d89d8d
+def quantised_rows(
+    s:dict, # summary.json, with what `asibkd export --quantize int8` measured
+)->list: # of dicts; [] where nothing was quantised
+    "The forms of the student side by side; ratios are to the first"
+    rows = (s.get('quantised') or {}).get('rows') or []
+    def line(r):
+        mb, ms = rows[0]['mb']/r['mb'], rows[0]['latency_ms']/r['latency_ms']
+        return {'form': r['form'], 'test %': round(100*r['test_acc'], 2), 'same class %': round(100*r['agreement'], 2),
+                'MB': round(r['mb'], 3), '× smaller': round(mb, 2), 'ms': round(r['latency_ms'], 3),
+                '× faster': round(ms, 2)}
+    return [line(r) for r in rows]
+
+# %% ../../nbs/09_analysis/02_notes.ipynb #35dccb5d
+def warn_quantised(
+    s:dict, # summary.json
+)->str:
+    "int8 costs more than was allowed"
+    return (s.get('quantised') or {}).get('warning') or ''
+
 # %% ../../nbs/09_analysis/02_notes.ipynb #fbaf318e
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_labels,
-            warn_no_baseline, warn_seed)
+            warn_no_baseline, warn_seed, warn_quantised)
 # not covered by the verdict and `explain_cl`
-TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_labels)
+TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_labels, warn_quantised)
 
 def warnings_of(
     s:dict,          # summary.json

@@ -42,7 +42,7 @@ def run_page(
     from asibkd.analysis.classes import class_sections
     from asibkd.analysis.knowledge import knowledge_sections
     from asibkd.analysis.sections import (config_parts, env_part, figure_sections, prediction_sections,
-                                          result_section, time_parts)
+                                          quantised_section, result_section, time_parts)
     s, c = load_summary(run), load_config(run)
     if 'rows' not in s:
         raise RunError("This folder holds a fine-tuned teacher, no result table. Name the folder of a run.")
@@ -50,7 +50,7 @@ def run_page(
     for sentence in damage:
         warn_once(sentence)
     sections = [result_section(s), *bridge_sections(run, s), *figure_sections(run, s), *knowledge_sections(run, s),
-                *class_sections(Path(run), s), *prediction_sections(run, s),
+                *class_sections(Path(run), s), *prediction_sections(run, s), quantised_section(s),
                 section('Parameters', *config_parts(effective_config(s, c))), section('Time', *time_parts(s)),
                 section('Environment', env_part(run)), repeat_section(c)]
     return dict(title=f"{s['method']} on {s['dataset']}, seed {s['seed']}", what=run_sentence(s),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CL_COSTS', 'requested_parameters', 'parameters_to_type', 'package_method', 'command_of', 'changed_parameters',
-           'config_parts', 'env_part', 'time_parts', 'curve_picture', 'front_picture', 'information_picture',
-           'confusion_section', 'calibration_section', 'disagreement_section', 'prediction_sections', 'score_table',
-           'difference_table', 'result_section', 'accuracy_section', 'cl_sections', 'figure_sections']
+           'config_parts', 'env_part', 'time_parts', 'quantised_section', 'curve_picture', 'front_picture',
+           'information_picture', 'confusion_section', 'calibration_section', 'disagreement_section',
+           'prediction_sections', 'score_table', 'difference_table', 'result_section', 'accuracy_section',
+           'cl_sections', 'figure_sections']
 
 # %% ../../nbs/09_analysis/06_sections.ipynb #5eb35945
 import json, shlex
@@ -19,6 +20,7 @@ from .figures import (
     calibration_error, confused_pairs, confusion_table, disagreement_table, front_table, information_table,
     load_predictions, plot_confusion, plot_curves, plot_disagreement, plot_front, plot_information,
     plot_reliability, reliability_table, student_curves)
+from .notes import quantised_rows
 from .page import details, picture, section, table, text
 from .tables import cell, is_cl, joined, load_metrics, result_table
 from ..cl import rivals, yardsticks                                   # noqa: it registers its methods
@@ -148,6 +150,18 @@ def time_parts(
     total = seconds | dict(together=sum(seconds.values()))
     t = pd.DataFrame([dict(model=k, seconds=round(v, 1)) for k, v in total.items()])
     return table(t, 'Training time'), text(words)
+
+# %% ../../nbs/09_analysis/06_sections.ipynb #7e69d749
+def quantised_section(
+    s:dict, # summary.json, as `load_summary` reads it
+)->dict: # None where the student was not quantised
+    "Accuracy, size and latency of the student in float32, bfloat16 and int8"
+    rows, o = quantised_rows(s), s.get('quantised') or {}
+    if not rows:
+        return None
+    note = (f"On {o['test_images']:,} test images; int8 was calibrated on {o['n_images']} training images. Latency: one "
+            f"image on the CPU of that machine, {o['threads']} thread{'s' * (o['threads'] > 1)}, median.")
+    return section('Smaller forms', table(pd.DataFrame(rows), 'The student in float32, bfloat16 and int8'), text(note))
 
 # %% ../../nbs/09_analysis/06_sections.ipynb #56c52f20
 def curve_picture(

@@ -29,6 +29,8 @@ def load_summary(
     rows = s.get('rows', [])
     if 'rows' in s and 'method' not in s or not all(isinstance(r, dict) and {'key', 'role'} <= {*r} for r in rows):
         raise damaged(f, "it lacks the method, or the key and role of a row")
+    if (forms := Path(run)/'quantised.json').exists():       # written later, by `asibkd export --quantize int8`
+        s['quantised'] = read_json(forms, strict)
     return clean(s)
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #127a05d7

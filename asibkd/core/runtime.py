@@ -6,7 +6,7 @@
 __all__ = ['FOREIGN', 'UNLABELLED', 'seed_of', 'generator', 'reseed', 'forked_rng', 'set_deterministic', 'seed_everything',
            'pick_device', 'cpu_has_bf16', 'precision_of', 'get_amp_components', 'refuse', 'create_accelerator', 'When',
            'tau_at', 'beta_at', 'objective_of', 'base_of', 'trains_teachers', 'eval_mode', 'has_label', 'RunContext',
-           'watched', 'progress_bar']
+           'running_kernel', 'watched', 'progress_bar']
 
 # %% ../../nbs/00_core/05_runtime.ipynb #f16cce3c
 import contextlib, hashlib, os, sys, warnings
@@ -254,17 +254,21 @@ class RunContext:
         "The same context with other `data`, `cfg`, …"
         return replace(self, **changes)
 
+# %% ../../nbs/00_core/05_runtime.ipynb #f33c43f8
+def running_kernel():
+    "The Jupyter kernel that runs this code; None in a terminal or a script"
+    ipython = sys.modules.get('IPython')
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, 'kernel', None)
+
 # %% ../../nbs/00_core/05_runtime.ipynb #def3ec8c
 def watched()->bool:
     "Is the output interactive: a terminal, or a notebook that is not executed headless?"
-    if 'ipykernel' not in sys.modules:
+    kernel = running_kernel()
+    if kernel is None:
         return sys.stderr.isatty()
-    import psutil
-    try:
-        command = ' '.join(psutil.Process().parent().cmdline())
-    except (psutil.Error, AttributeError):
-        return True
-    return not any(o in command for o in ('papermill', 'nbconvert', 'nbdev', 'nbclient'))
+    # Colab asks its reader in a way of its own
+    return bool(getattr(kernel, '_allow_stdin', True)) or 'google.colab' in sys.modules
 
 # %% ../../nbs/00_core/05_runtime.ipynb #fbe3592d
 def progress_bar(
@@ -272,6 +276,8 @@ def progress_bar(
     cfg=None,        # `disable_tqdm` is read from it
     **kw,            # As tqdm takes them
 ):
-    "A tqdm bar that is hidden where the output is not interactive"
-    from tqdm.auto import tqdm
+    "A tqdm bar that is hidden where the output is not interactive; text in notebooks, too"
+    from tqdm import tqdm
+    if running_kernel() is not None:
+        kw = dict(file=sys.stdout, mininterval=.5) | kw       # standard error is red there
     return tqdm(it, disable=bool(cfg is not None and cfg.disable_tqdm) or not watched(), leave=False, **kw)
