@@ -27,6 +27,7 @@ from ..distil.analytic import AnalyticTeacher, RidgeSums, sample_images, unpacke
 from ..distil.methods import with_method_defaults
 from ..models.cards import read_card
 from ..models.kdmodel import KDModel, spread_classes
+from ..models.programs import is_program
 from ..models.checkpoints import load_into, load_weights
 from ..models.teachers import create_teacher
 from ..models.trace import copied
@@ -266,6 +267,9 @@ def build_first(
 )->KDModel:
     "A teacher without its checkpoint, with a head for `names`"
     data = stream.data
+    if is_program(spec.arch):
+        raise ConfigError(f"{spec.name}: '{spec.arch}' is a program; with cl_mode=1 a teacher grows with the tasks. Name a "
+                          "network.")
     with forked_rng(cfg.seed, 'cl', spec.name):
         if isinstance(spec.arch, nn.Module):
             return create_teacher(

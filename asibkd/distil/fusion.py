@@ -22,6 +22,7 @@ from ..core.processes import dealt, from_main
 from ..core.runtime import FOREIGN, eval_mode, seed_of
 from .metrics import accuracy, predict
 from .multi import min_norm
+from ..models.programs import feature_of
 from ..ib_mbm import calibrated, energy, fuse, known_classes, mean_logits
 
 # %% ../../nbs/05_distil/08_fusion.ipynb #595a79d9
@@ -81,7 +82,7 @@ def collect_table(
         kept = {}
         for i, fn in enumerate(fns):
             o = fn(b)
-            kept |= {f'z{i}': o['logit'], f'f{i}': o[key]}
+            kept |= {f'z{i}': o['logit'], f'f{i}': feature_of(o, key)}
             columns[i] = None if o.get('columns') is None else o['columns'].cpu()
         if student is not None:
             o = student(b.x)

@@ -19,9 +19,9 @@ from ..core.offline import no_downloads
 from ..core.files import atomic_path, atomic_write, read_json, read_weights
 from ..data.batches import normalise
 from ..data.images import Data, prepare_image
-from ..distil.simkd import for_weights, reused_form
 from ..models.kdmodel import KDModel
-from ..models.students import create_student
+from ..models.teachers import build_network
+from ..models.trace import forgets
 from ..models.checkpoints import load_into
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #d4b1ab3a
@@ -116,16 +116,14 @@ def load_student(
     weights, card = student_files(run, which)
     if model is None and not card['type']:
         raise AsibError("This run's student is a module of your own: pass it, load_student(run, model=MyModule()).")
-    if model is None:
+    if model is None:        # the bare network: looking for its stages would take as long as importing torch
         with no_downloads(run, 'Pass the network: load_student(run, model=…).'):
-            student = create_student(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
-                                     in_chans=card['shape'][0], small_input=card['small_input'])
+            model = forgets(build_network(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
+                                          in_chans=card['shape'][0], small_input=card['small_input']))
     state = read_weights(weights)
-    if reused_form(state):
-        net = student if model is None else KDModel(model, card['shape'][-1], card['shape'][0])
-        model = for_weights(net, state).model
-    elif model is None:
-        model = student.model
+    if 'projector.net.0.weight' in state:      # SimKD's: only then is what trains imported
+        from asibkd.distil.simkd import for_weights
+        model = for_weights(KDModel(model, card['shape'][-1], card['shape'][0]), state).model
     load_into(model, state, weights)
     return Student(model.eval(), preprocess_for(card), card['classes'])
 

@@ -23,8 +23,10 @@ from ..core.runtime import pick_device
 from ..data.batches import Loader
 from ..data.sources import fingerprint_of
 from .kdmodel import KDModel
+from .programs import LogitsOnly, Program, ProgramTeacher, feature_of
 from .tables import Table, open_table
 from .teachers import count_macs
+from .trace import ResizeInput
 
 # %% ../../nbs/02_models/08_cache.ipynb #4129b5dd
 def weights_hash(
@@ -50,7 +52,7 @@ def stored_widths(
     t:KDModel,
 )->list: # [logits, feature]
     "How many numbers of a teacher's outputs are stored: logits of the task's classes only"
-    return [t.anatomy.n_class if t.columns is None else len(t.columns), t.feat_dim]
+    return [t.anatomy.n_class if t.columns is None else len(t.columns), sum(t.anatomy.feat_dims)]
 
 # %% ../../nbs/02_models/08_cache.ipynb #599bb349
 def cache_key(
@@ -64,6 +66,8 @@ def cache_key(
     affine = [o.flatten().tolist() for o in (teacher.norm_scale, teacher.norm_shift) if o is not None]
     own = dict(norm=affine) if affine else {}
     if teacher.kept is not None: own |= dict(kept=teacher.kept.tolist())
+    sizes = [h.size for h in teacher.model._forward_pre_hooks.values() if isinstance(h, ResizeInput)]
+    if sizes: own |= dict(sizes=sizes)
     return own | dict(format=1, teacher=weights_hash(teacher.model), images=images, n=len(loader.ds.source),
                 views=loader.n_views, view_key=list(loader.view_key), mean=list(loader.data.mean),
                 std=list(loader.data.std), shape=list(loader.ds.shape), precision=precision,
@@ -85,7 +89,7 @@ def maybe_compile(
     cfg:Config=None, # `compile` is read from it
 ):
     "A network as training steps run it: compiled where `compile=1`; it shares weights and hooks with `m`"
-    if cfg is None or not cfg.compile: return m
+    if cfg is None or not cfg.compile or isinstance(m, ProgramTeacher): return m
     torch._dynamo.config.recompile_limit = 256   # a run has many networks of one class, each in two modes
     graphs = pick_device(cfg.device).type == 'cuda'   # CUDA graphs: small networks wait for kernel launches
     return torch.compile(m, dynamic=False, mode='reduce-overhead' if graphs else None)
@@ -140,7 +144,7 @@ def compute(self:CachedTeacher,
         with torch.no_grad():
             for o in map(self.run, x.split(chunk)):
                 z = o['logit'] if t.columns is None else o['logit'][:, t.columns]
-                out.append(torch.cat([z.float(), o['feat_2d'].float()], 1).cpu())
+                out.append(torch.cat([z.float(), feature_of(o).float()], 1).cpu())
     finally: t.adapter = adapter
     teacher_counts.update(computed=n)
     return self.table.write(batch.row[missing], torch.cat(out)[:n])
@@ -157,7 +161,8 @@ def __call__(self:CachedTeacher, batch):
         found[missing] = self.compute(batch, missing)
     z, f = found.to(batch.x.device, torch.float32, non_blocking=True).split(self.widths, 1)
     adapted = None if t.adapter is None else t.adapter(f)
-    out = TeacherOutput(logit=t.place(z), feat_2d=f, distill_feat=adapted)
+    if isinstance(t.model, Program): out = LogitsOnly(logit=t.place(z), name=t.name)
+    else: out = TeacherOutput(logit=t.place(z), feat_2d=f, distill_feat=adapted)
     if t.columns is not None: out['columns'] = t.columns
     return out
 
@@ -177,6 +182,7 @@ def is_cheap(
     loader:Loader,
 )->bool:
     "Is a forward pass faster than reading a row?"
+    if isinstance(teacher.model, Program): return False   # what it computes is not known
     counted, shape = _macs.setdefault(teacher, {}), tuple(loader.ds.shape)
     if shape not in counted:   # counting runs the teacher once
         p = next(teacher.model.parameters())

@@ -108,7 +108,8 @@ def read_tensors(
                                   "Save `model.state_dict()` instead of the model.") from None
         if 'TorchScript' in reason:
             raise CheckpointError(f"Checkpoint '{path}' is a TorchScript archive, which holds a program. "
-                                  "Save `model.state_dict()` instead.") from None
+                                  f"Save `model.state_dict()` instead, or use it as it is: teacher1_type={path} "
+                                  "(logits alone).") from None
         raise CheckpointError(f"Checkpoint '{path}' is damaged or no checkpoint: {type(e).__name__}: "
                               f"{reason[:120]}. Fetch or save it again.") from None
 

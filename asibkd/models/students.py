@@ -6,7 +6,9 @@
 __all__ = ['list_students', 'create_student']
 
 # %% ../../nbs/02_models/06_students.ipynb #542a85f7
+from ..core.config import ConfigError
 from .kdmodel import KDModel
+from .programs import is_program
 from .teachers import create_teacher
 from .zoo import zoo
 
@@ -27,4 +29,7 @@ def create_student(
     **kw,                     # As `create_teacher` takes them
 )->KDModel:
     "A student ready for distillation, by name or from your own module"
+    if is_program(spec):
+        raise ConfigError(f"student_type={spec} is a program, and a program cannot be trained. Name a network; a program "
+                          "can be a teacher.")
     return create_teacher(spec, n_class, pretrained, img_size, in_chans, small_input, **kw)

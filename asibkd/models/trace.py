@@ -184,7 +184,7 @@ class ResizeInput:
         x, *others = args
         if x.shape[-2:] == (self.size, self.size): return args
         shape = (self.size, self.size)
-        return F.interpolate(x, shape, mode='bilinear'), *others
+        return F.interpolate(x, shape, mode='bilinear', antialias=self.size < min(x.shape[-2:])), *others
 
 # %% ../../nbs/02_models/01_trace.ipynb #fe292dc6
 def unwrapped(
@@ -229,7 +229,8 @@ def plain_module(
     scripted = next((n or name for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if scripted is not None:
         raise ConfigError(f"Module '{scripted}' is scripted (TorchScript), and hooks cannot look into it. "
-                          "Give the nn.Module from which it was made.")
+                          "Give the nn.Module from which it was made, or name its file: teacher1_type=FILE.pt "
+                          "(logits alone).")
     plain = forgets(unwrapped(model))
     if plain is not model: log.info(f"{name}: its original module is used, without its wrapper")
     odd = {str(p.dtype).removeprefix('torch.') for p in plain.parameters()

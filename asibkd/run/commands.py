@@ -6,8 +6,8 @@
 __all__ = ['LOOP', 'REPRODUCE', 'COMMANDS', 'option_words', 'bare_value', 'read_options', 'parse', 'add_option', 'add_parameters',
            'add_method_parameters', 'own_options', 'help_text', 'is_first', 'announce', 'print_run', 'cmd_run',
            'cmd_merge', 'cmd_baseline', 'cmd_finetune', 'cmd_evaluate', 'print_comparison', 'cmd_loop', 'cmd_sweep',
-           'runs_options', 'cmd_reproduce', 'cmd_compare', 'cmd_show', 'cmd_report', 'cmd_cite', 'cmd_explore',
-           'cmd_doctor', 'cmd_bench', 'run_command']
+           'runs_options', 'cmd_reproduce', 'cmd_compare', 'cmd_show', 'cmd_predict', 'cmd_report', 'cmd_cite',
+           'cmd_explore', 'cmd_doctor', 'cmd_bench', 'run_command']
 
 # %% ../../nbs/11_run/17_commands.ipynb #0ee13bbf
 import argparse, contextlib, os, re, sys
@@ -355,6 +355,12 @@ def cmd_show(argv):
         warn_once(damage)
     print_run(load_summary(run) | dict(run=run))
 
+# %% ../../nbs/11_run/17_commands.ipynb #7d5db4dd
+def cmd_predict(argv)->int: # 2: a file could not be read
+    "asibkd predict"
+    from asibkd.eval.predict import predict_command   # the student alone: nothing that trains is imported
+    return predict_command(argv, ABOUT['predict'])
+
 # %% ../../nbs/11_run/17_commands.ipynb #d652ece8
 def cmd_report(argv):
     "asibkd report"
@@ -448,8 +454,8 @@ def cmd_bench(argv):
 # %% ../../nbs/11_run/17_commands.ipynb #caabd909
 COMMANDS = dict(run=cmd_run, merge=cmd_merge, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate,
                 loop=cmd_loop, sweep=cmd_sweep, reproduce=cmd_reproduce, compare=cmd_compare, export=cmd_export,
-                push=cmd_push, show=cmd_show, report=cmd_report, cite=cmd_cite, explore=cmd_explore, doctor=cmd_doctor,
-                bench=cmd_bench)
+                push=cmd_push, show=cmd_show, predict=cmd_predict, report=cmd_report, cite=cmd_cite, explore=cmd_explore,
+                doctor=cmd_doctor, bench=cmd_bench)
 
 # %% ../../nbs/11_run/17_commands.ipynb #71980d92
 def run_command(

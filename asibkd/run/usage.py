@@ -17,6 +17,7 @@ ABOUT = dict(run='run an experiment (or resume it; --extend RUN: go on with new 
              export="write a run's student as a program or a folder, and check it",
              push="upload a run's student with its model card to the Hugging Face Hub",
              show='print the result table of a run',
+             predict='class and confidence of images, by a finished student: a CSV',
              report='write the report of one or several runs again: one HTML file',
              cite='the papers that a run rests on, as BibTeX',
              explore='explore a run in the browser: attention, bottleneck, targets',

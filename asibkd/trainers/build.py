@@ -25,10 +25,12 @@ from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_
                                  trains_teachers)
 from ..data.images import Data, overlap_classes
 from ..freeze import apply_freeze, freeze_all
-from ..models.cards import (OUTSIDE, card_norm, check_card, file_classes, labels_text,
+from ..models.cards import (OUTSIDE, as_names, card_norm, check_card, file_classes, labels_text,
     match_classes, module_classes, read_card, refuse_labels, refuse_unseen, save_teacher, split_of, task_of,
     unknown_to_all, warn_split)
+from ..models.hub import names_weights, published_labels
 from ..models.kdmodel import KDModel, spread_classes
+from ..models.programs import Program, is_program, needs_features
 from ..distil.analytic import fit_analytic
 from ..distil.methods import check_method, create_method, is_ours, list_methods
 from ..models.students import create_student
@@ -159,6 +161,7 @@ class TeacherSpec:
     named:list|None = None         # Names of its outputs' classes, as the user or its file gives them
     search_default:bool = True     # Look for `checkpoints/{arch}_ft.pth` as well
     norm:str = 'auto'              # Normalisation of its input, see `read_norm`
+    matched:bool = False           # Its published outputs are named, and stand for classes of the data
 
 # %% ../../nbs/06_trainers/04_build.ipynb #12de201d
 def archs_of(
@@ -217,8 +220,8 @@ def teacher_specs(
     for i, arch in enumerate(archs):
         def setting(k): return getattr(cfg, f'teacher{min(i, 1) + 1}_{k}')
         out.append(TeacherSpec(
-            f'teacher{i + 1}', arch, ckpts[i] if i < len(ckpts) else '', setting('pretrained'), setting('freeze_level'),
-            setting('freeze_scope'), setting('bn_head_only'), setting('freeze_bn'),
+            f'teacher{i + 1}', arch, ckpts[i] if i < len(ckpts) else '', setting('pretrained') or names_weights(arch),
+            setting('freeze_level'), setting('freeze_scope'), setting('bn_head_only'), setting('freeze_bn'),
             getattr(cfg, f'finetune_ckpt{i + 1}', ''), parts[min(i, 1)], named[i], norm=setting('norm')))
         read_norm(out[-1].norm, norm_flag(out[-1].name))       # refused before anything is built
     return out
@@ -288,7 +291,7 @@ def new_teacher(
     spec:TeacherSpec, data:Data, cfg:Config,
 ):
     "The network with its initial weights, from a separate random generator"
-    own = not isinstance(spec.arch, str)
+    own = not isinstance(spec.arch, str) or is_program(spec.arch)
     with forked_rng(cfg.seed, 'init', spec.name):
         t = create_teacher(
             spec.arch, n_class=None if own else data.n_class, pretrained=spec.pretrained, img_size=data.shape[-1],
@@ -340,7 +343,7 @@ def chosen_norm(
         return None, ''
     if file and (norm := card_norm(file)):
         return norm, f'the card of {Path(file).name}'
-    is_own = not isinstance(spec.arch, str) or spec.arch in registered
+    is_own = not isinstance(spec.arch, str) or spec.arch in registered or is_program(spec.arch)
     return network_norm(m, not file and (spec.pretrained or is_own)), 'the network says so'
 
 # %% ../../nbs/06_trainers/04_build.ipynb #de825cbf
@@ -358,10 +361,15 @@ def give_norm(
 # %% ../../nbs/06_trainers/04_build.ipynb #37b918c2
 def stated_names(
     spec:TeacherSpec,
+    classes=(),   # Names of the data's classes
 )->tuple: # (names or None, who says so)
-    "The classes of a teacher's outputs as its own file or module gives them"
+    "The classes of a teacher's outputs as its own file, module or publisher gives them"
     if spec.ckpt:
         return file_classes(spec.ckpt), f"'{spec.ckpt}'"
+    if is_program(spec.arch):
+        return as_names(Program(spec.arch).card.get('classes')), f"'{spec.arch}'"
+    if names_weights(spec.arch) and spec.pretrained:
+        return published_labels(spec.arch, tuple(map(str, classes))), f"'{spec.arch}'"
     return (module_classes(spec.arch) if isinstance(spec.arch, nn.Module) else None), 'its `classes`'
 
 # %% ../../nbs/06_trainers/04_build.ipynb #9d9ecfda
@@ -373,14 +381,14 @@ def settle_classes(
     if spec.classes is not None:
         return
     typed, classes = spec.named is not None, list(map(str, data.classes))
-    names, who = (spec.named, classes_flag(spec.name)) if typed else stated_names(spec)
+    names, who = (spec.named, classes_flag(spec.name)) if typed else stated_names(spec, classes)
     labels = match_classes(names or (), classes, numbers=typed)
     if typed or any(i != OUTSIDE for i in labels):
         refuse_labels(f'{spec.name} ({who})', names, labels, classes)
     elif names and len(names) == len(classes) and not read_card(spec.ckpt):
         log.warning(f"{spec.name}: {who} calls its outputs {', '.join(names[:3])}, …; the data have {classes[0]}, …: "
                     f"they are taken in the data's order. {classes_flag(spec.name)}=… names them otherwise.")
-    spec.named = None
+    spec.named, spec.matched = None, names_weights(spec.arch) and any(i != OUTSIDE for i in labels)
     if labels != [*range(data.n_class)] and any(i != OUTSIDE for i in labels):
         spec.classes, spec.named = labels, [n if i == OUTSIDE else classes[i] for n, i in zip(names, labels)]
         log.info(f"{spec.name}: {labels_text(spec.named, labels, classes)}")
@@ -416,7 +424,10 @@ def ready_teacher(
         return computed_teacher(spec, data, cfg)
     t, own, epochs = new_teacher(spec, data, cfg), isinstance(spec.arch, nn.Module), cfg.finetune_epochs
     f = load_start_weights(t, spec, data)
-    give_norm(t, spec, data, f, ready=f or not epochs)
+    give_norm(t, spec, data, f, ready=f or not epochs or spec.matched or is_program(spec.arch))
+    if is_program(spec.arch):
+        log.info(f"{spec.name}: {t.name} is a program and gives logits alone; it is not fine-tuned")
+        return t, WeightsInfo('program', t.name, norm=norm_row(t))
     if f:
         anew = 'name no checkpoint' if spec.ckpt else 'move the file away'
         skips = f"; finetune_epochs={epochs} is skipped because of it ({anew} to fine-tune anew)" if epochs else ''
@@ -426,13 +437,16 @@ def ready_teacher(
         log.info(f"{spec.name}: {t.name} from {f}{skips}{plain}")
         taught = (read_card(f) or {}).get('split') == split_of(data.teacher)
         return t, WeightsInfo('checkpoint', Path(f).name, norm=norm_row(t), taught=taught)
-    if epochs:
+    if epochs and not spec.matched:
         return t, None
-    if own or spec.pretrained:
+    if own or spec.pretrained and not names_weights(spec.arch):
         note_size(t, spec.name, data.shape[-1])
     if own:
         return t, WeightsInfo('given', norm=norm_row(t))
-    if spec.pretrained and has_published_head(t):
+    if spec.matched:
+        skips = f"; finetune_epochs={epochs} is skipped because of it" if epochs else ''
+        log.info(f"{spec.name}: {t.name} keeps its published outputs, which its publisher names{skips}")
+    elif spec.pretrained and has_published_head(t):
         log.info(f"{spec.name}: {t.name} keeps its published head: the data's class k must be its class k")
     else:
         refuse_noise(t.name, spec, cfg)
@@ -461,6 +475,9 @@ def train_teacher(
     t, spec:TeacherSpec, ctx:RunContext,
 )->WeightsInfo:
     "Fine-tune a teacher that `build_teacher` left untrained, on its classes"
+    if is_program(spec.arch):
+        raise ConfigError(f"{spec.name}: '{spec.arch}' is a program, and a program cannot be fine-tuned. Name a "
+                          "network.")
     data, run, name, classes = ctx.data, ctx.run, spec.name, spec.classes
     if classes is not None:
         data, t.columns = task_of(data, classes), None
@@ -512,6 +529,9 @@ def check_plan(
     if partial and not check_method(cfg.method).allows_class_subsets:
         raise ConfigError(f"{cfg.method} needs teachers that know every class: {', '.join(partial)}. "
                           f"{subset_methods()}")
+    programs = [t.name for t in teachers if isinstance(t.model, Program)]
+    if programs and (check_method(cfg.method).needs_maps or check_method(cfg.method).adapts):
+        raise needs_features(programs[0])
     freeze_teachers(teachers, specs, cfg, log.debug)
     with forked_rng(cfg.seed, 'plan'):
         create_method(cfg.method, cfg, simkd.student_for(cfg.method, student, teachers), teachers, extra, labels)
