@@ -248,7 +248,7 @@ def test_a_front_end_without_comms(monkeypatch):
             assert [k for k in kinds if 'display' in k] == (['display_data', 'update_display_data', 'update_display_data'] if reader else [])
             assert all({*p['data']} == {'image/png', 'text/plain'} for p in pictures) and len({p['transient']['display_id'] for p in pictures}) == (1 if reader else 0)
             text = ''.join(m['content']['text'] for m in got if m['msg_type'] == 'stream')
-            assert ('A1' in text and '3/3' in text) is reader, text
+            assert ('A1:' in text) is reader, text
     finally:
         client.stop_channels(); manager.shutdown_kernel(now=True)
 

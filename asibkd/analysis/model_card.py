@@ -113,13 +113,14 @@ def model_card(
              "Not named. What the images and the teachers' weights allow is for whoever publishes it to know.")
     lines = '\n'.join(f'- {escape_markdown(o)}' for o in limit_lines(s))
     verdict = '\n'.join(escape_markdown(o).strip() + '  ' for o in verdict_lines(s))
+    forms = show_table(rows) if (rows := quantised_rows(s)) else ''
     parts = [f"---\n{card_data(s, library, licence)}\n---", f"# {main_row(s)['model']} ({s['dataset']})",
              escape_markdown(run_sentence(s)),
              '## How to load it', loading_text(library, repo or 'USER/NAME'),
              '## Input and classes', input_text(card),
              '## Results', show_table(interval_rows(s)),
              "Test accuracy of the weights selected on validation images; Wilson's 95 % interval over the test images.",
-             verdict, show_table(forms) if (forms := quantised_rows(s)) else '', '## Limits', lines, '## Licence', terms,
+             verdict, forms, '## Limits', lines, '## Licence', terms,
              '## How it was made', f'```bash\n{command_of(load_config(run))}\n```',
-             'with [asibkd](https://github.com/asibkd/asibkd); `summary.json` of the run holds every number of this page.']
+             'with [asibkd](https://github.com/asibkd/asibkd); its summary.json holds every number of this page.']
     return '\n\n'.join(o for o in parts if o) + '\n'

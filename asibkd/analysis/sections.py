@@ -159,8 +159,8 @@ def quantised_section(
     rows, o = quantised_rows(s), s.get('quantised') or {}
     if not rows:
         return None
-    note = (f"On {o['test_images']:,} test images; int8 was calibrated on {o['n_images']} training images. Latency: one "
-            f"image on the CPU of that machine, {o['threads']} thread{'s' * (o['threads'] > 1)}, median.")
+    note = (f"On {o['test_images']:,} test images; int8 was calibrated on {o['n_images']} training images. Latency: "
+            f"one image on the CPU of that machine, {o['threads']} thread{'s' * (o['threads'] > 1)}, median.")
     return section('Smaller forms', table(pd.DataFrame(rows), 'The student in float32, bfloat16 and int8'), text(note))
 
 # %% ../../nbs/09_analysis/06_sections.ipynb #56c52f20

@@ -14,7 +14,7 @@ import torch
 from ..core.config import DataError, log
 from ..core.runtime import UNLABELLED, has_label
 from .balance import LONG_TAIL, class_counts, imbalance
-from .catalogue import dataset_name, datasets
+from .catalogue import dataset_name, datasets, refuse_unread
 from .folders import left_out_text, require_two_classes, scan_unlabelled
 from .images import (Data, ImageSet, as_labels, channel_stats, common_shape, hide_labels, join_sets,
     limit_per_class, load_images, stratified_split)
@@ -53,11 +53,14 @@ def as_unlabelled_set(
 def _read_parts(cfg, train, val, test, unlabelled=None):
     "The sets by split, the class names, whether images may be mirrored, and the name of the dataset"
     if train is None and val is None and test is None:
-        p, name = datasets.find(cfg.dataset)(cfg), dataset_name(cfg.dataset)
+        fn, name = datasets.find(cfg.dataset), dataset_name(cfg.dataset)
+        if not (cfg.stream or cfg.extend): refuse_unread(cfg, fn)
+        p = fn(cfg)
     elif train is None or test is None:
         raise DataError(f"create_data needs `train` and `test` together (`val` is optional); "
                         f"`{'train' if train is None else 'test'}` is missing.")
     else:
+        refuse_unread(cfg, None)
         p = dict(train=train, val=val, test=test, flip=getattr(train, 'flip', True))
         name = type(train).__name__
     sets = {k: as_image_set(p[k]) for k in ('train', 'val', 'test') if p.get(k) is not None}

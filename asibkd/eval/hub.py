@@ -275,7 +275,8 @@ def write_folder(
                 return dict(way=way, difference=gap)
     shutil.rmtree(folder, ignore_errors=True)
     if to == 'hub':
-        raise AsibError("No way to write this student gives its logits again; nothing was written. `--to pt2` may say why.")
+        raise AsibError("No way to write this student gives its logits again; nothing was written. `--to pt2` may "
+                        "say why.")
     why = ('is a network of timm, but its first layers were changed for these images (small_input=1)'
            if timm_name(student.model) else 'is no network that timm knows')
     raise AsibError(f"The student '{card['type'] or type(student.model).__name__}' {why}, so timm cannot load it by "

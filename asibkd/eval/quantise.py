@@ -156,8 +156,9 @@ def drop_sentence(
     if drop <= tolerance:
         return ''
     return (f"INT8 COSTS {100*drop:.1f} POINTS of test accuracy ({100*rows[0]['test_acc']:.1f} → "
-            f"{100*rows[-1]['test_acc']:.1f} %), more than quant_tolerance={tolerance:g} allows. Use float32 or bfloat16, or "
-            "a network that bears it better (plain ReLU networks do; h-swish and squeeze-and-excitation lose more).")
+            f"{100*rows[-1]['test_acc']:.1f} %), more than quant_tolerance={tolerance:g} allows. Use float32 or "
+            "bfloat16, or a network that bears it better (plain ReLU networks do; h-swish and squeeze-and-excitation lose "
+            "more).")
 
 # %% ../../nbs/08_eval/04_quantise.ipynb #a6fa8022
 def quantise_student(
@@ -168,7 +169,7 @@ def quantise_student(
     model:nn.Module=None,  # An instance of your module, if the student was one
     n_images=256,          # Training images for the calibration
 )->dict: # path, rows, warning, n_images, threads
-    "A run's student in int8, beside student.onnx in float32; both and bfloat16 are measured, and the run folder keeps it"
+    "A run's student in int8 beside student.onnx in float32; measured with bfloat16, in quantised.json of the run"
     check_onnx()
     student, run, threads = load_student(run, model), Path(run), torch.get_num_threads()
     export_program(run, 'onnx', model=model)

@@ -69,7 +69,8 @@ def export_student(
         return export_program(run, to, path, model, tol)
     from asibkd.analysis.model_card import model_card
     from asibkd.eval.hub import export_folder
-    return export_folder(run, to, path, model, lambda way: model_card(run, 'timm' * (way == 'timm'), repo, licence), tol)
+    def readme(way): return model_card(run, 'timm' * (way == 'timm'), repo, licence)
+    return export_folder(run, to, path, model, readme, tol)
 
 # %% ../../nbs/11_run/16_export.ipynb #5181090f
 def print_forms(
@@ -97,7 +98,7 @@ def cmd_export(argv):
     p.add_argument('--path', default='', help='file or folder to write')
     p.add_argument('--license', default='', metavar='ID', help="for the model card, e.g. mit [none is named]")
     p.add_argument('--quantize', choices=('int8',), default='',
-                   help='8-bit integers by onnxruntime; accuracy, size and latency are measured beside float32 and bfloat16')
+                   help='8-bit integers by onnxruntime; measured beside float32 and bfloat16')
     p.add_argument('--quant_tolerance', type=float, default=.01, help='a larger drop in test accuracy is said [0.01]')
     p.add_argument('--plugin', default='', help='your Python file, if the run used one: what a folder names is not run')
     a = p.parse_args(argv)
@@ -119,7 +120,7 @@ def hub_error(
     status = getattr(getattr(e, 'response', None), 'status_code', None)
     first = (str(e).strip().splitlines() or [''])[0][:200].rstrip('.')
     why = {401: 'the Hub does not accept the token (401): log in again with `hf auth login`, or set HF_TOKEN',
-           403: "the token may not write there (403): use a token with the role 'write', and your own name before the /",
+           403: "the token may not write there (403): use one that may, and your own name before the /",
            404: 'there is no such user or organisation, or the token may not see it (404)'}.get(status)
     if type(e).__name__ == 'OfflineModeIsEnabled':
         why = 'HF_HUB_OFFLINE is set: unset it to push'

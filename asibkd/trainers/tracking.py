@@ -196,13 +196,14 @@ class WandbCB(TrackCB):
 
     def open(self):
         from accelerate.tracking import WandBTracker
-        self.last = None                       # wandb itself drops the steps that it has
         number = read_id(self.run, self.to) or uuid.uuid4().hex[:16]
         project = os.environ.get('WANDB_PROJECT', 'asibkd')
         tracker = WandBTracker(project, id=number, resume='allow', name=self.run.id, dir=str(self.run.path),
                                config=shown_config(self.run), reinit='create_new')
         start_if_needed(tracker)
         keep_id(self.run, self.to, number)
+        # 0 offline: what a killed process had not written is lost, so the newest file is to have every row
+        self.last = max(0, tracker.tracker.starting_step - 1)
         return tracker
 
     def close(self, tracker, failed):
