@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_state', 'student_card', 'save_student', 'Preprocess', 'preprocess_for', 'Student', 'folder_card',
-           'student_files', 'load_student', 'export_program']
+           'student_files', 'load_student', 'program_card', 'export_program']
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #dd7fd8c0
 import json
@@ -18,7 +18,7 @@ from ..core.config import AsibError, CheckpointError, RunError
 from ..core.offline import no_downloads
 from ..core.files import atomic_path, atomic_write, read_json, read_weights
 from ..data.batches import normalise
-from ..data.images import Data, prepare_image
+from ..data.images import Data, is_small, prepare_image
 from ..models.kdmodel import KDModel
 from ..models.teachers import build_network
 from ..models.trace import forgets
@@ -157,6 +157,17 @@ def _to_onnx(program, x, tmp, card):
     session = onnxruntime.InferenceSession(str(tmp), providers=['CPUExecutionProvider'])
     return lambda x: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 
+# %% ../../nbs/08_eval/01_deploy.ipynb #a62a43cf
+def program_card(
+    card:dict, # From `student_card`
+)->dict: # With `input` and `resize`, for whoever has the file alone
+    "The card that goes into a program: it says in words how an image becomes its input"
+    (h, w), short = card['shape'][1:], min(card['shape'][1:])
+    size, how = f'{h}x{w} (height x width)', 'bilinear with antialiasing'
+    resize = (f'{how}, the whole image to {size}' if is_small(card['shape']) else
+              f'{how}, the shorter side to {round(short*8/7)}, then the centre {size}')
+    return card | dict(input='float32 (B, C, H, W), RGB, (pixel/255 - mean)/std', resize=resize)
+
 # %% ../../nbs/08_eval/01_deploy.ipynb #377e0616
 def export_program(
     run,                    # A run folder
@@ -168,7 +179,7 @@ def export_program(
     "Export the student and check the logits of the exported program"
     if to not in ('pt2', 'onnx'):
         raise AsibError(f"Cannot export to '{to}'. Known: pt2, onnx.")
-    student, card = load_student(run, model), student_files(run)[1]
+    student, card = load_student(run, model), program_card(student_files(run)[1])
     shape = student.preprocess.shape
     path, x = Path(path or Path(run)/f'student.{to}'), torch.randn(2, *shape)
     batch = torch.export.Dim('batch', min=1, max=65536)
