@@ -43,7 +43,7 @@ _WHERE = {
     # take the student away
     'eval.deploy': 'load_student',
     'run.export': 'export_student push_student',
-    'eval.predict': 'predict',
+    'eval.predict': 'predict_images',
     'eval.evaluate': 'verdict',
     # look at finished runs
     'analysis.tables': 'load_summary load_config load_metrics load_runs result_table show_table',

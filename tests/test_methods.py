@@ -76,7 +76,12 @@ def teachers(tmp_path_factory):
 SMALL = dict(preset='quickstart', compare=0, report=0, device='cpu', teacher1_type='resnet14', teacher2_type='resnet8', num_stages=1, teacher_adapt_epochs=1, log_level='ERROR')
 OWN = dict(crd=dict(crd_nce_k=256), dkd=dict(dkd_warmup=2), reviewkd=dict(review_warmup=2), rld=dict(rld_warmup=2))     # a parameter that a method does not read is refused
 
-@pytest.mark.parametrize('method', TRAINED)
+PLAIN = {'dist', 'ttm', 'wttm', 'rld', 'normkd', 'ofa', 'pkt', 'sp', 'itrd', 'vid', 'mtkd_static'}      # a loss and at most a projection: they learn and resume as rkd and fitnet do
+slow = pytest.mark.skipif(not os.environ.get('ASIBKD_SLOW'), reason='ASIBKD_SLOW=1: as rkd and fitnet')
+
+COMMON = [pytest.param(m, marks=[slow] if m in PLAIN else []) for m in TRAINED]
+
+@pytest.mark.parametrize('method', COMMON)
 def test_learns_on_digits(method, teachers, tmp_path, short_exam):
     "Total loss falls, and the accuracy is 20 points above chance"
     epochs = 12 if method in ('at', 'simkd') else 6        # on maps of 8×8 its published weight of 1000 holds the labels back at first
@@ -86,10 +91,7 @@ def test_learns_on_digits(method, teachers, tmp_path, short_exam):
     else: assert loss[-1] < loss[1]                                                # dkd's warm-up of two epochs; camkd's first epoch has no feature term
     assert s['test_acc_last'] > .3 and s['test_acc_val_selected'] > .3
 
-PLAIN = {'dist', 'ttm', 'wttm', 'rld', 'normkd', 'ofa', 'pkt', 'sp', 'itrd', 'vid', 'mtkd_static'}      # a loss and at most a projection: they resume as rkd and fitnet do
-slow = pytest.mark.skipif(not os.environ.get('ASIBKD_SLOW'), reason='ASIBKD_SLOW=1: as rkd and fitnet')
-
-@pytest.mark.parametrize('method', [pytest.param(m, marks=[slow] if m in PLAIN else []) for m in TRAINED])
+@pytest.mark.parametrize('method', COMMON)
 def test_resumes(method, teachers, tmp_path, short_exam):
     "Stopped within an epoch and started again: the same bits"
     args = SMALL | OWN.get(method, {}) | teachers | dict(finetune_epochs=0, student_epochs_per_stage=2, train_per_class=10, batch_size=16, checkpoint_steps=3, method=method)

@@ -9,7 +9,7 @@ from PIL import Image
 from asibkd.core.config import ConfigError, DataError, RunError
 from asibkd.data.images import prepare_image
 from asibkd.eval.deploy import load_student, save_student
-from asibkd.eval.predict import open_predictor, predict, predict_command, read_pixels
+from asibkd.eval.predict import open_predictor, predict_command, predict_images, read_pixels
 from asibkd.models.teachers import build_network
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -56,13 +56,13 @@ def test_rows_and_failures(run, photos, capsys):
 def test_out_and_code_zero(run, photos, tmp_path, capsys):
     assert predict_command([str(run), str(photos/'a.jpg'), '--out', str(tmp_path/'f.csv')]) == 0
     assert len((tmp_path/'f.csv').read_text().splitlines()) == 2 and not capsys.readouterr().out
-    rows, failed = predict(run, photos/'a.jpg', photos/'deep')
+    rows, failed = predict_images(run, photos/'a.jpg', photos/'deep')
     assert len(rows) == 2 and not failed
 
 def test_exported_programs_answer_alike(run, photos):
     from asibkd.eval.deploy import export_program
-    want, _ = predict(run, photos/'a.jpg', photos/'grey.jpg')
-    got, _ = predict(export_program(run, 'pt2')['path'], photos/'a.jpg', photos/'grey.jpg')
+    want, _ = predict_images(run, photos/'a.jpg', photos/'grey.jpg')
+    got, _ = predict_images(export_program(run, 'pt2')['path'], photos/'a.jpg', photos/'grey.jpg')
     assert [r['class'] for r in got] == [r['class'] for r in want]
     assert all(abs(a['confidence'] - b['confidence']) < 1e-3 for a, b in zip(got, want))
 
@@ -70,15 +70,15 @@ def test_onnx_without_a_card(tmp_path, photos):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)).eval()
     torch.onnx.export(net, (torch.randn(1, 3, 8, 8),), tmp_path/'m.onnx', dynamo=False)
     with pytest.raises(ConfigError, match="--norm imagenet"): open_predictor(tmp_path/'m.onnx')
-    (row,), _ = predict(tmp_path/'m.onnx', photos/'a.jpg', norm='0.5 / 0.5')
+    (row,), _ = predict_images(tmp_path/'m.onnx', photos/'a.jpg', norm='0.5 / 0.5')
     x = (prepare_image(photos/'a.jpg', (3, 8, 8)).float()/255 - .5)/.5
     with torch.no_grad(): assert abs(row['confidence'] - net(x[None]).softmax(1).max().item()) < 1e-3 and row['class'] in '01'
 
 def test_refusals(run, photos, tmp_path):
-    with pytest.raises(DataError, match='neither a file nor a folder'): predict(run, photos/'gone.jpg')
-    with pytest.raises(RunError, match='no run folder'): predict(tmp_path/'gone', photos)
+    with pytest.raises(DataError, match='neither a file nor a folder'): predict_images(run, photos/'gone.jpg')
+    with pytest.raises(RunError, match='no run folder'): predict_images(tmp_path/'gone', photos)
     (tmp_path/'hub').mkdir(); (tmp_path/'hub'/'model.pt2').write_bytes(b'x')
-    with pytest.raises(RunError, match='naming a folder runs none'): predict(tmp_path/'hub', photos)
+    with pytest.raises(RunError, match='naming a folder runs none'): predict_images(tmp_path/'hub', photos)
 
 def test_nothing_that_trains_is_imported(run, photos):
     "The student, torch and PIL: no torchvision, no timm, no pandas, none of the wings that train"

@@ -268,8 +268,8 @@ def build_first(
     "A teacher without its checkpoint, with a head for `names`"
     data = stream.data
     if is_program(spec.arch):
-        raise ConfigError(f"{spec.name}: '{spec.arch}' is a program; with cl_mode=1 a teacher grows with the tasks. Name a "
-                          "network.")
+        raise ConfigError(f"{spec.name}: '{spec.arch}' is a program; with cl_mode=1 a teacher grows with the tasks. "
+                          "Name a network.")
     with forked_rng(cfg.seed, 'cl', spec.name):
         if isinstance(spec.arch, nn.Module):
             return create_teacher(

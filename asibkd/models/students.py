@@ -30,6 +30,6 @@ def create_student(
 )->KDModel:
     "A student ready for distillation, by name or from your own module"
     if is_program(spec):
-        raise ConfigError(f"student_type={spec} is a program, and a program cannot be trained. Name a network; a program "
-                          "can be a teacher.")
+        raise ConfigError(f"student_type={spec} is a program, and a program cannot be trained. Name a network; a "
+                          "program can be a teacher.")
     return create_teacher(spec, n_class, pretrained, img_size, in_chans, small_input, **kw)

@@ -23,7 +23,7 @@ from ..core.runtime import eval_mode
 from .anatomy import anatomy
 from .checkpoints import load_into, load_weights
 from ..core.offline import cached_or_fetched
-from .hub import INSTEAD, as_published, download_error, hub_name, load_hub, load_tv, tv_name
+from .hub import INSTEAD, as_published, download_error, hub_model, load_hub_model, load_tv, tv_name
 from .kdmodel import KDModel, add_adapter
 from .programs import Program, create_program, is_program
 from .trace import ResizeInput, failure_at, forgets, init_lazy, plain_module
@@ -242,8 +242,8 @@ def build_timm(
 )->nn.Module:
     "A bare network of timm"
     args = dict(in_chans=in_chans, **({} if n_class is None else dict(num_classes=n_class)), **kw)
-    if hub_name(name):
-        m = load_hub(name, pretrained, **args)
+    if hub_model(name):
+        m = load_hub_model(name, pretrained, **args)
         if m.num_classes == m.pretrained_cfg['num_classes']: return as_published(m, name, img_size)
         return fit_module(m, name, img_size, in_chans, small_input)
     fit = find_fit(name, img_size, small_input=small_input, **{k: v for k, v in args.items() if 'pretrained' not in k})
@@ -331,7 +331,7 @@ def build_network(
 )->nn.Module:
     "A bare network by name: from this package, else timm, else torchvision"
     if name in models: return build_registered(name, **kw)
-    if hub_name(name): return build_timm(hub_name(name), **kw)
+    if hub_model(name): return build_timm(hub_model(name), **kw)
     if tv_name(name): return build_torchvision(tv_name(name), **kw)
     import timm, torchvision
     tv = torchvision.models.list_models(torchvision.models)
@@ -355,7 +355,7 @@ def named_model(
     "A network by name in the common wrapper"
     net = forgets(build_network(name, n_class=n_class, img_size=img_size, in_chans=in_chans, **kw))
     # what a user's function or a file of the hub builds may change
-    fixed = name in zoo or name not in models and not hub_name(name)
+    fixed = name in zoo or name not in models and not hub_model(name)
     key = models.get(name), str((name, n_class, img_size, in_chans, sorted(kw.items())))
     m = KDModel(net, img_size, in_chans, name, dropout, anatomies.get(key) if fixed else None)
     if fixed: anatomies[key] = copy.deepcopy(m.anatomy)
