@@ -58,11 +58,11 @@ def differences(run, data, n=1000):
 def main(folder, results='results'):
     import torch
     from asibkd.eval.quantise import quantise_student
-    from asibkd.run.export import run_data
+    from asibkd.run.export import data_of_run
     rows, machine = [], f'{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}'
     for name, more in NETWORKS.items():
         run = train(name, folder, results, **more)
-        data = run_data(run)
+        data = data_of_run(run)
         for to, gap in differences(run, data).items():
             rows.append(dict(network=name, form=f'exported: {to}', worst_difference=f'{gap:.1e}', images=1000, machine=machine))
             print(rows[-1], flush=True)
