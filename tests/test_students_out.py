@@ -105,7 +105,7 @@ def test_a_module_of_yours_goes_as_a_program(student_of):
 
 def test_the_card_says_what_the_summary_says(run):
     from huggingface_hub import ModelCard
-    from asibkd.analysis.model_card import accuracy_interval, model_card
+    from asibkd.analysis.card import accuracy_interval, model_card
     from scipy.stats import binomtest
     s = json.loads((run/'summary.json').read_text())
     card = ModelCard(model_card(run, 'timm', 'me/pets', 'apache-2.0'))
@@ -120,7 +120,7 @@ def test_the_card_says_what_the_summary_says(run):
 
 def test_int8_is_in_summary_report_and_card(run):
     from asibkd import load_summary
-    from asibkd.analysis.model_card import model_card
+    from asibkd.analysis.card import model_card
     from asibkd.analysis.notes import run_text
     from asibkd.analysis.sections import quantised_section
     from asibkd.eval.quantise import drop_sentence

@@ -123,7 +123,8 @@ def differences(self:Run,
 )->list: # ['seed: 42 → 1', …]
     "Parameters in which the folder's run differs from this one, among those that affect the result"
     free = {*Config.model_fields} - {*fields_that_affect_results()}
-    settled = {k: v for k, v in old.items() if k != '_requested'}
+    defaults = json.loads(json.dumps(Config().model_dump()))         # a run may be older than a parameter
+    settled = defaults | {k: v for k, v in old.items() if k != '_requested'}
     requested = settled | old.get('_requested', {})
     new = json.loads(json.dumps(self.params))
     keys = sorted({*requested, *new} - free)

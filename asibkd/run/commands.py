@@ -454,8 +454,8 @@ def cmd_bench(argv):
 # %% ../../nbs/11_run/17_commands.ipynb #caabd909
 COMMANDS = dict(run=cmd_run, merge=cmd_merge, finetune=cmd_finetune, baseline=cmd_baseline, evaluate=cmd_evaluate,
                 loop=cmd_loop, sweep=cmd_sweep, reproduce=cmd_reproduce, compare=cmd_compare, export=cmd_export,
-                push=cmd_push, show=cmd_show, predict=cmd_predict, report=cmd_report, cite=cmd_cite, explore=cmd_explore,
-                doctor=cmd_doctor, bench=cmd_bench)
+                push=cmd_push, show=cmd_show, predict=cmd_predict, report=cmd_report, cite=cmd_cite,
+                explore=cmd_explore, doctor=cmd_doctor, bench=cmd_bench)
 
 # %% ../../nbs/11_run/17_commands.ipynb #71980d92
 def run_command(
