@@ -273,3 +273,8 @@ def test_doctor_says_it(folder):
     photos = folder(train=3, test=2)
     for i in range(40): shutil.copy(photos/'train'/'cat'/'000.png', photos/'train'/'cat'/f'x{i}.png')
     assert "43 photos of 'cat', 3 of 'dog'" in str(check_data(photos))
+
+def test_a_folder_named_without_a_slash_is_called_once(tmp_path, monkeypatch):
+    from asibkd.data.catalogue import dataset_name
+    (tmp_path/'birds').mkdir(); monkeypatch.chdir(tmp_path)
+    assert dataset_name('hf:birds') == dataset_name(f'hf:{tmp_path}/birds') == 'hf:birds'

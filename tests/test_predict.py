@@ -92,3 +92,8 @@ print(code, ours, [m for m in ('torchvision', 'timm', 'pandas', 'sklearn', 'scip
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=photos)
     assert r.stderr.strip() == "0 ['core', 'data', 'eval', 'models', 'run'] []", r.stderr
     assert r.stdout.startswith('file,class,confidence\n')
+
+def test_a_damaged_image_is_named_once(tmp_path):
+    from asibkd.eval.predict import read_pixels
+    f = tmp_path/'a.png'; f.write_bytes(b'\x89PNG and no more')
+    assert read_pixels(str(f), (3, 8, 8)) == 'cannot identify image file'

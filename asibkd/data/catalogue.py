@@ -268,4 +268,4 @@ def dataset_name(
 )->str:
     "How a dataset is called in tables: without the folders of this machine"
     if name.endswith('.npz'): return Path(name).name
-    return f'hf:{Path(name).name}' if name.startswith('hf:') and hub_name(name).is_local else name
+    return f"hf:{Path(name.removeprefix('hf:')).name}" if name.startswith('hf:') and hub_name(name).is_local else name

@@ -84,7 +84,8 @@ def read_pixels(
         with Image.open(path) as im:
             return shaped(as_image(im), shape)
     except Exception as e:                       # PIL raises errors of any kind
-        return one_line(str(e).replace(str(path), '').strip().rstrip('.') or type(e).__name__)
+        said = str(e).replace(repr(str(path)), '').replace(str(path), '')
+        return one_line(said.strip().rstrip('.') or type(e).__name__)
 
 # %% ../../nbs/08_eval/02_predict.ipynb #78a8c21a
 @dataclass
