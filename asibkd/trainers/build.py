@@ -387,7 +387,8 @@ def settle_classes(
         refuse_labels(f'{spec.name} ({who})', names, labels, classes)
     elif names and len(names) == len(classes) and not read_card(spec.ckpt):
         log.warning(f"{spec.name}: {who} calls its outputs {', '.join(names[:3])}, …; the data have {classes[0]}, …: "
-                    f"they are taken in the data's order. {classes_flag(spec.name)}=… names them otherwise.")
+                    f"they are taken in the data's order, which without fine-tuning (finetune_epochs=0) is a guess. "
+                    f"{classes_flag(spec.name)}=… names them otherwise.")
     spec.named, spec.matched = None, names_weights(spec.arch) and any(i != OUTSIDE for i in labels)
     if labels != [*range(data.n_class)] and any(i != OUTSIDE for i in labels):
         spec.classes, spec.named = labels, [n if i == OUTSIDE else classes[i] for n, i in zip(names, labels)]
