@@ -85,6 +85,15 @@ def subset(self:ImageSet, idx)->ImageSet:
     idx = torch.as_tensor(idx, dtype=None if len(idx) else torch.int64)
     return ImageSet(self.source, self.y[idx], self.classes, self.ids[idx], self.shape)
 
+# %% ../../nbs/01_data/02_images.ipynb #6660c534
+SMALL = 64    # pixels a side
+
+def is_small(
+    shape, # (C, H, W)
+)->bool:
+    "Are images of this shape kept in memory and augmented as whole batches?"
+    return max(shape[1:]) <= SMALL
+
 # %% ../../nbs/01_data/02_images.ipynb #9da622bd
 @patch(as_prop=True)
 def streamed(self:ImageSet)->bool:
@@ -100,15 +109,6 @@ def x(self:ImageSet)->torch.Tensor: # uint8 (N, C, H, W)
         raise DataError(f"These {len(self)} images are streamed from disk; "
                         "take some with `.images(positions)`.")
     return self.source.x[self.ids]
-
-# %% ../../nbs/01_data/02_images.ipynb #6660c534
-SMALL = 64    # pixels a side
-
-def is_small(
-    shape, # (C, H, W)
-)->bool:
-    "Are images of this shape kept in memory and augmented as whole batches?"
-    return max(shape[1:]) <= SMALL
 
 # %% ../../nbs/01_data/02_images.ipynb #650affbe
 def resize_and_crop(
