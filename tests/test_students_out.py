@@ -111,7 +111,7 @@ def test_the_card_says_what_the_summary_says(run):
     card = ModelCard(model_card(run, 'timm', 'me/pets', 'apache-2.0'))
     result = card.data.eval_results[0]
     row = next(r for r in s['rows'] if r['key'] == 'asmb')
-    assert (card.data.license, card.data.library_name, result.dataset_name) == ('apache-2.0', 'timm', 'digits')
+    assert (card.data.license, card.data.to_dict()['library_name'], result.dataset_name) == ('apache-2.0', 'timm', 'digits')
     assert result.metric_value == round(row['test_acc_val_selected'], 4)
     low, high = accuracy_interval(.3, 200)
     assert binomtest(60, 200, low).pvalue < .1 and low < .3 < high
