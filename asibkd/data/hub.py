@@ -18,7 +18,7 @@ from ..core.config import ConfigError, DataError, log, unknown_name
 from ..core.runtime import UNLABELLED, watched
 from ..core.text import one_line
 from .folders import SPLIT_NAMES
-from .sources import FileSource, as_image
+from .sources import FileSource, as_image, reading
 
 # %% ../../nbs/01_data/02_hub.ipynb #458aa8de
 @dataclass
@@ -195,14 +195,7 @@ class HubSource:
         self.column, self.text = column, text
 
     def __len__(self): return len(self.ds)
-
-    @contextlib.contextmanager
-    def _name_in_errors(self, i):
-        "Any error inside becomes a `DataError` that names row `i`"
-        try: yield
-        except Exception as e:
-            raise DataError(f"Cannot read the image in row {i} of {self.text}: {one_line(e).rstrip('.')}. "
-                            "Repair or remove it, or set skip_corrupt=1 to leave such images out.") from e
+    def _reading(self, i): return reading(f'the image in row {i} of {self.text}', one_line)
 
 # %% ../../nbs/01_data/02_hub.ipynb #ab9a0eb9
 @patch
@@ -210,7 +203,7 @@ def __getitem__(self:HubSource, i): # uint8 (C, H, W)
     "Decode row `i`"
     from PIL import Image
     if not 0 <= i < len(self): raise IndexError(i)
-    with self._name_in_errors(i):
+    with self._reading(i):
         row = self.ds[int(i)][self.column]
         if row is None: raise ValueError('it is empty')
         if row['bytes'] is None: return FileSource([row['path']])[0]

@@ -9,7 +9,6 @@ __all__ = ['aligned', 'aligned_after_stem', 'hint_pair', 'SingleTeacher', 'regre
 # %% ../../nbs/05_distil/04_single.ipynb #65ff7ddf
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..core.config import ConfigError

@@ -9,7 +9,6 @@ __all__ = ['HEAD', 'TAIL', 'timm_preprocessing', 'timm_name', 'write_timm', 'use
 
 # %% ../../nbs/08_eval/03_hub.ipynb #0a90b629
 import ast, contextlib, inspect, json, shutil, sys, textwrap
-from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..core.config import CheckpointError, log
-from ..core.files import FileDamaged, check_weights
+from ..core.files import check_weights
 from .kdmodel import KDModel
 
 # %% ../../nbs/02_models/04_checkpoints.ipynb #5d3c2fac

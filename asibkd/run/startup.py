@@ -10,7 +10,6 @@ __all__ = ['STARTS', 'TORCHRUN', 'processor', 'command_seconds', 'in_turn', 'ben
 import json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
-from typing import Callable
 
 # %% ../../nbs/11_run/13_startup.ipynb #d392392f
 def processor()->str:
