@@ -77,7 +77,13 @@ def sent(file):
         if r.HasField('exit'): code = r.exit.exit_code
     return found, name, config, tags, code
 
-def wandb_files(run): return sorted(Path(run).glob('wandb/offline-run-*/*.wandb'))
+def wandb_files(run, n=1):
+    "Its `n` files, oldest first; wandb's own process makes them when it comes to it"
+    for _ in range(600):
+        if len(files := sorted(Path(run).glob('wandb/offline-run-*/*.wandb'))) >= n: break
+        time.sleep(.1)
+    assert len(files) == n, (files, sorted(Path(run).glob('wandb/**/*')))
+    return files
 
 def nothing_open(): assert not [t for t in threading.enumerate() if 'Writer' in type(t).__name__]
 
@@ -113,7 +119,7 @@ def test_D_wandb_resume_is_the_same_run(params, wandb):
     mine = wandb.init(project='mine', dir=str(Path(params['results_dir']).parent), reinit='create_new')
     with pytest.raises(RunError): run_experiment(**params, track='wandb', callbacks=[Killed(2, RunError('no'))])
     s = run_experiment(**params, track='wandb')
-    (a, name, config, first, code), (b, _, _, second, code2) = map(sent, wandb_files(s['run']))
+    (a, name, config, first, code), (b, _, _, second, code2) = map(sent, wandb_files(s['run'], 2))
     assert a == b == json.loads((Path(s['run'])/'tracking.json').read_text())['wandb_id'] and name == Path(s['run']).name
     assert (code, code2) == (1, 0)
     assert [n for n, _ in first['B1/val_acc']] == [1, 2] and [n for n, _ in second['B1/val_acc']] == [1, 2, 3]
@@ -218,7 +224,7 @@ def everything_sent(track, package, results, run):
     if track == 'trackio':
         (_, tags), = trackio_runs(package, run).items()
         return tags
-    *killed, last = wandb_files(run)
+    *killed, last = wandb_files(run, 3)
     assert len(killed) == 2 and json.loads((run/'tracking.json').read_text())['wandb_id'] == sent(last)[0]
     return sent(last)[3]                                        # what a killed process had not written yet is sent again
 

@@ -208,8 +208,10 @@ def cmd_run(argv):
     "asibkd run"
     file, given = parse('run', argv)
     announce(file, given)
+    from asibkd.core.processes import leave_processes
     from asibkd.run.experiment import run_experiment
     print_run(run_experiment(file, **given))
+    leave_processes()
 
 # %% ../../nbs/11_run/17_commands.ipynb #0a6ddf22
 def cmd_merge(argv):

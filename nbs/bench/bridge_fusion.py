@@ -80,16 +80,30 @@ FUSIONS = dict(average=fit_average, wavg=fit_wavg, gate=fit_gate, stack=fit_stac
 # Rows
 
 def tables(data, pair, seed, params)->tuple:
-    "The teachers' outputs on the images that may have a label, and on the test images"
+    "The teachers' outputs on the images that may have a label, and on the test images; made once and kept in files"
+    import torch
+    from asibkd.distil.fusion import TeacherTable
+    files = [study.WORK/'tables'/f'{data}-{pair}-s{seed}-{part}.pt' for part in ('pool', 'test')]
+    if not all(f.exists() for f in files):
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        for f, t in zip(files, made_tables(data, pair, seed, params)):
+            torch.save(vars(t), f)
+    return tuple(TeacherTable(**torch.load(f, weights_only=True)) for f in files)
+
+
+def made_tables(data, pair, seed, params)->tuple:
+    "The same, from the networks"
     from asibkd.data.batches import Loader, make_loader
     from asibkd.distil.fusion import collect_table
     from asibkd.trainers.build import build_student
+    from asibkd.trainers.phases import to_device
     ctx, _ = study.open_cell(data, 0, seed, 'avgz', 0, params)
     teachers = [study.get_teacher(t, ctx, f'teacher{i + 1}') for i, t in enumerate(study.SETTINGS[pair])]
     device = ctx.acc.device
     loaders = (Loader(ctx.data.train, ctx.data, 4*ctx.cfg.batch_size, device=device),
                make_loader(ctx.cfg, ctx.data, 'test', 'test', device=device))
     student = build_student(ctx.cfg, ctx.data)          # the path's tables have one; it is not asked
+    to_device(ctx, student)
     return tuple(collect_table(student, teachers, o, autocast=ctx.acc.autocast) for o in loaders)
 
 

@@ -12,7 +12,7 @@ Tuning: every arm has `BUDGET` settings. Each is tried on the tuning seeds, in a
 labels a class, the setting with the best mean accuracy on validation images is taken. Tuning seeds are not reported.
 
 Resumable: a finished student is a row of bridge_map.csv (tuning: bridge_map_tuning.csv) and is not trained again;
-teachers are kept in results/bridge_map. Several processes may work at once: each locks the teachers' pair and seed."""
+teachers are kept in results/bridge_map. Several processes may work at once: each locks its teacher and its row."""
 import argparse, csv, json, logging, math, os, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ DATA = {          # parameters, labels a class (0 = all), seeds that are reporte
     'mnist5k': (dict(dataset='mnist5k', use_amp=0, batch_size=64, student_epochs_per_stage=6, student_lr=.01,
                      finetune_epochs=15, finetune_lr=.003, val_frac=.1, teacher_share=.4),
                 (5, 20, 100, 0), range(10), (1000, 1001)),
-    'cifar': (dict(train_per_class=2200, batch_size=64, student_epochs_per_stage=9,
+    'cifar': (dict(train_per_class=2200, batch_size=128, student_epochs_per_stage=9,
                    student_lr=.01, student_weight_decay=.02, lr_warmup_epochs=1, finetune_epochs=18, finetune_lr=.008,
                    finetune_weight_decay=.02, val_frac=.0909, teacher_share=.5),
               (5, 20, 50, 100, 0), range(5), (1000,))}
@@ -88,7 +88,8 @@ ARMS = dict(      # method, what makes the arm, its settings to choose from
     asmb_no_u=('asmb', FUSE, BRIDGE),
     asmb_no_delta=('asmb', FUSE, BRIDGE))
 WITHOUT = dict(asmb_no_u=('u',), asmb_no_delta=('delta',))    # Parts of the formula that the path leaves closed
-GRID = [a for a in ARMS if a not in ('asmb_no_query', *WITHOUT)]    # the others only where --arms names them
+ABLATIONS = ('asmb_no_query', *WITHOUT)                       # only where --arms names them; in the setting of asmb
+GRID = [a for a in ARMS if a not in ABLATIONS]
 OURS, LABELS_ONLY = tuple(a for a in ARMS if a.startswith('asmb')), ('ce',)
 
 
@@ -203,10 +204,13 @@ def decoded(root):
     from asibkd.core.config import resolve
     from asibkd.data.datasets import create_data
     from asibkd.data.images import ImageSet
+    from filelock import FileLock
     file = WORK/'cifar.pt'
-    if not file.exists():
-        d = create_data(resolve(dataset='imagefolder', data_root=root, val_frac=0)[0])
-        torch.save({k: (o.x, o.y, d.classes) for k, o in (('train', d.train), ('test', d.test))}, file)
+    WORK.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{file}.lock'):
+        if not file.exists():
+            d = create_data(resolve(dataset='imagefolder', data_root=root, val_frac=0)[0])
+            torch.save({k: (o.x, o.y, d.classes) for k, o in (('train', d.train), ('test', d.test))}, file)
     return {k: ImageSet(*o) for k, o in torch.load(file, weights_only=True).items()}
 
 
@@ -291,11 +295,18 @@ def train_row(row:dict, teachers, params:dict)->dict:
 
 
 def try_row(file, row:dict, teachers, params:dict)->bool:
-    "Add one row; where it fails, the others go on, and the next call tries it again"
+    "Add one row, if it is missing and free; where it fails, the others go on, and the next call tries it again"
     from asibkd.core.config import AsibError
+    from filelock import FileLock, Timeout
+    name = '-'.join(map(str, (Path(file).stem, *key_of(row))))
     try:
-        add_row(file, train_row(row, teachers, params))
-        return True
+        with FileLock(str(WORK/'locks'/name), timeout=0):
+            if key_of(row) in {key_of(r) for r in read_rows(file)}:
+                return False
+            add_row(file, train_row(row, teachers, params))
+            return True
+    except Timeout:
+        return False
     except AsibError as e:
         print(f"{', '.join(map(str, key_of(row)))}: {e}", flush=True)
         return False
@@ -305,22 +316,12 @@ def run_unit(file, data, setting, seed, todo:list, params:dict)->int:
     "The missing rows of one pair of teachers and one seed; how many were added"
     import torch
     from asibkd.core.config import log
-    from filelock import FileLock, Timeout
     torch.set_num_threads(1)
     log.setLevel(logging.ERROR)
     (WORK/'locks').mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(str(WORK/'locks'/f'{Path(file).stem}-{data}-{setting}-{seed}'), timeout=0):
-            done = {key_of(r) for r in read_rows(file)}
-            todo = [r for r in todo if key_of(r) not in done]
-            if not todo:
-                return 0
-            ctx, _ = open_cell(data, 0, seed, 'avgz', 0, params)
-            pair = SETTINGS.get(setting, ())
-            teachers = [get_teacher(t, ctx, f'teacher{i + 1}') for i, t in enumerate(pair)]
-            return sum(try_row(file, r, teachers, params) for r in todo)
-    except Timeout:
-        return 0
+    ctx, _ = open_cell(data, 0, seed, 'avgz', 0, params)
+    teachers = [get_teacher(t, ctx, f'teacher{i + 1}') for i, t in enumerate(SETTINGS.get(setting, ()))]
+    return sum(try_row(file, r, teachers, params) for r in todo)
 
 
 # What is to be done
@@ -352,6 +353,7 @@ def chosen(tuning:list, data, of='labels')->dict:
 
 def nearest(best:dict, arm, labels)->int:
     "The chosen setting for this number of labels, or for the nearest that was tuned; 0 without tuning"
+    arm = 'asmb' if arm in ABLATIONS else arm
     def far(n): return abs(math.log((n or 10**4)/(labels or 10**4)))
     return best[min((k for k in best if k[0] == arm), key=lambda k: far(k[1]))] if any(k[0] == arm for k in best) else 0
 
@@ -375,12 +377,14 @@ def run_all(tasks:list, jobs:int, what):
 
 
 def work_through(file, rows:list, jobs:int, params:dict):
-    "Train what the file lacks, in units that share their teachers"
+    "Train what the file lacks, in units that share their teachers; with more processes than units, each in parts"
     done, units = {key_of(r) for r in read_rows(file)}, {}
     for r in rows:
         if key_of(r) not in done:
             units.setdefault((r['data'], r['setting'], r['seed']), []).append(r)
-    run_all([(run_unit, file, *k, todo, params) for k, todo in units.items()], jobs, 'units')
+    n = 1 if len(units) >= jobs else math.ceil(3*jobs/max(1, len(units)))
+    tasks = [(run_unit, file, *k, todo[i::n], params) for k, todo in units.items() for i in range(min(n, len(todo)))]
+    run_all(tasks, jobs, 'units')
 
 
 # Statistics
@@ -607,6 +611,7 @@ def main(argv=None):
     p.add_argument('--cells', default='', help="e.g. specialists:20,equal:all; '' = all")
     p.add_argument('--arms', default='', help="e.g. wavg,asmb; '' = all")
     p.add_argument('--seeds', default='', help="e.g. 0,1,2; '' = all that are reported")
+    p.add_argument('--tuned_in', default='', help="pairs of teachers that settings are tried in; '' = all")
     p.add_argument('--jobs', type=int, default=1, help='processes, one thread each')
     p.add_argument('--device', default='auto')
     p.add_argument('--tuned_on', default='', choices=DATA, help='take the settings that were chosen on these data')
@@ -616,8 +621,10 @@ def main(argv=None):
     cells, arms = read_cells(o.cells, o.data), [*filter(None, o.arms.split(','))] or GRID
     seeds = [int(s) for s in o.seeds.split(',') if s] or [*DATA[o.data][2]]
     params = dict(device=o.device) | (dict(data_root=o.data_root) if o.data_root else {})
-    every = [(s, n) for s in SETTINGS for n in dict.fromkeys(n for _, n in cells)]    # tuned over all teachers
-    tuning = wanted(o.data, every, arms, DATA[o.data][3], lambda a, n: range(BUDGET))
+    pairs = [*filter(None, o.tuned_in.split(','))] or SETTINGS
+    every = [(s, n) for s in pairs for n in dict.fromkeys(n for _, n in cells)]
+    tuned = dict.fromkeys('asmb' if a in ABLATIONS else a for a in arms)
+    tuning = wanted(o.data, every, tuned, DATA[o.data][3], lambda a, n: range(BUDGET))
     if o.plan:
         print(estimate(tuning, TUNING))
         return print(estimate(wanted(o.data, cells, arms, seeds, lambda a, n: [0]), TABLE))

@@ -42,6 +42,7 @@ def rates(*own)->list:
 
 CAST = dict(cl_teachers='analytic+snapshot')
 VIEWS = rates(dict(cl_kd_mix=1.), dict(cl_kd_mix=3.))
+PHOTO_VIEWS = [dict(cl_kd_mix=3.) | o for o in ({}, dict(cl_mask='ace'), dict(cl_align=1), dict(cl_mask='ace', cl_align=1))]
 DER = rates(dict(cl_der_alpha=.05), dict(cl_der_alpha=.2))
 LAMBDAS = [dict(analytic_lambda=v) for v in ('auto', .1, 1., 10.)]
 ARMS = dict(      # cl_method, what makes the arm, its settings to choose from
@@ -98,6 +99,12 @@ def base_of(arm)->str:
     return 'asib' if arm in ABLATIONS else arm
 
 
+def choices_of(data, arm)->list:
+    "The settings of an arm; on photographs those with views have others (new classes drown the old ones there)"
+    choices = ARMS[base_of(arm)][2]
+    return PHOTO_VIEWS if choices is VIEWS and data != 'digits' else choices
+
+
 # One run
 
 def key_of(row)->tuple:
@@ -109,12 +116,12 @@ def config_of(row, **params):
     "The parameters of one run: (Config, those of its method)"
     from asibkd.core.config import resolve
     data, arm = row['data'], row['arm']
-    method, own, choices = ARMS[base_of(arm)]
+    method, own, _ = ARMS[base_of(arm)]
     given = dict(cl_mode=1, cl_method=method, compare=0, report=0, seed=row['seed'])
     if arm not in WITHOUT_MEMORY:
         given['replay_capacity'] = int(row['capacity'])
     less = dict(analytic_dim=FEW[data]) if arm == 'asib_small' else ABLATIONS.get(arm, {})
-    return resolve(**given | DATA[data][0] | own | choices[row['choice']] | less | params)
+    return resolve(**given | DATA[data][0] | own | choices_of(data, arm)[row['choice']] | less | params)
 
 
 def missing_parts(data, arms, params)->dict:
@@ -245,7 +252,7 @@ def wanted(data, arms, buffers, seeds, choice, budget='images', capacity=None)->
                 room = kept if capacity is None else capacity(arm, b)
                 for c in () if room is None else choice(arm, kept):
                     r = dict(data=data, budget=budget, arm=arm, buffer=kept, seed=seed, choice=c, capacity=room,
-                             params=json.dumps(ARMS[base_of(arm)][2][c]))
+                             params=json.dumps(choices_of(data, arm)[c]))
                     rows[key_of(r)] = r
     return [*rows.values()]
 
@@ -390,7 +397,7 @@ def settings_table(tuning:list):
     for data in dict.fromkeys(r['data'] for r in tuning):
         best = chosen(tuning, data, 'buffer')
         for arm in dict.fromkeys(a for a, _ in best):
-            settings = {b: ARMS[arm][2][c] for (a, b), c in best.items() if a == arm}
+            settings = {b: choices_of(data, arm)[c] for (a, b), c in best.items() if a == arm}
             said = {b: ', '.join(f'{k} {v}' for k, v in o.items()) for b, o in settings.items()}
             out.append(dict(data=data, arm=arm) | {str(b or 'none'): v for b, v in sorted(said.items())})
     return pd.DataFrame(out).fillna('')
@@ -465,6 +472,7 @@ def options(argv):
     p.add_argument('--budget', default='both', choices=('images', 'bytes', 'both'), help='which memory is equal')
     p.add_argument('--jobs', type=int, default=1, help='processes, one thread each')
     p.add_argument('--device', default='auto')
+    p.add_argument('--tuned_at', default='', help="memories that settings are tried with, e.g. 20; '' = all that are tuned")
     p.add_argument('--tuned_on', default='', choices=DATA, help='take the settings that were chosen on these data')
     p.add_argument('--untuned', action='store_true', help='setting 0 for every arm: a trial')
     p.add_argument('--plan', action='store_true', help='only count what is missing')
@@ -509,6 +517,7 @@ def main(argv=None):
     _, buffers, tuned_at, reported, trial, _ = DATA[o.data]
     params = dict(device=o.device) | (dict(data_root=o.data_root) if o.data_root else {})
     arms, buffers, seeds = arms_asked(o, params), numbers(o.buffers, buffers), numbers(o.seeds, reported)
+    tuned_at = numbers(o.tuned_at, tuned_at)
     tuning = wanted(o.data, dict.fromkeys(map(base_of, arms)), tuned_at, trial, every)
     if not (o.untuned or o.tuned_on or o.plan):
         work_through(TUNING, tuning, o.jobs, params)
