@@ -6,7 +6,7 @@
 __all__ = ['WARNINGS', 'TERMINAL_WARNINGS', 'main_row', 'count_text', 'run_sentence', 'warn_behind', 'warn_leak', 'is_noise',
            'warn_untrained', 'price_text', 'path_ends', 'bridge_images_text', 'step_of', 'warn_gate', 'gate_lines',
            'warn_oracle', 'warn_no_validation', 'warn_labels', 'warn_no_baseline', 'warn_seed', 'quantised_rows',
-           'warn_quantised', 'warnings_of', 'outlook_lines', 'verdict_lines', 'cl_text', 'run_text']
+           'warn_quantised', 'warn_views', 'warnings_of', 'outlook_lines', 'verdict_lines', 'cl_text', 'run_text']
 
 # %% ../../nbs/09_analysis/02_notes.ipynb #93ddb942
 from pathlib import Path
@@ -254,11 +254,24 @@ def warn_quantised(
     "int8 costs more than was allowed"
     return (s.get('quantised') or {}).get('warning') or ''
 
+# %% ../../nbs/09_analysis/02_notes.ipynb #62b08f7f
+def warn_views(
+    s:dict, # summary.json; `views`: name → (accuracy on plain images, on augmented ones, images)
+)->str:
+    "A teacher that does not know the student's training images"
+    lost = [f"{k} {100*plain:.0f} % of {n} validation images as they are, but {100*seen:.0f} % of the same images augmented"
+            for k, (plain, seen, n) in (s.get('views') or {}).items() if plain - seen > max(.2, 1.5*n**-.5)]
+    if not lost:
+        return ''
+    return (f"A TEACHER DOES NOT KNOW THE AUGMENTED IMAGES: {'; '.join(lost)}. The student learns from its answers to "
+            "those. Try data_aug=0, or finetune_epochs, which train the teacher on them.")
+
 # %% ../../nbs/09_analysis/02_notes.ipynb #fbaf318e
 WARNINGS = (warn_behind, warn_leak, warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_labels,
-            warn_no_baseline, warn_seed, warn_quantised)
+            warn_no_baseline, warn_seed, warn_quantised, warn_views)
 # not covered by the verdict and `explain_cl`
-TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_labels, warn_quantised)
+TERMINAL_WARNINGS = (warn_untrained, warn_gate, warn_oracle, warn_no_validation, warn_labels, warn_quantised,
+                     warn_views)
 
 def warnings_of(
     s:dict,          # summary.json

@@ -36,7 +36,7 @@ from ..models.cache import add_counts, is_frozen, teacher_counts
 from ..models.cards import object_fingerprint
 from ..models.trace import copied, plain_module
 from .cl import CL_BASELINES, run_cl
-from .students import baselines_of, look_ahead, train_all
+from .students import baselines_of, look_ahead, train_all, try_views
 from .summary import evaluate_all, save_results, summarise
 from ..trainers.build import (build_student, build_teacher, check_plan, freeze_teachers, settle_config,
                                    teacher_specs, train_teacher, warn_unknown)
@@ -281,13 +281,13 @@ def run_distil(
     moves = changes_teachers(cfg, ts)
     originals = copy.deepcopy(ts) if moves else ts
     fitting = bridge_images(ctx, infos, ts) if fuses_teachers(cfg, ts) else None
-    look = look_ahead(ts, specs, ctx, fitting) if len(ts) > 1 else None
+    look, views = look_ahead(ts, specs, ctx, fitting) if len(ts) > 1 else None, try_views(ts, specs, infos, ctx)
     results, method, gates = train_all(net, ts, specs, ctx, extra, fitting)
     z, y = evaluate_all(net, originals, ts, specs, results, method, ctx)
     add_counts()
     def conclude():
         summary = summarise(z, y, results, gates, specs, originals, net, infos, ctx, extra)
-        summary |= {} if look is None else dict(outlook=look)
+        summary |= ({} if look is None else dict(outlook=look)) | (dict(views=views) if views else {})
         save_results(net, results, method, ts, specs, moves, z, y, ctx, student)
         row = {k: summary.get(k) for k in COLUMNS_OF_A_RUN}
         return summary, row | dict(student=net.name, teachers='+'.join(t.name for t in ts), cache_views=cfg.cache_views,

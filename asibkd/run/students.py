@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'MERGING_BASELINES', 'TrainResult', 'fit_fusion', 'train_student', 'train_in_stages', 'fit_closed_form',
-           'best_teacher', 'logit_targets', 'baselines_of', 'train_baselines', 'train_all', 'look_ahead']
+           'best_teacher', 'logit_targets', 'baselines_of', 'train_baselines', 'train_all', 'look_ahead', 'try_views']
 
 # %% ../../nbs/11_run/00_students.ipynb #a0a84341
 import copy, time
@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
+from ..analysis.notes import warn_views
 from ..core.config import Config, log
 from ..core.runtime import RunContext, forked_rng, objective_of
 from ..core.text import FITTED_ON
+from ..data.batches import Loader
 from ..distil.asmb import ASMB
 from ..distil.fusion import outlook
 from ..distil.methods import Method, check_method, create_method
@@ -239,3 +241,27 @@ def look_ahead(
     log.info(f"before training, on {o['images']} {FITTED_ON['val' if judge else images['split']]}: "
              f"{', '.join(f'{k} {100*v:.1f} %' for k, v in numbers.items())}. {o['sentence']}")
     return o | dict(split=images['split'])
+
+# %% ../../nbs/11_run/00_students.ipynb #b9cbbe75
+def try_views(
+    teachers, specs,
+    infos,           # Where each teacher's weights come from, from `prepare_teachers`
+    ctx:RunContext,
+    most=1000,       # Images
+)->dict: # name → (accuracy on plain images, on augmented ones, images), and a warning in the log
+    "Do teachers that are ready know the images that the student learns from? {}: none is, or nothing is augmented"
+    cfg, val = ctx.cfg, ctx.data.val
+    named = {s.name: t for s, t, o in zip(specs, teachers, infos) if o.source not in ('finetuned', 'untrained')}
+    if cfg.data_aug == '0' or not len(val) or not named:
+        return {}
+    some = val.subset(range(0, len(val), -(-len(val)//most)))
+    def judged(train):
+        loader = Loader(some, ctx.data, cfg.batch_size, train, cfg.seed, 'views', ctx.acc.device, cfg.data_aug,
+                        drop_last=False)
+        z, y = collect_logits(named, loader, autocast=ctx.acc.autocast)
+        return {k: accuracy(z[k], y) for k in named}
+    plain, seen = judged(False), judged(True)
+    found = {k: (plain[k], seen[k], len(some)) for k in named}
+    if text := warn_views(dict(views=found)):
+        log.warning(text)
+    return found

@@ -125,11 +125,11 @@ def fit_code(
     return fitted
 
 # %% ../../nbs/06_trainers/07_fusing.ipynb #bbf1ccc6
-def prices(cfg:Config)->tuple: # ∞ first
+def prices(cfg:Config)->tuple|None: # ∞ first; None: `path_of` the images
     "The path of β of a run"
     if not cfg.teacher_adapt_epochs:
         return PATH[:1]
-    return PATH if cfg.ib_beta == 'auto' else (PATH[0], cfg.ib_beta)
+    return None if cfg.ib_beta == 'auto' else (PATH[0], cfg.ib_beta)
 
 # %% ../../nbs/06_trainers/07_fusing.ipynb #e2872b5d
 def known_part(
@@ -174,7 +174,7 @@ def fusion_text(g:dict)->str: # From `fusion_record`
     on = f"{g['images']['n']} {FITTED_ON[g['images']['split']]}"
     base = f"base NLL {g['base_nll']:.4f}, accuracy {g['base_acc']:.4f}"
     if not g['gate']:
-        why = ('no price of the path is better' if len(g['path']) > 1 else 'no path (teacher_adapt_epochs=0)')
+        why = ('no price of the path is clearly better' if len(g['path']) > 1 else 'no path (teacher_adapt_epochs=0)')
         return f"gate closed: the base is the target, {why} ({base}; {on})"
     return (f"gate open at β = {g['beta']:g}: the synergy is the target ({base}; left-out images with it: NLL "
             f"{g['synergy_nll']:.4f}, accuracy {g['synergy_acc']:.4f}; {on})")
