@@ -31,7 +31,7 @@ def collected(folder):
         if row is not None and s['kind'] == 'distil':
             rows.append(dict(data=f.parent.parent.name, method=s['method'], seed=s['seed'], val=100*row['val_acc'],
                              test=100*row['test_acc_val_selected'], seconds=s['time']['seconds'][s['method']],
-                             machine=env.get('gpu') or 'CPU', torch=env['torch'].split('+')[0]))
+                             machine=env.get('gpu') or 'CPU', torch=env['versions']['torch'].split('+')[0]))
     return pd.DataFrame(rows)
 
 
