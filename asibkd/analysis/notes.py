@@ -254,13 +254,15 @@ def warn_quantised(
     "int8 costs more than was allowed"
     return (s.get('quantised') or {}).get('warning') or ''
 
-# %% ../../nbs/09_analysis/02_notes.ipynb #62b08f7f
+# %% ../../nbs/09_analysis/02_notes.ipynb #e5cf42c1
 def warn_views(
     s:dict, # summary.json; `views`: name → (accuracy on plain images, on augmented ones, images)
 )->str:
     "A teacher that does not know the student's training images"
-    lost = [f"{k} {100*plain:.0f} % of {n} validation images as they are, but {100*seen:.0f} % of the same images augmented"
-            for k, (plain, seen, n) in (s.get('views') or {}).items() if plain - seen > max(.2, 1.5*n**-.5)]
+    def text(k, plain, seen, n):
+        return f"{k} {100*plain:.0f} % of {n} validation images as they are, but {100*seen:.0f} % of them augmented"
+    views = (s.get('views') or {}).items()
+    lost = [text(k, *o) for k, o in views if o[0] - o[1] > max(.2, 1.5*o[2]**-.5)]
     if not lost:
         return ''
     return (f"A TEACHER DOES NOT KNOW THE AUGMENTED IMAGES: {'; '.join(lost)}. The student learns from its answers to "

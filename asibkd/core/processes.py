@@ -33,17 +33,17 @@ def refuse_processes(
         raise ConfigError(f"num_processes={n}: {what} works in one process; start it without torchrun, mpirun or "
                           "`accelerate launch` (or with one process). `asibkd run` is what several can share.")
 
-# %% ../../nbs/00_core/10_processes.ipynb #738d49b5
+# %% ../../nbs/00_core/10_processes.ipynb #acd2e6c3
 def refuse_shared_gpu(
     gpus:list, # The GPU of each process, by a name that no other has
 ):
     "Two processes cannot share a GPU"
     n, k = len(gpus), len({*gpus})
     if k < n:
-        raise ConfigError(f"num_processes={n}: there {'is' if k == 1 else 'are'} {k} GPU{'s'[:k > 1]} for them, and each needs its "
-                          f"own. Start {k} (torchrun --nproc_per_node {k}), or take device=cpu.")
+        raise ConfigError(f"num_processes={n}, GPUs for them: {k}. Each needs its own: start {k} (torchrun "
+                          f"--nproc_per_node {k}), or take device=cpu.")
 
-# %% ../../nbs/00_core/10_processes.ipynb #be1d2905
+# %% ../../nbs/00_core/10_processes.ipynb #819f1003
 def gpus_of_all(
     gpu:str, # Of this process
 )->list: # Of each

@@ -106,12 +106,13 @@ def rows_without(
         rows[dict(u=slice(m, 2*m), delta=slice(2*m, None))[part]] = 0.
     return rows
 
-# %% ../../nbs/05_distil/09_path.ipynb #7ea2b25a
+# %% ../../nbs/05_distil/09_path.ipynb #d520fbf2
 def effort(
     n:int, # Labelled images
 )->tuple: # steps, learning rate
-    "How long a fit takes. Few labels are fitted gently: at three times the rate the fusion was worse for up to 50 a class"
-    return round(STEPS*min(max(n/1000, 1.), 2.)), .01*min(max(n/512, 1.), 3.)
+    "How long a fit takes: few labels gently (at three times the rate the fusion was worse for up to 50 a class)"
+    more = min(max(n/500 - 1, 0.), 1.)
+    return round(STEPS*(1 + more)), .01*(1 + 2*more)
 
 # %% ../../nbs/05_distil/09_path.ipynb #a004540f
 def fit_runs(
@@ -160,8 +161,8 @@ def path_rows(
     fold:Tensor,     # (N,) the fold in which an image is left out
     nats:Tensor,     # (prices,) of the fit on all images
     betas,           # Finite prices
-)->list: # One dict(beta, cv_nll, cv_se, cv_acc, nats) a price; beta None = ∞; cv_se: standard error of the NLL minus the base's
-    "Every image judged by the fit that has not seen it"
+)->list: # One dict(beta, cv_nll, cv_se, cv_acc, nats) a price; beta None = ∞
+    "Every image judged by the fit that has not seen it; `cv_se`: standard error of the difference to the base"
     at = torch.arange(len(table), device=table.y.device)
     held = [base, *(o[fold, at] for o in s)]
     losses = [F.cross_entropy(o, table.y, reduction='none') for o in held]
@@ -170,8 +171,8 @@ def path_rows(
                  cv_acc=(o.argmax(1) == table.y).float().mean().item(), nats=n)
             for b, o, loss, n in zip([None, *betas], held, losses, [0., *nats.tolist()])]
 
-# %% ../../nbs/05_distil/09_path.ipynb #c325d983
-MARGIN = .5   # Standard errors by which a price has to beat the base
+# %% ../../nbs/05_distil/09_path.ipynb #a50821fc
+MARGIN = .75  # Standard errors by which a price has to beat the base
 
 def chosen_row(
     rows:list,   # From `path_rows`, the base first
@@ -187,13 +188,13 @@ def fit_path(
     table:TeacherTable,
     base=None,        # `Base`; None: fitted on the table
     betas=None,       # ∞ first; None = `path_of`
-    k=None,           # Folds, None = FOLDS; fewer where a class has fewer images, no path where one has one
+    k=None,           # Folds, None = FOLDS; fewer where a class has fewer images
     seed=0,           # Of folds, first weights and noise
     asks=True, seen=None,  # As in `fusion_head`
     gate=True,        # May the base win?
     **how,            # `steps`, `lr`, `noisy`, `without` as in `fit_runs`
 )->dict: # head, beta (None = ∞), rows
-    "The fusion at the price that `chosen_row` takes; at ∞ it is the base"
+    "The fusion at the price that `chosen_row` takes; the base at ∞, and below three images a class"
     base = base or fit_base(table)
     prices = [b for b in betas or path_of(len(table)) if b < math.inf]
     with forked_rng(seed, 'path'):
@@ -201,7 +202,7 @@ def fit_path(
     with torch.no_grad():
         start = head(pooled(table.feats), asked(table), table.logits, table.columns)['base']
     n, p, k = len(table), len(prices), min(k or FOLDS, int(torch.bincount(table.y)[table.y].min()))
-    if not prices or k < 2:
+    if not prices or k < 2 or n < 3*len(table.y.unique()):
         return dict(head=head, beta=None, rows=path_rows([], start, table, None, torch.zeros(0), ()))
     fold = folds(table.y, k, seed).to(table.y.device)
     use = torch.cat([fold != torch.arange(k, device=fold.device)[:, None], torch.ones_like(fold)[None] > 0]).float()

@@ -174,7 +174,8 @@ def fusion_text(g:dict)->str: # From `fusion_record`
     on = f"{g['images']['n']} {FITTED_ON[g['images']['split']]}"
     base = f"base NLL {g['base_nll']:.4f}, accuracy {g['base_acc']:.4f}"
     if not g['gate']:
-        why = ('no price of the path is clearly better' if len(g['path']) > 1 else 'no path (teacher_adapt_epochs=0)')
+        why = ('no price of the path is clearly better' if len(g['path']) > 1 else
+               'no path: it takes three images a class, and teacher_adapt_epochs')
         return f"gate closed: the base is the target, {why} ({base}; {on})"
     return (f"gate open at β = {g['beta']:g}: the synergy is the target ({base}; left-out images with it: NLL "
             f"{g['synergy_nll']:.4f}, accuracy {g['synergy_acc']:.4f}; {on})")
