@@ -175,7 +175,7 @@ def test_what_auto_means_and_what_is_refused():
         with pytest.raises(ConfigError, match='bridge_objective=fuse'): refuse_bridge(Config(bridge_objective='fuse', **kw))
     with pytest.raises(ConfigError, match='synergy_base=wavg'): refuse_bridge(Config(bridge_objective='ce', synergy_base='wavg'))
 
-TINY = dict(preset='none', method='asmb', bridge_objective='fuse', dataset='digits', device='cpu', use_amp=0, train_per_class=12, data_aug='0', batch_size=32, overlap_pct=0, val_frac=.2,
+TINY = dict(preset='none', method='asmb', bridge_objective='fuse', dataset='digits', device='cpu', use_amp=0, train_per_class=12, data_aug='0', batch_size=32, overlap_pct=0, val_frac=.3,
             teacher1_type='mlp', teacher2_type='mlp', student_type='mlp', finetune_epochs=3, finetune_lr=.01, teacher_adapt_epochs=2, teacher_lr=1e-3, num_stages=2,
             student_epochs_per_stage=2, student_lr=.01, feat_kd_alpha=1., log_level='ERROR', report=0)
 

@@ -202,7 +202,7 @@ def fit_path(
     with torch.no_grad():
         start = head(pooled(table.feats), asked(table), table.logits, table.columns)['base']
     n, p, k = len(table), len(prices), min(k or FOLDS, int(torch.bincount(table.y)[table.y].min()))
-    if not prices or k < 2 or n < 3*len(table.y.unique()):
+    if not prices or k < 2 or gate and n < 3*len(table.y.unique()):
         return dict(head=head, beta=None, rows=path_rows([], start, table, None, torch.zeros(0), ()))
     fold = folds(table.y, k, seed).to(table.y.device)
     use = torch.cat([fold != torch.arange(k, device=fold.device)[:, None], torch.ones_like(fold)[None] > 0]).float()
