@@ -133,7 +133,8 @@ def settle_config(
          "use_amp: this CPU has no native bfloat16, the run is in float32 (type amp_dtype=bfloat16 to force it)"),
         (cfg.milestones and cfg.lr_schedule == 'cosine',
          f"milestones={cfg.milestones} have no effect with lr_schedule=cosine: lr_schedule=step uses them"),
-        (cfg.class_weight != 'none' and not (cfg.ce_alpha or cfg.method == 'ce' or cfg.compare or cfg.finetune_epochs),
+        (cfg.class_weight != 'none' and cfg.ce_alpha == 0
+         and not (cfg.method == 'ce' or cfg.compare or cfg.finetune_epochs),
          f"class_weight={cfg.class_weight} has no effect: no cross-entropy is trained (ce_alpha=0, finetune_epochs=0)"),
         (cfg.mbm_type != 'ib_mbm', f"mbm_type='{cfg.mbm_type}' is ignored: the bridge is always ib_mbm"),
         (cfg.small_input == 'auto' and 32 < size <= 64,
