@@ -111,8 +111,8 @@ def effort(
     n:int, # Labelled images
 )->tuple: # steps, learning rate
     "How long a fit takes: few labels gently (at three times the rate the fusion was worse for up to 50 a class)"
-    more = min(max(n/500 - 1, 0.), 1.)
-    return round(STEPS*(1 + more)), .01*(1 + 2*more)
+    more, many = (min(max(n/first - 1, 0.), 1.) for first in (500, 2000))
+    return round(STEPS*(1 + more)*(1 + many)), .01*(1 + 2*more)
 
 # %% ../../nbs/05_distil/09_path.ipynb #a004540f
 def fit_runs(
