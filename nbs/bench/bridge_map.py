@@ -90,6 +90,11 @@ ARMS = dict(      # method, what makes the arm, its settings to choose from
 WITHOUT = dict(asmb_no_u=('u',), asmb_no_delta=('delta',))    # Parts of the formula that the path leaves closed
 ABLATIONS = ('asmb_no_query', *WITHOUT)                       # only where --arms names them; in the setting of asmb
 GRID = [a for a in ARMS if a not in ABLATIONS]
+def base_of(arm)->str:
+    "The arm whose settings it uses"
+    return 'asmb' if arm in ABLATIONS else arm
+
+
 OURS, LABELS_ONLY = tuple(a for a in ARMS if a.startswith('asmb')), ('ce',)
 
 
@@ -294,34 +299,33 @@ def train_row(row:dict, teachers, params:dict)->dict:
                       **{k: test.get(k) for k in ('teacher1', 'teacher2', 'average')})
 
 
-def try_row(file, row:dict, teachers, params:dict)->bool:
-    "Add one row, if it is missing and free; where it fails, the others go on, and the next call tries it again"
-    from asibkd.core.config import AsibError
+def try_row(file, row:dict, key, train, columns, refused)->bool:
+    "Add the row that `train` makes, if it is missing and free; after a `refused` error the next call tries it again"
     from filelock import FileLock, Timeout
-    name = '-'.join(map(str, (Path(file).stem, *key_of(row))))
+    (WORK/'locks').mkdir(parents=True, exist_ok=True)
+    text = '-'.join(map(str, (Path(file).stem, *key(row))))
     try:
-        with FileLock(str(WORK/'locks'/name), timeout=0):
-            if key_of(row) in {key_of(r) for r in read_rows(file)}:
+        with FileLock(str(WORK/'locks'/text), timeout=0):
+            if key(row) in {key(r) for r in read_rows(file)}:
                 return False
-            add_row(file, train_row(row, teachers, params))
+            add_row(file, train(), columns)
             return True
     except Timeout:
         return False
-    except AsibError as e:
-        print(f"{', '.join(map(str, key_of(row)))}: {e}", flush=True)
+    except refused as e:
+        print(f"{', '.join(map(str, key(row)))}: {type(e).__name__}: {e}", flush=True)
         return False
 
 
 def run_unit(file, data, setting, seed, todo:list, params:dict)->int:
     "The missing rows of one pair of teachers and one seed; how many were added"
     import torch
-    from asibkd.core.config import log
+    from asibkd.core.config import AsibError, log
     torch.set_num_threads(1)
     log.setLevel(logging.ERROR)
-    (WORK/'locks').mkdir(parents=True, exist_ok=True)
     ctx, _ = open_cell(data, 0, seed, 'avgz', 0, params)
     teachers = [get_teacher(t, ctx, f'teacher{i + 1}') for i, t in enumerate(SETTINGS.get(setting, ()))]
-    return sum(try_row(file, r, teachers, params) for r in todo)
+    return sum(try_row(file, r, key_of, lambda: train_row(r, teachers, params), COLUMNS, AsibError) for r in todo)
 
 
 # What is to be done
@@ -353,7 +357,7 @@ def chosen(tuning:list, data, of='labels')->dict:
 
 def nearest(best:dict, arm, labels)->int:
     "The chosen setting for this number of labels, or for the nearest that was tuned; 0 without tuning"
-    arm = 'asmb' if arm in ABLATIONS else arm
+    arm = base_of(arm)
     def far(n): return abs(math.log((n or 10**4)/(labels or 10**4)))
     return best[min((k for k in best if k[0] == arm), key=lambda k: far(k[1]))] if any(k[0] == arm for k in best) else 0
 
@@ -623,7 +627,7 @@ def main(argv=None):
     params = dict(device=o.device) | (dict(data_root=o.data_root) if o.data_root else {})
     pairs = [*filter(None, o.tuned_in.split(','))] or SETTINGS
     every = [(s, n) for s in pairs for n in dict.fromkeys(n for _, n in cells)]
-    tuned = dict.fromkeys('asmb' if a in ABLATIONS else a for a in arms)
+    tuned = dict.fromkeys(map(base_of, arms))
     tuning = wanted(o.data, every, tuned, DATA[o.data][3], lambda a, n: range(BUDGET))
     if o.plan:
         print(estimate(tuning, TUNING))

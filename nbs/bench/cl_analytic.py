@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import bridge_map
-from bridge_map import add_row, chosen, cpu_time, p_value, read_rows, run_all
+from bridge_map import chosen, cpu_time, p_value, read_rows, run_all
 
 HERE = Path(__file__).parent
 TABLE, TUNING = HERE/'cl_analytic.csv', HERE/'cl_analytic_tuning.csv'
@@ -219,25 +219,12 @@ def train_row(row:dict, params:dict)->dict:
 
 
 def try_row(file, row:dict, params:dict)->bool:
-    "Train what is missing and free; where a run fails, the others go on, and the next call tries it again"
+    "Train what is missing and free; where a run fails, the others go on: hours of them are worth more than a traceback"
     import torch
     from asibkd.core.config import log
-    from filelock import FileLock, Timeout
     torch.set_num_threads(1)
     log.setLevel(logging.ERROR)
-    (WORK/'locks').mkdir(parents=True, exist_ok=True)
-    name = '-'.join(map(str, (Path(file).stem, *key_of(row))))
-    try:
-        with FileLock(str(WORK/'locks'/name), timeout=0):
-            if key_of(row) in {key_of(r) for r in read_rows(file)}:
-                return False
-            add_row(file, train_row(row, params), COLUMNS)
-            return True
-    except Timeout:
-        return False
-    except Exception as e:                          # hours of other runs are worth more than a traceback
-        print(f"{', '.join(map(str, key_of(row)))}: {type(e).__name__}: {e}", flush=True)
-        return False
+    return bridge_map.try_row(file, row, key_of, lambda: train_row(row, params), COLUMNS, Exception)
 
 
 # What is to be done
