@@ -29,9 +29,12 @@ def trackio(tmp_path_factory):
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    "The package, without a network"
+    "The package, without a network; it keeps the settings of its first run in a process, so each test starts anew"
     for k, v in dict(WANDB_MODE='offline', WANDB_SILENT='true', WANDB_CONFIG_DIR=tmp_path/'c', WANDB_CACHE_DIR=tmp_path/'c', WANDB_ERROR_REPORTING='false').items(): monkeypatch.setenv(k, str(v))
-    return pytest.importorskip('wandb')
+    wandb = pytest.importorskip('wandb')
+    wandb.teardown()
+    yield wandb
+    wandb.teardown()
 
 class Killed(Callback):
     "Ends the run after a row was sent and before its checkpoint is written"
