@@ -227,7 +227,7 @@ def compared_row(
     by:str,              # The measure that decides
 )->dict:
     "A row of `compare_runs`, and `mean`, which it is sorted by"
-    cl, is_base = 'ACC' in g, base.label.eq(label).any()
+    cl, is_base = 'ACC' in g, label in set(base.label)
     against = {f'{k} vs {baseline}': k for k in ('ACC', 'AIA', 'BWT')} if cl else {f'vs {baseline}': by}
     heads = MEASURES['cl' if cl else 'distil']
     means = {head: plus_minus(*t_interval(g[k])) for k, head in heads.items()}
@@ -250,9 +250,9 @@ def compare_runs(
     if base.empty:
         raise unknown_name('baseline', baseline, {*plain, *plain.values()})
     by, rows = by or main_measure(t), []
-    for (data, label), g in t.groupby(['dataset', 'label'], sort=False):
-        row = compared_row(label, g.set_index('seed'), base[base.dataset == data], baseline, by)
-        rows.append(row | dict(data=data))
+    bases = {data: base[base.dataset == data] for data in t.dataset.unique()}
+    for (data, label), g in t.set_index('seed').groupby(['dataset', 'label'], sort=False):
+        rows.append(compared_row(label, g, bases[data], baseline, by) | dict(data=data))
     out = pd.DataFrame(rows).sort_values(['data', 'mean'], ascending=[True, False])
     return out.drop(columns=['mean', 'data']).reset_index(drop=True)
 
@@ -293,11 +293,12 @@ def win_table(
     t = runs if isinstance(runs, pd.DataFrame) else collect(runs)
     by = by or main_measure(t)
     order = best_labels(t, by)
-    acc = {k: g.set_index('seed')[by] for k, g in t[t.label.isin(order)].groupby('label')}
-    data = t.drop_duplicates('label').set_index('label').get('dataset', dict.fromkeys(order))
+    index = ['dataset', 'seed'] if 'dataset' in t else ['seed']          # a seed of other data is another seed
+    acc = t[t.label.isin(order)].pivot(index=index, columns='label', values=by)
     def wins(a, b):
-        d = (acc[a] - acc[b]).dropna() if data[a] == data[b] else ()
-        return '' if a == b or not len(d) else f"{(d > 0).sum()}/{len(d)}"
+        d = acc[a].to_numpy() - acc[b].to_numpy()
+        common = (d == d).sum()
+        return '' if a == b or not common else f"{(d > 0).sum()}/{common}"
     return pd.DataFrame([{'method': a} | {b: wins(a, b) for b in order} for a in order])
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #5064dd66
@@ -314,11 +315,11 @@ def plot_compare(
     names = [shorten(k, 60) for k in order]
     fig = Picture(figsize=(5.5 + .08*max(map(len, names)), .6 + .4*len(names)), layout='constrained')
     ax = fig.subplots()
-    for i, label in enumerate(order):
-        v = t[t.label == label][by]
-        m, half = t_interval(v)
-        ax.plot(v, [i]*len(v), 'o', color='0.7', ms=4)
-        ax.errorbar(m, i, xerr=None if half != half else half, fmt='s', color='C0', ms=5, capsize=3)
+    place = {k: i for i, k in enumerate(order)}
+    shown = t[t.label.isin(place)]
+    ax.plot(shown[by], shown.label.map(place), 'o', color='0.7', ms=4)
+    means, halves = zip(*(t_interval(shown[shown.label == k][by]) for k in order))
+    ax.errorbar(means, range(len(order)), xerr=halves, fmt='s', color='C0', ms=5, capsize=3)
     ax.set_yticks(range(len(names)), names)
     name = 'class-IL ACC' if by == 'ACC' else 'test accuracy'
     ax.set_xlabel(f'{name} (%), mean ± 95 % t-interval over seeds')
@@ -399,18 +400,20 @@ def save_compare(
     runs,            # From `collect`, or a folder
     folder,          # Where the files go
     baseline='avgz', # Label of the baseline
+    compared=None,   # From `compare_runs`, where that was done
+    fig=None,        # From `plot_compare`, likewise
 )->list: # The paths
     "compare.csv, .md, .tex, .png and .pdf, and the rows behind them"
     import pandas as pd
     runs = runs if isinstance(runs, pd.DataFrame) else collect(runs)
-    t, folder = compare_runs(runs, baseline), Path(folder)
+    t, folder = compare_runs(runs, baseline) if compared is None else compared, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [show_table(t), *(f'\n{o}' for o in compare_notes(runs))]
     texts = {'compare.csv': t.to_csv(index=False), 'compare.md': '\n'.join(lines) + '\n',
              'compare.tex': latex_table(t), 'compare_runs.csv': runs.to_csv(index=False)}
     for name, text in texts.items():
         atomic_write(folder/name, text)
-    fig = plot_compare(runs)
+    fig = fig or plot_compare(runs)
     for kind in ('png', 'pdf'):
         with atomic_path(folder/f'compare.{kind}') as tmp:
             fig.savefig(tmp, dpi=150, format=kind)

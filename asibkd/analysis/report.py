@@ -228,16 +228,18 @@ def compare_sections(
 
 # %% ../../nbs/09_analysis/09_report.ipynb #610e832a
 def compare_page(
-    runs,        # From `collect`, or a folder
-    baseline='', # Label of the baseline; '' = `default_baseline`
-    beside='.',  # Folder of the page, from which links to the runs' reports start
+    runs,           # From `collect`, or a folder
+    baseline='',    # Label of the baseline; '' = `default_baseline`
+    beside='.',     # Folder of the page, from which links to the runs' reports start
+    compared=None,  # From `compare_runs`, where that was done
+    summaries=None, # Run → its summary, where they have been read
 )->dict: # Input of `render`
     "The content of a comparison's report"
     runs = collect(runs) if isinstance(runs, (str, Path)) else runs
     base, seeds, n_runs = baseline or default_baseline(runs), sorted(runs.seed.unique()), runs.run.nunique()
-    t = compare_runs(runs, base)
+    t = compare_runs(runs, base) if compared is None else compared
     best = best_sentence(t, base, 'ACC' in runs)
-    summaries = summaries_of(runs)
+    summaries = summaries or summaries_of(runs)
     datasets = joined(sorted({s['dataset'] for s in summaries.values()}))
     plural = 's' if len(seeds) > 1 else ''
     what = (f'{joined(t.method, MOST_LABELS)} were compared over {len(seeds)} seed{plural} ({joined(seeds)}), '

@@ -6,7 +6,7 @@
 __all__ = ['FITTED_ON', 'printable', 'one_line', 'clean', 'escape_markdown']
 
 # %% ../../nbs/00_core/06_text.ipynb #e045813f
-import re
+import json, re
 
 # %% ../../nbs/00_core/06_text.ipynb #27ca5632
 _UNFIT = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]')   # control characters, and halves of code points
@@ -25,12 +25,17 @@ def one_line(
     return re.sub(r'[\n\t]', ' ', printable(text))
 
 # %% ../../nbs/00_core/06_text.ipynb #063ba408
+# how JSON writes control characters and halves of code points; pairs of halves match too
+_MAY_BE_UNFIT = re.compile(r'\\u00([0189]|7f)|\\ud[89a-f]|\\[bfr]')
+
 def clean(
     o, # What was read from a JSON file
 ):
     "The same, with every string printable"
     if isinstance(o, str):
-        return o if o.isprintable() else printable(o)      # a thousand runs hold a million strings
+        return printable(o)
+    if isinstance(o, (dict, list)) and not _MAY_BE_UNFIT.search(json.dumps(o)):
+        return o                                           # a thousand runs hold a million strings
     if isinstance(o, dict):
         return {clean(k): clean(v) for k, v in o.items()}
     if isinstance(o, list):

@@ -256,23 +256,31 @@ def cmd_evaluate(argv):
 
 # %% ../../nbs/11_run/17_commands.ipynb #5a72f9b9
 def print_comparison(
-    runs,         # A table from `collect`
+    folders:list, # Run folders, or folders of run folders
     baseline:str, # '' = the default, see `default_baseline`
     out,          # Folder for the files
+    cl=None,      # As in `collect`
 ):
-    "Print the table, write the files"
-    from asibkd.analysis.compare import compare_notes, compare_runs, default_baseline, save_compare, win_table
-    from asibkd.analysis.report import save_compare_report
-    from asibkd.analysis.tables import show_table
+    "Print the table, write the files; every run is read once"
+    from asibkd.analysis.compare import (
+        collect_rows, compare_notes, compare_runs, default_baseline, save_compare, win_table)
+    from asibkd.analysis.page import page_figures, render
+    from asibkd.analysis.report import compare_page
+    from asibkd.analysis.tables import finished_runs, show_table
+    found = finished_runs(*folders)
+    runs, summaries = collect_rows(found, cl), {str(folder): s for folder, s, _ in found}
     baseline = baseline or default_baseline(runs)
-    print(show_table(compare_runs(runs, baseline)))
+    t = compare_runs(runs, baseline)
+    print(show_table(t))
     if 'ACC' in runs:
         print('\nseeds on which the row beats the column:\n' + show_table(win_table(runs)))
     for o in compare_notes(runs):
         print(f'\n{o}')
-    files = [*save_compare(runs, out, baseline), save_compare_report(runs, Path(out)/'report.html', baseline)]
+    page = compare_page(runs, baseline, out, t, {k: summaries[k] for k in runs.run.unique()})
+    files = save_compare(runs, out, baseline, t, page_figures(page)['result'])
+    atomic_write(Path(out)/'report.html', render(page))
     print('\nmean ± half-width of the 95 % t-interval over seeds; paired differences. Written: '
-          + ', '.join(map(str, files)))
+          + ', '.join(map(str, [*files, Path(out)/'report.html'])))
 
 # %% ../../nbs/11_run/17_commands.ipynb #6b67013c
 def cmd_loop(argv):
@@ -280,7 +288,6 @@ def cmd_loop(argv):
     file, given = parse('loop', argv)
     if given.get('jobs', 1) not in (1, '1'):
         start_server()
-    from asibkd.analysis.compare import collect
     from asibkd.run.loops import LoopError, run_loop
     loop = {k: given.pop(k) for k in LOOP if k in given}
     baseline, failed = loop.pop('baseline', ''), None
@@ -291,7 +298,7 @@ def cmd_loop(argv):
     folders = [s['run'] for s in done]
     try:
         if folders:
-            print_comparison(collect(*folders), baseline, Path(folders[0]).parent/'compare')
+            print_comparison(folders, baseline, Path(folders[0]).parent/'compare')
     except AsibError as e:              # the baseline may be what failed
         if not failed:
             raise
@@ -342,9 +349,8 @@ def cmd_reproduce(argv):
 def cmd_compare(argv):
     "asibkd compare"
     a = runs_options('compare', argv, 'results', 'folder for the files [<first folder>/compare]')
-    from asibkd.analysis.compare import collect
     runs = a.runs or ['results']
-    print_comparison(collect(*runs, cl=a.cl), a.baseline, a.out or Path(runs[0])/'compare')
+    print_comparison(runs, a.baseline, a.out or Path(runs[0])/'compare', a.cl)
 
 # %% ../../nbs/11_run/17_commands.ipynb #a7f239cb
 def cmd_show(argv):
