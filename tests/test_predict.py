@@ -97,3 +97,24 @@ def test_a_damaged_image_is_named_once(tmp_path):
     from asibkd.eval.predict import read_pixels
     f = tmp_path/'a.png'; f.write_bytes(b'\x89PNG and no more')
     assert read_pixels(str(f), (3, 8, 8)) == 'cannot identify image file'
+
+def test_a_student_from_timm_waits_for_no_compiler(photos, tmp_path):
+    "timm is imported without torch's compiler, the answers are the same, and the compiler is there for whoever asks"
+    card = dict(type='test_resnet', n_class=3, classes=CLASSES, shape=[3, 32, 32], mean=[.4, .5, .6], std=[.2, .25, .3], small_input=False)
+    torch.manual_seed(0)
+    save_student(tmp_path/'timm', build_network('test_resnet', n_class=3, img_size=32).state_dict(), card)
+    code = f"""
+import sys
+from asibkd.run.cli import main
+main(['predict', {str(tmp_path/'timm')!r}, {str(photos/'a.jpg')!r}])
+print([m for m in ('timm', 'torch._dynamo', 'torch._dynamo.utils', 'wandb') if m in sys.modules], file=sys.stderr)
+from asibkd.eval.predict import Later, without_compiler
+with without_compiler():
+    from torch._dynamo.utils import is_compile_supported
+    from torch._dynamo import config
+assert not isinstance(sys.modules['torch._dynamo'], Later) and is_compile_supported('cpu') in (True, False) and config.recompile_limit > 0
+"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=photos)
+    assert r.returncode == 0 and r.stderr.strip() == "['timm']", r.stderr
+    (here,), (there,) = predict_images(tmp_path/'timm', photos/'a.jpg')[0], csv.DictReader(io.StringIO(r.stdout))
+    assert there['class'] == here['class'] and abs(float(there['confidence']) - here['confidence']) < 2e-4

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['image_files', 'resized', 'shaped', 'read_pixels', 'Classifier', 'open_program', 'open_predictor', 'predicted',
-           'predict_images', 'predict_options', 'predict_command']
+           'predict_images', 'Later', 'without_compiler', 'predict_options', 'predict_command']
 
 # %% ../../nbs/08_eval/02_predict.ipynb #3c0a10d7
 import argparse, csv, io, os, platform, sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +177,38 @@ def predict_images(
             rows.append({'file': f, 'class': label, 'confidence': round(value, 4)})
     return rows, failed
 
+# %% ../../nbs/08_eval/02_predict.ipynb #e66e2814
+_COMPILER = 'torch._dynamo'
+
+class Later(ModuleType):
+    "Stands for a module; asked for what it was not given, it makes room for the real one"
+
+    def __getattr__(self, name):
+        if name.startswith('__') and (name, self.__name__) != ('__path__', _COMPILER):
+            raise AttributeError(name)
+        for k in [k for k, m in sys.modules.items() if isinstance(m, Later)]:
+            del sys.modules[k]
+        return getattr(import_module(self.__name__), name)
+
+# %% ../../nbs/08_eval/02_predict.ipynb #f359f3d0
+@contextmanager
+def without_compiler():
+    "Inside, `import timm` leaves torch's compiler and wandb alone"
+    if _COMPILER in sys.modules:
+        yield
+        return
+    package, utils = Later(_COMPILER), Later(f'{_COMPILER}.utils')
+    package.disable = lambda fn=None, *args, **kwargs: fn or (lambda o: o)
+    utils.is_compile_supported = lambda device: utils.__getattr__('is_compile_supported')(device)
+    stand_ins = {m.__name__: m for m in (package, utils)} | ({} if 'wandb' in sys.modules else dict(wandb=None))
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for k, m in stand_ins.items():
+            if sys.modules.get(k, ...) is m:
+                del sys.modules[k]
+
 # %% ../../nbs/08_eval/02_predict.ipynb #d680d037
 def predict_options(
     argv,      # As typed
@@ -194,7 +229,9 @@ def predict_command(
 )->int: # Exit code: 2 where a file could not be read
     "`asibkd predict`"
     a = predict_options(argv, about)
-    predictor, files = open_predictor(a.source, a.norm), image_files(*a.images)
+    with without_compiler():
+        predictor = open_predictor(a.source, a.norm)
+    files = image_files(*a.images)
     out, n_failed = io.StringIO() if a.out else sys.stdout, 0
     rows = csv.writer(out, lineterminator='\n')
     rows.writerow(['file', 'class', 'confidence'])
