@@ -50,7 +50,8 @@ def paired(
 )->tuple: # (mean difference a − b, half-width, number of common seeds)
     "Paired difference over the common seeds"
     import pandas as pd
-    d = (pd.Series(a) - pd.Series(b)).dropna()
+    d = (pd.Series(a) - pd.Series(b)).to_numpy()
+    d = d[d == d]
     return (*t_interval(d, level), len(d))
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #7413c69b
@@ -231,8 +232,9 @@ def compared_row(
     against = {f'{k} vs {baseline}': k for k in ('ACC', 'AIA', 'BWT')} if cl else {f'vs {baseline}': by}
     heads = MEASURES['cl' if cl else 'distil']
     means = {head: plus_minus(*t_interval(g[k])) for k, head in heads.items()}
-    gaps = {head: '' if is_base else plus_minus(*paired(g[k], base[k])[:2], '+') for head, k in against.items()}
-    verdict = '' if is_base else outcome(*paired(g[by], base[by])) if len(base) else 'other data'
+    pairs = {k: paired(g[k], base[k]) for k in {*against.values(), by}}
+    gaps = {head: '' if is_base else plus_minus(*pairs[k][:2], '+') for head, k in against.items()}
+    verdict = '' if is_base else outcome(*pairs[by]) if len(base) else 'other data'
     return dict(method=label, seeds=len(g)) | means | gaps | dict(verdict=verdict, mean=g[by].mean())
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #38a2d1a7
