@@ -1,6 +1,7 @@
 "`asibkd predict`: class and confidence of any images by the student alone."
 import csv, io, json, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest, torch
@@ -8,7 +9,7 @@ from PIL import Image
 
 from asibkd.core.config import ConfigError, DataError, RunError
 from asibkd.data.images import prepare_image
-from asibkd.eval.deploy import load_student, save_student
+from asibkd.eval.deploy import load_student, save_student, student_card
 from asibkd.eval.predict import open_predictor, predict_command, predict_images, read_pixels
 from asibkd.models.teachers import build_network
 
@@ -100,14 +101,14 @@ def test_a_damaged_image_is_named_once(tmp_path):
 
 def test_a_student_from_timm_waits_for_no_compiler(photos, tmp_path):
     "timm is imported without torch's compiler, the answers are the same, and the compiler is there for whoever asks"
-    card = dict(type='test_resnet', n_class=3, classes=CLASSES, shape=[3, 32, 32], mean=[.4, .5, .6], std=[.2, .25, .3], small_input=False)
     torch.manual_seed(0)
-    save_student(tmp_path/'timm', build_network('test_resnet', n_class=3, img_size=32).state_dict(), card)
+    net, seen = build_network('test_resnet', n_class=3, img_size=32), SimpleNamespace(n_class=3, classes=CLASSES, shape=(3, 32, 32), mean=[.4, .5, .6], std=[.2, .25, .3], name='')
+    save_student(tmp_path/'timm', net.state_dict(), student_card('test_resnet', seen, False, net))
     code = f"""
 import sys
 from asibkd.run.cli import main
 main(['predict', {str(tmp_path/'timm')!r}, {str(photos/'a.jpg')!r}])
-print([m for m in ('timm', 'torch._dynamo', 'torch._dynamo.utils', 'wandb') if m in sys.modules], file=sys.stderr)
+print([m for m in ('timm', 'torch._dynamo', 'torch._dynamo.utils', 'wandb', 'sympy') if m in sys.modules], file=sys.stderr)
 from asibkd.eval.predict import Later, without_compiler
 with without_compiler():
     from torch._dynamo.utils import is_compile_supported
@@ -118,3 +119,20 @@ assert not isinstance(sys.modules['torch._dynamo'], Later) and is_compile_suppor
     assert r.returncode == 0 and r.stderr.strip() == "['timm']", r.stderr
     (here,), (there,) = predict_images(tmp_path/'timm', photos/'a.jpg')[0], csv.DictReader(io.StringIO(r.stdout))
     assert there['class'] == here['class'] and abs(float(there['confidence']) - here['confidence']) < 2e-4
+
+@pytest.mark.parametrize('kind, small, fit', [('test_vit', True, dict(size=128, patch=4, stem=False, resize=False)), ('torchvision:resnet18', True, dict(size=32, patch=0, stem=True, resize=False)),
+                                              ('test_resnet', False, dict(size=32, patch=0, stem=False, resize=False)), ('resnet8', True, None)])
+def test_how_a_student_reads_its_images_is_remembered(kind, small, fit, tmp_path, monkeypatch):
+    "Another version of torch or timm may find another way: the one of the run is in the card, and nothing is looked for"
+    from asibkd.models import teachers
+    torch.manual_seed(0)
+    net, seen = build_network(kind, n_class=3, img_size=32, small_input=small), SimpleNamespace(n_class=3, classes=CLASSES, shape=(3, 32, 32), mean=[.5]*3, std=[.25]*3, name='')
+    card = student_card(kind, seen, small, net)
+    assert card.get('input_fit') == fit
+    save_student(tmp_path, net.state_dict(), card)
+    with monkeypatch.context() as m:
+        for name in ('find_fit', 'failure_at'): m.setattr(teachers, name, lambda *a, **kw: 1/0)
+        there = load_student(tmp_path).model
+    save_student(tmp_path/'old', net.state_dict(), {k: v for k, v in card.items() if k != 'input_fit'})      # a run from before
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(): assert all(torch.equal(net.eval()(x), o(x)) for o in (there, load_student(tmp_path/'old').model))

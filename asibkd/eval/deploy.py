@@ -8,6 +8,7 @@ __all__ = ['save_state', 'student_card', 'save_student', 'Preprocess', 'preproce
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #dd7fd8c0
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,11 +40,13 @@ def student_card(
     kind:str,       # Architecture name, or '' for a user's module
     data:Data,
     small_input:bool,
+    net=None,       # The bare network, which knows how it reads its images where timm or torchvision built it
 )->dict:
     "How to rebuild the student and prepare its input"
+    fit = getattr(net, 'input_fit', None)
     return dict(type=kind, n_class=data.n_class, classes=list(map(str, data.classes)), shape=list(data.shape),
                 mean=[float(v) for v in data.mean], std=[float(v) for v in data.std], small_input=bool(small_input),
-                dataset=data.name)
+                dataset=data.name) | (dict(input_fit=asdict(fit)) if fit else {})
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #5047789e
 def save_student(
@@ -119,7 +122,8 @@ def load_student(
     if model is None:        # the bare network: looking for its stages would take as long as importing torch
         with no_downloads(run, 'Pass the network: load_student(run, model=…).'):
             model = forgets(build_network(card['type'], n_class=card['n_class'], img_size=card['shape'][-1],
-                                          in_chans=card['shape'][0], small_input=card['small_input']))
+                                          in_chans=card['shape'][0], small_input=card['small_input'],
+                                          fit=card.get('input_fit')))
     state = read_weights(weights)
     if 'projector.net.0.weight' in state:      # SimKD's: only then is what trains imported
         from asibkd.distil.simkd import for_weights

@@ -177,7 +177,7 @@ def predict_images(
             rows.append({'file': f, 'class': label, 'confidence': round(value, 4)})
     return rows, failed
 
-# %% ../../nbs/08_eval/02_predict.ipynb #e66e2814
+# %% ../../nbs/08_eval/02_predict.ipynb #ddcb91f6
 _COMPILER = 'torch._dynamo'
 
 class Later(ModuleType):
@@ -190,7 +190,7 @@ class Later(ModuleType):
             del sys.modules[k]
         return getattr(import_module(self.__name__), name)
 
-# %% ../../nbs/08_eval/02_predict.ipynb #f359f3d0
+# %% ../../nbs/08_eval/02_predict.ipynb #99b895ba
 @contextmanager
 def without_compiler():
     "Inside, `import timm` leaves torch's compiler and wandb alone"

@@ -81,7 +81,8 @@ def untrained_run(
     teachers, student, synergy = untrained_networks(cfg, data)
     for n, t in teachers.items():
         save_teacher(t, run/f'{n}.pth', data, t.name, 0.)
-    save_student(run, student.model.state_dict(), student_card(cfg.student_type, seen_by(student, data), True))
+    card = student_card(cfg.student_type, seen_by(student, data), True, student.model)
+    save_student(run, student.model.state_dict(), card)
     save_state(synergy.state_dict(), run/'bridge.safetensors')
     epochs = [dict(phase=f'A{s}', kind='A', stage=s, epoch=e, train_nats=30. - 4*e, val_acc=.1*e, val_avg_acc=.15)
               for s in (1, 2) for e in (1, 2)]

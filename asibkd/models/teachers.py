@@ -118,7 +118,8 @@ class InputFit:
         m:nn.Module,  # Built for `size`; changed in place
         img_size:int, # Pixels
     )->nn.Module:
-        "Change the first layers of a network"
+        "Change the first layers of a network; it remembers how it reads its images"
+        m.input_fit = self
         sizes = dict(img_size=(img_size, img_size), patch_size=(self.patch, self.patch))
         if self.patch: patch_holder(m).set_input_size(**sizes)
         if self.stem: cifar_stem(m)
@@ -204,7 +205,9 @@ def fit_module(
     if small_input:
         try: stemmed = cifar_stem(copy.deepcopy(m))
         except ConfigError: stemmed = None      # it has no stem
-        if stemmed is not None and not failure_at(stemmed, img_size, in_chans): return stemmed
+        if stemmed is not None and not failure_at(stemmed, img_size, in_chans):
+            stemmed.input_fit = replace(fit, stem=True)
+            return stemmed
     if failure_at(m, img_size, in_chans):
         sizes = (s for s in (48, 64, 96, 128, 192, 224, 256, 299) if s > img_size)
         size = next((s for s in sizes if not failure_at(m, s, in_chans)), 0)
@@ -238,6 +241,7 @@ def build_timm(
     in_chans=3,
     pretrained=False,
     small_input=False, # Small patches or the CIFAR stem
+    fit=None,          # How it reads its images, as a dict, where that is known; None = look for the best way
     **kw,              # To timm.create_model
 )->nn.Module:
     "A bare network of timm"
@@ -246,6 +250,7 @@ def build_timm(
         m = load_hub_model(name, pretrained, **args)
         if m.num_classes == m.pretrained_cfg['num_classes']: return as_published(m, name, img_size)
         return fit_module(m, name, img_size, in_chans, small_input)
+    if fit: return InputFit(**fit).apply(timm_at(name, fit['size'], **args), img_size)
     fit = find_fit(name, img_size, small_input=small_input, **{k: v for k, v in args.items() if 'pretrained' not in k})
     if pretrained: m, fit = build_published(name, fit, img_size, **args)
     else: m = timm_at(name, fit.size, **args)
@@ -288,6 +293,7 @@ def build_torchvision(
     in_chans=3,
     pretrained=False,
     small_input=False, # The CIFAR stem
+    fit=None,          # As in `build_timm`
     **kw,              # To torchvision's constructor
 )->nn.Module:
     "A bare network of torchvision"
@@ -302,6 +308,7 @@ def build_torchvision(
         args = {} if n_class is None else dict(num_classes=n_class)
         if name.startswith('vit_'): args['image_size'] = img_size
         m = get_model(name, weights=None, **args, **kw)
+    if fit: return InputFit(**fit).apply(widen(m, in_chans), img_size)
     return fit_module(widen(m, in_chans), name, img_size, in_chans, small_input)
 
 # %% ../../nbs/02_models/05_teachers.ipynb #5b53f46a
@@ -327,10 +334,12 @@ def build_registered(
 # %% ../../nbs/02_models/05_teachers.ipynb #f57449bd
 def build_network(
     name:str, # 'resnet20', 'timm:vgg16', 'torchvision:resnet18', 'hf-hub:…', 'local-dir:…', 'tv:…'
+    fit=None, # As in `build_timm`
     **kw,     # n_class, img_size, in_chans, pretrained, small_input; more go to the constructor
 )->nn.Module:
     "A bare network by name: from this package, else timm, else torchvision"
     if name in models: return build_registered(name, **kw)
+    kw['fit'] = fit
     if hub_model(name): return build_timm(hub_model(name), **kw)
     if tv_name(name): return build_torchvision(tv_name(name), **kw)
     import timm, torchvision

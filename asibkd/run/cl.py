@@ -200,7 +200,7 @@ def save_task(
         return save_state(m.model.state_dict(), Path(folder)/'analytic.safetensors')
     if m.n_class > data.n_class:                                               # cl_mask=full: rows of later classes
         m = grow_head(copy.deepcopy(m), data.n_class)
-    card = student_card(card_type, seen_by(m, data), l.ctx.cfg.small_input == '1')
+    card = student_card(card_type, seen_by(m, data), l.ctx.cfg.small_input == '1', m.model)
     save_student(folder, m.model.state_dict(), card)
 
 # %% ../../nbs/11_run/02_cl.ipynb #3e1f67c6

@@ -311,7 +311,7 @@ def save_results(
     def bare(state):
         return {k.removeprefix('model.'): v for k, v in state.items() if k.startswith('model.')}
     kind = '' if given_student is not None else cfg.student_type
-    card = student_card(kind, seen_by(student, data), cfg.small_input == '1')
+    card = student_card(kind, seen_by(student, data), cfg.small_input == '1', student.model)
     save_student(run.path, bare(result.best), card)
     save_student(run.path, bare(result.last), card, 'student_last')
     if hasattr(method, 'synergy'):
