@@ -296,9 +296,10 @@ def win_table(
     by = by or main_measure(t)
     order = best_labels(t, by)
     index = ['dataset', 'seed'] if 'dataset' in t else ['seed']          # a seed of other data is another seed
-    acc = t[t.label.isin(order)].pivot(index=index, columns='label', values=by)
+    table = t[t.label.isin(order)].pivot(index=index, columns='label', values=by)
+    acc = {k: table[k].to_numpy() for k in order}
     def wins(a, b):
-        d = acc[a].to_numpy() - acc[b].to_numpy()
+        d = acc[a] - acc[b]
         common = (d == d).sum()
         return '' if a == b or not common else f"{(d > 0).sum()}/{common}"
     return pd.DataFrame([{'method': a} | {b: wins(a, b) for b in order} for a in order])
