@@ -21,7 +21,7 @@ from ..core.files import atomic_path, atomic_write, read_json, read_weights
 from ..data.batches import normalise
 from ..data.images import Data, is_small, prepare_image
 from ..models.kdmodel import KDModel
-from ..models.teachers import build_network
+from ..models.teachers import InputFit, build_network
 from ..models.trace import forgets
 from ..models.checkpoints import load_into
 
@@ -46,7 +46,7 @@ def student_card(
     fit = getattr(net, 'input_fit', None)
     return dict(type=kind, n_class=data.n_class, classes=list(map(str, data.classes)), shape=list(data.shape),
                 mean=[float(v) for v in data.mean], std=[float(v) for v in data.std], small_input=bool(small_input),
-                dataset=data.name) | (dict(input_fit=asdict(fit)) if fit else {})
+                dataset=data.name) | (dict(input_fit=asdict(fit)) if isinstance(fit, InputFit) else {})
 
 # %% ../../nbs/08_eval/01_deploy.ipynb #5047789e
 def save_student(
