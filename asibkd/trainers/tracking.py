@@ -7,7 +7,7 @@ __all__ = ['tracked', 'final_numbers', 'shown_config', 'TrackCB', 'start_if_need
            'keep_id', 'WandbCB', 'MlflowCB', 'TrackioCB', 'tracking', 'track_results']
 
 # %% ../../nbs/06_trainers/05_tracking.ipynb #ee80fbd2
-import contextlib, io, json, os, re, uuid
+import contextlib, io, json, os, re, time, uuid
 from importlib.util import find_spec
 
 from fastcore.basics import patch
@@ -146,7 +146,10 @@ class TensorBoardCB(TrackCB):
     def open(self):
         from accelerate.tracking import TensorBoardTracker
         self.last = None                       # dropped and sent again: nothing is to be left out
-        is_new = not (self.run/'tensorboard').exists()
+        folder = self.run/'tensorboard'
+        is_new = not folder.exists()
+        while not is_new and any(f'.{int(time.time())}.' in f.name for f in folder.iterdir()):
+            time.sleep(.05)     # files are read in the order of their names, and these know seconds
         tracker = TensorBoardTracker('tensorboard', self.run.path, purge_step=self.step and self.step + 1)
         start_if_needed(tracker)
         rows = [f'| {k} | {v} |' for k, v in shown_config(self.run).items()] if is_new else ()
