@@ -70,8 +70,9 @@ def test_images_without_a_label(nets, name):
     "CE counts on the labelled images alone; the features of all images are compared"
     torch.manual_seed(0)
     m = 2 if name in SEVERAL else 1
-    b = batch(6, torch.tensor([0, 1, 2, UNLABELLED, UNLABELLED, UNLABELLED])); s, ts = outputs(nets, b, m)
-    o = made(name, nets, m).eval().loss(b, s, ts, When(epoch=1))
+    method, b = made(name, nets, m).eval(), batch(6, torch.tensor([0, 1, 2, UNLABELLED, UNLABELLED, UNLABELLED]))
+    s, ts = outputs(nets, b, m)                          # after the method, which says what the networks are to keep
+    o = method.loss(b, s, ts, When(epoch=1))
     torch.testing.assert_close(o['parts']['ce'], F.cross_entropy(s['logit'][:3], b.y[:3]).detach())
     (g,) = torch.autograd.grad(o['loss'], s['feat_2d' if name in ('pkt', 'itrd', 'reviewkd') else 'feat_4d'] if name != 'vid' else s['stages'][-1])
     assert g[3:].abs().sum() > 0
