@@ -203,11 +203,9 @@ def fit_module(
     "Let any network read images of a size"
     fit = InputFit(img_size)
     if small_input:
-        try: stemmed = cifar_stem(copy.deepcopy(m))
+        try: stemmed = replace(fit, stem=True).apply(copy.deepcopy(m), img_size)
         except ConfigError: stemmed = None      # it has no stem
-        if stemmed is not None and not failure_at(stemmed, img_size, in_chans):
-            stemmed.input_fit = replace(fit, stem=True)
-            return stemmed
+        if stemmed is not None and not failure_at(stemmed, img_size, in_chans): return stemmed
     if failure_at(m, img_size, in_chans):
         sizes = (s for s in (48, 64, 96, 128, 192, 224, 256, 299) if s > img_size)
         size = next((s for s in sizes if not failure_at(m, s, in_chans)), 0)
