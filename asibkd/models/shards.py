@@ -53,10 +53,7 @@ class GatheredOutput(dict):
 def get(self:GatheredOutput, k, default=None):
     return self[k] if k in self else default
 
-@patch
-def __iter__(self:GatheredOutput):         # `dict(o)` and `{**o}` read every entry, too
-    return iter(list(self.keys()))
-
+# %% ../../nbs/02_models/13_shards.ipynb #7581e802
 @patch
 def items(self:GatheredOutput):
     return [(k, self[k]) for k in self.keys()]
@@ -64,6 +61,11 @@ def items(self:GatheredOutput):
 @patch
 def values(self:GatheredOutput):
     return [self[k] for k in self.keys()]
+
+# %% ../../nbs/02_models/13_shards.ipynb #bb948e75
+@patch
+def __iter__(self:GatheredOutput):         # `dict(o)` and `{**o}` read every entry, too
+    return iter(list(self.keys()))
 
 @patch
 def __or__(self:GatheredOutput, other):
