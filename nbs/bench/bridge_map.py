@@ -90,12 +90,12 @@ ARMS = dict(      # method, what makes the arm, its settings to choose from
 WITHOUT = dict(asmb_no_u=('u',), asmb_no_delta=('delta',))    # Parts of the formula that the path leaves closed
 ABLATIONS = ('asmb_no_query', *WITHOUT)                       # only where --arms names them; in the setting of asmb
 GRID = [a for a in ARMS if a not in ABLATIONS]
+OURS, LABELS_ONLY = tuple(a for a in ARMS if a.startswith('asmb')), ('ce',)
+
+
 def base_of(arm)->str:
     "The arm whose settings it uses"
     return 'asmb' if arm in ABLATIONS else arm
-
-
-OURS, LABELS_ONLY = tuple(a for a in ARMS if a.startswith('asmb')), ('ce',)
 
 
 # Rows
