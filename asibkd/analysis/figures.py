@@ -22,7 +22,7 @@ from .tables import is_cl, load_config, load_metrics, load_summary, shorten
 from ..core.config import RunError
 from ..core.files import FileDamaged, check_file, damaged, read_json, read_jsonl
 from ..core.picture import COLOURS, Picture
-from ..core.text import clean, printable
+from ..core.text import clean_loads, printable
 
 # %% ../../nbs/09_analysis/04_figures.ipynb #4f031339
 def student_curves(
@@ -79,7 +79,7 @@ def student_steps(
     s, out = summary or load_summary(run), {}
     if is_cl(s):
         return {k: [100*sum(r)/len(r) for r in o['class_il']] for k, o in s['R'].items()}
-    for r in map(clean, read_jsonl(Path(run)/'metrics.jsonl', strict=False)):
+    for r in read_jsonl(Path(run)/'metrics.jsonl', strict=False, loads=clean_loads):
         if r['kind'] == 'B':
             key = re.sub(r'-?B\d+$', '', r['phase']) or s['method']
             out.setdefault(key, []).append(100*r.get('val_acc', float('nan')))

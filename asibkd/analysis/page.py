@@ -85,6 +85,7 @@ def _drawn(fig, kind, **options)->bytes:
     "A figure as the bytes of a file"
     out = io.BytesIO()
     fig.savefig(out, format=kind, **options)
+    fig.set_layout_engine('none')           # laid out once: another file of it has the same places
     return out.getvalue()
 
 # %% ../../nbs/09_analysis/05_page.ipynb #27c6c818

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.config import RunError, log
 from ..core.files import FileDamaged, damaged, read_json, read_jsonl
-from ..core.text import clean, escape_markdown, one_line
+from ..core.text import clean_loads, escape_markdown, one_line
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #7086736a
 def load_summary(
@@ -25,13 +25,13 @@ def load_summary(
     f = Path(run)/'summary.json'
     if not f.exists():
         raise RunError(f"'{f}' does not exist: '{run}' is not the folder of a finished run.")
-    s = read_json(f, strict)
+    s = read_json(f, strict, loads=clean_loads)
     rows = s.get('rows', [])
     if 'rows' in s and 'method' not in s or not all(isinstance(r, dict) and {'key', 'role'} <= {*r} for r in rows):
         raise damaged(f, "it lacks the method, or the key and role of a row")
     if (forms := Path(run)/'quantised.json').exists():       # written later, by `asibkd export --quantize int8`
-        s['quantised'] = read_json(forms, strict)
-    return clean(s)
+        s['quantised'] = read_json(forms, strict, loads=clean_loads)
+    return s
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #127a05d7
 def load_config(
@@ -39,7 +39,7 @@ def load_config(
     strict=False, # True: `FileDamaged` also where it was changed by hand
 )->dict: # Key → value
     "Read `config.json`: every parameter, with `auto` replaced by what the run used"
-    return clean(read_json(Path(run)/'config.json', strict))
+    return read_json(Path(run)/'config.json', strict, loads=clean_loads)
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #4c49c7e4
 def load_metrics(
@@ -47,7 +47,7 @@ def load_metrics(
 )->'pd.DataFrame': # One row per epoch; empty where the run has no `metrics.jsonl`
     "Read `metrics.jsonl` as a table; a damaged line is named and left out"
     import pandas as pd
-    t = pd.DataFrame([clean(o) for o in read_jsonl(Path(run)/'metrics.jsonl', strict=False)])
+    t = pd.DataFrame(read_jsonl(Path(run)/'metrics.jsonl', strict=False, loads=clean_loads))
     return t if 'val_acc' in t else t.assign(val_acc=float('nan'))          # a run without validation images
 
 # %% ../../nbs/09_analysis/00_tables.ipynb #04102a82

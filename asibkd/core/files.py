@@ -233,13 +233,14 @@ def read_json(
     strict=True, # False: only warn where it does not match its checksum
     remedy='',   # What to do about a damaged file
     kind=dict,   # What it must hold; None = anything
+    loads=json.loads,
 ):
     "The content of a JSON file, checked"
     text = read_text_file(path, strict, remedy)
     if not text.strip():
         raise damaged(path, 'it is empty', remedy)
     try:
-        out = json.loads(text)
+        out = loads(text)
     except ValueError as e:
         raise damaged(path, f'it is no JSON ({e})', remedy) from None
     if kind and not isinstance(out, kind):
@@ -289,10 +290,11 @@ def append_row(
 def read_line(
     line:bytes,
     known=None, # Checksums of the file's rows; None or empty: any row will do
+    loads=json.loads,
 )->tuple: # (row or None, what is wrong with it or '')
     "One row of a file of JSON lines"
     try:
-        row = json.loads(line.decode())
+        row = loads(line.decode())
     except ValueError:
         return None, 'is no JSON'
     if not isinstance(row, dict):
@@ -303,6 +305,7 @@ def read_line(
 def read_jsonl(
     path,
     strict=True, # False: damaged rows are left out, with a warning
+    loads=json.loads,
 )->list: # Of dicts; empty where there is no file
     "The rows of a file of JSON lines; a last line cut off by a crash is dropped"
     path, rows = Path(path), []
@@ -314,7 +317,7 @@ def read_jsonl(
         lines.append(rest)
     first = {line: -n for n, line in enumerate(reversed(lines), 1 - len(lines))}
     for n, line in enumerate(lines, 1):
-        row, wrong = read_line(line, known)
+        row, wrong = read_line(line, known, loads)
         if known and line and first[line] < n - 1:            # a flipped digit made it another row
             wrong = f'is a copy of line {first[line] + 1}'
         if line and not wrong:
