@@ -550,7 +550,7 @@ PARTS = dict(pipeline=bench_pipeline, precision=bench_precision, loop=bench_loop
              processes=bench_processes)
 SHORT = dict(pipeline=dict(batches=20), precision=dict(students=('resnet8x4',), batch=64, emulated=False),
              loop=dict(steps=10),
-             cache=dict(batch=32), peers=dict(batch=32, steps=3, workers=2), parts=dict(batch=32),
+             cache=dict(batch=32, steps=1), peers=dict(batch=32, steps=2, workers=2), parts=dict(batch=32),
              growth=dict(images=(1000, 5000), classes=(10, 100), teachers=(1, 2), stages=(1, 2), batch=32))
 _small = dict(student='mlp', batch=16)
 QUICK = dict(pipeline=dict(batches=2), precision=dict(students=('mlp',), batch=16), loop=dict(**_small, steps=2),
