@@ -250,11 +250,12 @@ def compare_page(
 
 # %% ../../nbs/09_analysis/09_report.ipynb #e9061d1e
 def save_compare_report(
-    runs,        # From `collect`, or a folder
-    out,         # The file
-    baseline='', # As in `compare_page`
+    runs,           # From `collect`, or a folder
+    out,            # The file
+    baseline='',    # As in `compare_page`
+    summaries=None, # As there
 )->Path: # `out`
     "Write the report of a comparison"
     out = Path(out)
-    atomic_write(out, render(compare_page(runs, baseline, out.parent)))
+    atomic_write(out, render(compare_page(runs, baseline, out.parent, summaries=summaries)))
     return out

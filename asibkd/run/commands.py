@@ -263,12 +263,11 @@ def print_comparison(
 ):
     "Print the table, write the files; every run is read once"
     from asibkd.analysis.compare import (
-        collect_rows, compare_notes, compare_runs, default_baseline, save_compare, win_table)
+        compare_notes, compare_runs, default_baseline, read_comparison, save_compare, win_table)
     from asibkd.analysis.page import page_figures, render
     from asibkd.analysis.report import compare_page
-    from asibkd.analysis.tables import finished_runs, show_table
-    found = finished_runs(*folders)
-    runs, summaries = collect_rows(found, cl), {str(folder): s for folder, s, _ in found}
+    from asibkd.analysis.tables import show_table
+    runs, summaries = read_comparison(*folders, cl=cl)
     baseline = baseline or default_baseline(runs)
     t = compare_runs(runs, baseline)
     print(show_table(t))
@@ -276,7 +275,7 @@ def print_comparison(
         print('\nseeds on which the row beats the column:\n' + show_table(win_table(runs)))
     for o in compare_notes(runs):
         print(f'\n{o}')
-    page = compare_page(runs, baseline, out, t, {k: summaries[k] for k in runs.run.unique()})
+    page = compare_page(runs, baseline, out, t, summaries)
     files = save_compare(runs, out, baseline, t, page_figures(page)['result'])
     atomic_write(Path(out)/'report.html', render(page))
     print('\nmean ± half-width of the 95 % t-interval over seeds; paired differences. Written: '
@@ -374,7 +373,7 @@ def cmd_report(argv):
     "asibkd report"
     a = runs_options('report', argv, 'the newest in results/', 'the HTML file [report.html in the run folder; '
                      '<first folder>/compare/report.html]')
-    from asibkd.analysis.compare import collect
+    from asibkd.analysis.compare import read_comparison
     from asibkd.analysis.report import save_compare_report, save_report
     runs = a.runs or [newest()]
     if (Path(runs[0])/'sweep.json').exists():
@@ -384,7 +383,8 @@ def cmd_report(argv):
         print(save_report(runs[0], a.out))
     else:
         out = a.out or Path(runs[0])/'compare'/'report.html'
-        print(save_compare_report(collect(*runs, cl=a.cl), out, a.baseline))
+        found, summaries = read_comparison(*runs, cl=a.cl)
+        print(save_compare_report(found, out, a.baseline, summaries))
 
 # %% ../../nbs/11_run/17_commands.ipynb #c8eac41d
 def cmd_cite(argv):
