@@ -32,6 +32,11 @@ def test_help(asibkd):
     text = asibkd('run', '--help').stdout
     for k, f in Config.model_fields.items(): assert f'--{k}' in text
     for group in ('Data', 'Bridge', 'Distillation', 'Precision'): assert f'\n{group}' in text
+    from asibkd.cl.methods import list_cl_methods
+    from asibkd.distil.methods import list_methods
+    from asibkd.run import cl, experiment       # every method that comes with the package
+    words = {*re.findall(r'\w+', text)}
+    assert not {*list_methods(), *list_cl_methods()} - words
 
 def test_image_folder_from_the_command_line(asibkd, folder):
     d = folder(train=12, test=3)

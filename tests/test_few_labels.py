@@ -155,3 +155,10 @@ def test_mnist5k():
 def test_a_share_for_no_teacher_is_said(tmp_path, capsys):
     s = run_experiment(**TINY | dict(method='avgz', teacher_adapt_epochs=5, finetune_epochs=0, teacher_share=.5, log_level='WARNING'), results_dir=str(tmp_path))
     assert 'no teacher is fine-tuned in this run, so 54 training images are not used' in capsys.readouterr().out and s['images']['teacher'] == 54
+
+def test_balanced_weights_for_teachers_of_some_classes(tmp_path):
+    "The weights of the classes are as many as the outputs of the network that is trained, be it a teacher of two classes"
+    from asibkd import run_experiment
+    s = run_experiment(preset='specialists', class_weight='balanced', student_type='mlp', teacher1_type='mlp', teacher2_type='mlp', finetune_epochs=1, student_epochs_per_stage=1, num_stages=1,
+                       teacher_adapt_epochs=1, compare=0, report=0, device='cpu', log_level='ERROR', results_dir=str(tmp_path))
+    assert [len(r['weights']['classes']) for r in s['rows'] if r['role'] == 'teacher'] == [5, 5]

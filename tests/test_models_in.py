@@ -215,3 +215,29 @@ def test_pt2_runs_no_code_of_its_pickles(programs, tmp_path):
     try: Program(tmp_path/'evil.pt2')
     except CheckpointError: pass
     assert not (tmp_path/'ran').exists()
+
+def test_evaluate_scores_outputs_as_the_classes_they_stand_for(folder, tmp_path):
+    "Outputs in another order, and those of some classes only: names in the file or typed decide, for teachers and students; images without a label are left out"
+    from PIL import Image
+    from asibkd import load_student, run_experiment
+    from asibkd.run.tasks import run_evaluate
+    d = folder(classes=('cat', 'dog', 'horse'), size=16, train=12, test=6)
+    for f in d.glob('*/horse/*'): Image.new('RGB', (16, 16), (255, 0, 255)).save(f)
+    for f in d.glob('*/dog/*'): Image.new('RGB', (16, 16), (0, 255, 0)).save(f)
+    (d/'unlabelled').mkdir(); Image.new('RGB', (16, 16)).save(d/'unlabelled'/'x.png')
+    data = dict(dataset='imagefolder', data_root=str(d), device='cpu', log_level='WARNING', results_dir=str(tmp_path/'r'))
+    net, _, classes = load_student(run_experiment(preset='none', method='ce', student_type='mlp', epochs=6, student_lr=.01, compare=0, report=0, val_frac=.25, **data)['run'])
+    def file(name, order, named=True):
+        state = {k: v[order] if k.startswith('fc.') else v for k, v in net.state_dict().items()}
+        torch.save(dict(state_dict=state) | (dict(classes=[classes[i] for i in order]) if named else {}), tmp_path/name)
+        return str(tmp_path/name)
+    def accuracy(ckpt, **kw):
+        r = run_evaluate(ckpt_path=ckpt, **data, **kw)
+        assert len(r['train']['per_class']['mlp']) == 3
+        return round(r['test']['models']['mlp']['acc'], 3)
+    right = accuracy(file('right.pth', [0, 1, 2]), teacher_type='mlp'); assert right > .9
+    turned = file('turned.pth', [2, 0, 1])
+    assert accuracy(turned, teacher_type='mlp') == accuracy(turned, student_type='mlp') == right
+    assert accuracy(file('bare.pth', [2, 0, 1], named=False), teacher_type='mlp') < .2              # nobody can know
+    assert accuracy(file('two.pth', [1, 0]), teacher_type='mlp') == pytest.approx(right*2/3, abs=.04)
+    assert accuracy(file('typed.pth', [1, 0], named=False), teacher_type='mlp', teacher1_classes=['dog', 'cat']) == pytest.approx(right*2/3, abs=.04)

@@ -290,9 +290,11 @@ class Bridge(Params):
     "Bridge"
     mbm_type:str = bridge_param('ib_mbm', "Accepted for old configs; the bridge is always ib_mbm.",
         affects_result=False)
-    use_ib:bool = bridge_param(True, "Bottleneck on; off = the same bridge, deterministic, β = 0.")
+    use_ib:bool = bridge_param(True, "Bottleneck on; off = the same bridge without noise, and β = 0 "
+        "unless the objective is fuse, whose prices stay.")
     ib_beta:Annotated[float, Field(ge=0)] | Literal['auto'] = bridge_param('auto', "Price β of one nat through the "
-        "bottleneck; auto: with the objective fuse the best of ∞, 1, .3, .1, .03, .01, else 0.001.")
+        "bottleneck; auto: with the objective fuse the best of ∞, 1, .3, .1, .03, .01 (with thousands of labels also "
+        ".003 and .001), else 0.001.")
     ib_beta_warmup_epochs:int = bridge_param(0, "Raise β linearly from 0 over this many adaptation epochs.", ge=0)
     mbm_query_dim:int = bridge_param(0, "Width of the attention query; 0 = the student's feature width.", ge=0)
     mbm_out_dim:int = bridge_param(0, "Width of the bridge's output z; 0 = the query width.", ge=0)
@@ -313,7 +315,7 @@ class Bridge(Params):
         "training images, or the validation split; auto: train where no teacher has learnt from them. With "
         "cl_mode: val (auto) = held-out images of task and memory, train = those that are learnt from.")
     synergy_gate:bool = bridge_param(True, "Use the synergy logits only if their NLL on held-out images is below "
-        "that of what they start as.")
+        "that of what they start as (fuse: by ¾ standard error, and from three labels a class on).")
 
 # %% ../../nbs/00_core/00_params.ipynb #a6564342
 class Adaptation(Params):
@@ -455,8 +457,8 @@ cl_param = partial(param, read_by='cl')
 class Continual(Params):
     "Continual learning"
     cl_mode:bool = cl_param(False, "Learn the classes as a sequence of tasks.")
-    cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, wa, "
-        "ssil, bic, clser, gdumb, or a registered method.")
+    cl_method:str = cl_param('asib', "asib, naive, joint, er, er_ace, der, derpp, lwf, icarl, ewc, si, avgz, wavg, "
+        "analytic, wa, ssil, bic, clser, gdumb, or a registered method.")
     cl_teachers:str | None = cl_param(None, "Teachers of each task: analytic, expert, generic, snapshot and ema, "
         "joined by +; empty = the method's default.")
     cl_ema_decay:float = cl_param(0.99, "Decay per step of the moving average of the student that serves as teacher "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JPEG_ENDINGS', 'PHOTO_ENDINGS', 'NOT_DATA', 'SPLIT_NAMES', 'LAYOUT', 'UNLABELLED_NAMES', 'shown_path', 'data_entries',
            'SplitScan', 'scan_split', 'scan_photos', 'left_out_text', 'split_folders', 'unlabelled_folder',
-           'scan_unlabelled', 'require_two_classes', 'batch_arrays', 'split_arrays']
+           'photos_below', 'scan_unlabelled', 'require_two_classes', 'batch_arrays', 'split_arrays']
 
 # %% ../../nbs/01_data/00_folders.ipynb #bb920c60
 import codecs, difflib, os, pickle
@@ -194,15 +194,23 @@ def unlabelled_folder(
     return found[0] if found else None
 
 # %% ../../nbs/01_data/00_folders.ipynb #42e6f3a6
-def scan_unlabelled(
+def photos_below(
     folder,  # Photos at any depth
 )->SplitScan: # All under the class ''
-    "The photos of a folder, whatever folder they are in"
-    if not Path(folder).is_dir():
-        raise DataError(f"The folder of unlabelled images '{shown_path(folder)}' does not exist.")
+    "The photos of a folder, whatever folder they are in; each real folder is read once"
     s = SplitScan(Path(folder), files={'': []})
     s.walk(str(folder), '')
     s.follow(s.ids | {_folder_id(p) for p in (folder, *Path(folder).resolve().parents)})
+    return s
+
+# %% ../../nbs/01_data/00_folders.ipynb #2d8b0c4c
+def scan_unlabelled(
+    folder,  # Photos at any depth
+)->SplitScan: # As `photos_below` returns it
+    "The photos of a folder of images without labels; one without photos is refused"
+    if not Path(folder).is_dir():
+        raise DataError(f"The folder of unlabelled images '{shown_path(folder)}' does not exist.")
+    s = photos_below(folder)
     if not len(s):
         there = f" There are {text}." if (text := left_out_text([s])) else ''
         raise DataError(f"The folder of unlabelled images '{shown_path(folder)}' holds no photos.{there}")

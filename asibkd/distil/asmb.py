@@ -75,7 +75,8 @@ def switched_off(
     frozen = [k for k in Config.model_fields if k.startswith(('teacher1_', 'teacher2_')) and '_freeze_' in k]
     frozen += ['teacher1_bn_head_only', 'teacher2_bn_head_only', 'teacher_weight_decay']
     trains = ['teacher_lr', 'mbm_lr_factor', 'synergy_kd_alpha', 'mbm_reg_lambda', 'mbm_dropout', 'ib_beta']
-    rows = [(not c.use_ib, ['ib_beta', 'ib_beta_warmup_epochs', 'use_certainty_weight']),
+    rows = [(not c.use_ib, ['ib_beta_warmup_epochs', 'use_certainty_weight']),
+            (not (c.use_ib or fuses), ['ib_beta']),
             (not fuses, ['bridge_images']),
             (not c.ib_beta, ['ib_beta_warmup_epochs']),
             (not c.teacher_adapt_epochs, [*trains, 'ib_beta_warmup_epochs', 'synergy_gate']),

@@ -8,6 +8,7 @@ __all__ = ['compute_disagreement_rate', 'teacher_report', 'paired_difference', '
 
 # %% ../../nbs/08_eval/00_evaluate.ipynb #bd7bf886
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -125,10 +126,10 @@ def report_splits(
     models:dict, ctx:RunContext,
     synergy=None, teachers=(), student=None,  # As `collect_logits` takes them
 )->dict: # {split: dict(models={name: scores}, per_class={name: [accuracy]}, disagreement={mode: rate})}
-    "Scores on (un-augmented) train and test: accuracy, top-5, NLL, calibration, agreement with the student"
-    out = {}
+    "Scores on (un-augmented, labelled) train and on test: accuracy, top-5, NLL, calibration, agreement with the student"
+    out, labelled = {}, replace(ctx.data, train=ctx.data.train.subset(ctx.data.labelled))
     for split in ('train', 'test'):
-        loader = make_loader(ctx.cfg, ctx.data, split, 'eval', device=ctx.acc.device, train=False)
+        loader = make_loader(ctx.cfg, labelled, split, 'eval', device=ctx.acc.device, train=False)
         z, y = collect_logits(models, loader, synergy, teachers, student)
         shown = {k: v for k, v in z.items() if k in (*models, 'average', 'synergy')}
         def numbers(v): return scores(v, y) | (dict(agreement=agreement(v, z[student])) if student else {})

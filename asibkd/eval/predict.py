@@ -22,7 +22,7 @@ from ..core.config import ConfigError, DataError, RunError
 from ..core.files import atomic_write
 from ..core.text import one_line, printable
 from ..data.batches import normalise
-from ..data.folders import PHOTO_ENDINGS, data_entries, shown_path
+from ..data.folders import photos_below, shown_path
 from ..data.images import is_small
 from ..data.sources import as_image
 from .deploy import load_student
@@ -37,9 +37,7 @@ def image_files(
     found = []
     for p in map(Path, paths):
         if p.is_dir():
-            for e in data_entries(p):
-                if e.is_dir() or e.name.lower().endswith(PHOTO_ENDINGS):
-                    found += image_files(e.path)
+            found += photos_below(p).files['']
         elif p.exists():
             found.append(str(p))
         else:

@@ -304,7 +304,7 @@ def build_torchvision(
         elif named: return as_published(widen(m, in_chans), f'tv:{name}', img_size)
     else:
         args = {} if n_class is None else dict(num_classes=n_class)
-        if name.startswith('vit_'): args['image_size'] = img_size
+        if name.startswith('vit_'): args['image_size'] = fit['size'] if fit and fit.get('size') else img_size
         m = get_model(name, weights=None, **args, **kw)
     if fit: return InputFit(**fit).apply(widen(m, in_chans), img_size)
     return fit_module(widen(m, in_chans), name, img_size, in_chans, small_input)

@@ -158,7 +158,7 @@ def help_text(
 )->str:
     "The page that `asibkd COMMAND --help` prints"
     from asibkd.cl import rivals, yardsticks                                # noqa: they register their methods
-    from asibkd.distil import amalgam, asmb, crd, features, logits, merging, mtkd, multi, review, simkd, single, stacked
+    from asibkd.trainers import build                                       # noqa: likewise
     from asibkd.distil.methods import list_methods
     about = f"{ABOUT[command]}. Presets: {', '.join(list_presets())}. Methods: {', '.join(list_methods())}."
     files = 'FILE FILE … --data_root FOLDER ' if command == 'merge' else ''

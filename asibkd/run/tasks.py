@@ -8,6 +8,7 @@ __all__ = ['finetune_target', 'finetune_in_folder', 'reached_text', 'run_finetun
 
 # %% ../../nbs/11_run/04_tasks.ipynb #5fbaeb6d
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -24,10 +25,11 @@ from ..distil.simkd import for_weights
 from ..eval.evaluate import load_synergy, report_splits
 from ..models.cards import class_number, task_of
 from ..models.checkpoints import load_into, load_weights
+from ..models.kdmodel import spread_classes
 from ..models.students import create_student
 from ..models.teachers import create_teacher
 from .experiment import run_experiment, save_effective_config
-from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_config,
+from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_classes, settle_config,
                                    spec_of_student, teacher_specs, train_teacher)
 from ..trainers.callbacks import PhaseCheckpoint
 from ..trainers.phases import to_device
@@ -124,15 +126,20 @@ def check_evaluation(cfg:Config):
 def evaluate_single(
     ctx:RunContext, # Settled parameters, data, device
 )->dict: # As `report_splits` returns it
-    "One network from its checkpoint"
+    "One network from its checkpoint; its outputs are scored as the classes that it, or the user, names"
     cfg, data = ctx.cfg, ctx.data
     file = cfg.ckpt_path or cfg.student_ckpt
-    kw = dict(n_class=data.n_class, img_size=data.shape[-1], in_chans=data.shape[0], small_input=cfg.small_input == '1')
-    net = create_teacher(cfg.teacher_type, **kw) if cfg.teacher_type else create_student(cfg.student_type, **kw)
-    state = load_weights(file)
+    as_teacher = TeacherSpec('teacher1', cfg.teacher_type, named=cfg.teacher1_classes or None, norm=cfg.teacher1_norm)
+    spec = replace(as_teacher if cfg.teacher_type else spec_of_student(cfg), ckpt=file)
+    settle_classes(spec, data)
+    n_class = len(spec.classes or data.classes)
+    create = create_teacher if cfg.teacher_type else create_student
+    net, state = create(spec.arch, n_class, img_size=data.shape[-1], in_chans=data.shape[0],
+                        small_input=cfg.small_input == '1'), load_weights(file)
     net = load_into(for_weights(net, state), state, file)
-    as_teacher = TeacherSpec('teacher1', cfg.teacher_type, norm=cfg.teacher1_norm)
-    give_norm(net, as_teacher if cfg.teacher_type else spec_of_student(cfg), data, file)
+    if spec.classes:
+        spread_classes(net, spec.classes, data.n_class)
+    give_norm(net, spec, data, file)
     to_device(ctx, net)
     return report_splits({net.name: net}, ctx)
 

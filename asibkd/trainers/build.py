@@ -390,8 +390,8 @@ def settle_classes(
         refuse_labels(f'{spec.name} ({who})', names, labels, classes)
     elif names and len(names) == len(classes) and not read_card(spec.ckpt):
         log.warning(f"{spec.name}: {who} calls its outputs {', '.join(names[:3])}, …; the data have {classes[0]}, …: "
-                    f"they are taken in the data's order, which without fine-tuning (finetune_epochs=0) is a guess. "
-                    f"{classes_flag(spec.name)}=… names them otherwise.")
+                    f"they are taken in the data's order, which without fine-tuning (finetune_epochs=0) is a guess."
+                    + ('' if spec.name == 'student' else f" {classes_flag(spec.name)}=… names them otherwise."))
     spec.named, spec.matched = None, names_weights(spec.arch) and any(i != OUTSIDE for i in labels)
     if labels != [*range(data.n_class)] and any(i != OUTSIDE for i in labels):
         spec.classes, spec.named = labels, [n if i == OUTSIDE else classes[i] for n, i in zip(names, labels)]
@@ -484,7 +484,7 @@ def train_teacher(
                           "network.")
     data, run, name, classes = ctx.data, ctx.run, spec.name, spec.classes
     if classes is not None:
-        data, t.columns = task_of(data, classes), None
+        data, t.columns, t.n_class = task_of(data, classes), None, t.anatomy.n_class
     if not PhaseCheckpoint(run, f'finetune-{name}').finished:
         own = '' if isinstance(spec.arch, str) else ' (a copy of your module; finetune_epochs=0 takes it as it is)'
         log.info(f"{name}: fine-tuning {t.name} for {ctx.cfg.finetune_epochs} epochs{own}")
