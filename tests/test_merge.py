@@ -95,3 +95,21 @@ def test_merge_is_refused_in_a_sentence(tmp_path, asibkd, folder):
                         (['merge', 'odd.pth', 'odd.pth'], 'needs images'), (['merge', 'odd.pth', 'odd.pth', '--data_root', 'photos'], '--teacher1_type NAME')):
         r = asibkd(*words)
         assert r.returncode == 2 and said in r.stderr, r.stderr
+
+def test_merge_takes_a_file_of_parameters(tmp_path, monkeypatch, capsys, folder):
+    "What a file says is not guessed again; a checkpoint may be called like a parameter, and a class Cow where the folder is cow"
+    a, b = checkpoints(tmp_path)
+    folder(classes=('cat', 'cow', 'dog'), train=6, test=2)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy('a.pth', 'epoch=3-step=10.ckpt')
+    torch.save(dict(model=b.state_dict(), class_to_idx=dict(Cow=0, Dog=1)), 'B.pth')
+    words = dict(zip((o[2:] for o in FAST[::2]), FAST[1::2])) | dict(data_root='photos', teacher1_classes='cat,bird,dog', exp_id='m')
+    Path('m.yaml').write_text('\n'.join(f'{k}: {v}' for k, v in words.items()))
+    assert main(['merge', 'epoch=3-step=10.ckpt', 'B.pth', '-f', 'm.yaml']) == 0, capsys.readouterr().err
+    s, c = (json.loads((tmp_path/'results/m'/f).read_text()) for f in ('summary.json', 'config.json'))
+    assert c['student_type'] == 'mlp' and [o['classes'] for o in s['weights'].values()] == [[0, 2], [1, 2]]
+    torch.jit.trace(b.eval(), torch.zeros(1, 3, 32, 32)).save('b.pt')
+    for typed, said in ((['a.pth', 'b.pt'], "'b.pt' is a program, not a file of weights. Programs are teachers as they are: asibkd run"),
+                        (['a.pth', 'b.pth', 'B.pth', '--teachers', 'mlp,mlp'], 'teachers names 2 networks for 3 files')):
+        assert main(['merge', *typed, '-f', 'm.yaml']) == 2
+        assert said in (err := capsys.readouterr().err), err

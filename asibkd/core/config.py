@@ -7,7 +7,7 @@ __all__ = ['KEPT_ENDINGS', 'KEPT_NAMES', 'PRESETS', 'BLOCKS', 'ALIASES', 'HYDRA_
            'is_on', 'Config', 'fields_that_affect_results', 'fields_read_by', 'parameter_rows', 'parameter_table',
            'list_presets', 'flatten_log', 'decoded', 'read_yaml', 'effective_value', 'trains_mobile', 'merge_presets',
            'preset_names', 'preset_values', 'apply_blocks', 'hydra_hint', 'refuse_key', 'check_keys', 'advice',
-           'explain_validation', 'run_plugin_file', 'load_plugins', 'extended_values', 'config_layers',
+           'explain_validation', 'run_plugin_file', 'load_plugins', 'extended_values', 'config_layers', 'stated_values',
            'refuse_idle_cl', 'params_of', 'params_model', 'resolve', 'near_chance']
 
 # %% ../../nbs/00_core/01_config.ipynb #f5cf8676
@@ -401,6 +401,17 @@ def config_layers(
     if _plugins:
         load_plugins(effective_value(layers, 'plugin'))
     return layers
+
+# %% ../../nbs/00_core/01_config.ipynb #fc642578
+def stated_values(
+    _file='',     # A YAML file of values
+    **given,      # What was typed
+)->dict: # Flat keys
+    "What the user says: typed, in the file, in a preset that is named; the last wins. A command may guess the rest"
+    filed, given = read_yaml(_file) if _file else {}, flatten_log(given)
+    preset = given.get('preset', filed.get('preset'))
+    presets = [preset_values(n) for n in preset_names(preset)] if preset else []
+    return {k: v for d in (*presets, filed, given) for k, v in d.items()}
 
 # %% ../../nbs/00_core/01_config.ipynb #ae9118da
 def refuse_idle_cl(

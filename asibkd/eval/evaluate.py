@@ -126,7 +126,7 @@ def report_splits(
     models:dict, ctx:RunContext,
     synergy=None, teachers=(), student=None,  # As `collect_logits` takes them
 )->dict: # {split: dict(models={name: scores}, per_class={name: [accuracy]}, disagreement={mode: rate})}
-    "Scores on (un-augmented, labelled) train and on test: accuracy, top-5, NLL, calibration, agreement with the student"
+    "Scores on the labelled training images, not augmented, and on test: accuracy, top-5, NLL, calibration, agreement"
     out, labelled = {}, replace(ctx.data, train=ctx.data.train.subset(ctx.data.labelled))
     for split in ('train', 'test'):
         loader = make_loader(ctx.cfg, labelled, split, 'eval', device=ctx.acc.device, train=False)

@@ -293,8 +293,9 @@ def refuse_folder(
     path = Path(path)
     there = {f.name for f in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
     if there and (there - WRITTEN or 'model.safetensors' not in there):
-        raise AsibError(f"'{path}' is there and is no exported student (it holds {', '.join(sorted(there - WRITTEN or there)[:3])}). "
-                        "It would be replaced: name another folder with --path.")
+        found = ', '.join(sorted(there - WRITTEN or there)[:3])
+        raise AsibError(f"'{path}' is there and is no exported student (it holds {found}). It would be replaced: name "
+                        "another folder with --path.")
 
 # %% ../../nbs/08_eval/03_hub.ipynb #9150f551
 def export_folder(

@@ -180,8 +180,10 @@ def match_classes(
     classes,       # Of the data
     numbers=False, # Is '3' the class number 3 where no class has that name?
 )->list: # The label of each output; `OUTSIDE` for a class the data do not have
-    "Outputs and classes, matched by name"
-    at = {c: i for i, c in enumerate(classes)}
+    "Outputs and classes, matched by name; where none is the same, `Cat` is `cat`"
+    at, small = ({f(c): i for i, c in enumerate(classes)} for f in (str, str.casefold))
+    if not {*names} & {*at} and len(small) == len(at) and len({n.casefold() for n in names}) == len({*names}):
+        names, at = [n.casefold() for n in names], small
     def label(name):
         is_number = numbers and name.isdigit() and int(name) < len(classes)
         return at.get(name, int(name) if is_number else OUTSIDE)

@@ -14,7 +14,7 @@ import argparse, contextlib, os, re, sys
 from pathlib import Path
 
 from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layers, effective_value, is_on,
-                                list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve,
+                                list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve, stated_values,
                                 unknown_name)
 from ..core.params import field_bounds, field_kinds
 from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
@@ -216,13 +216,16 @@ def cmd_run(argv):
 # %% ../../nbs/11_run/17_commands.ipynb #0a6ddf22
 def cmd_merge(argv):
     "asibkd merge"
-    n = next((i for i, o in enumerate(argv) if o.startswith(('-', '+')) or re.match(r'\w+=', o)), len(argv))
+    def is_option(o): return (o.startswith(('-', '+')) or re.match(r'\w+=', o)) and not Path(o).is_file()
+    n = next((i for i, o in enumerate(argv) if is_option(o)), len(argv))
     files, (file, given) = argv[:n], parse('merge', argv[n:])
     from asibkd.models.identify import check_merge, merge_params
-    check_merge(files, given)
-    announce(file, dict(dataset='imagefolder') | given)
+    said = stated_values(file, **given)
+    check_merge(files, said)
+    announce(file, {k: v for k, v in dict(dataset='imagefolder').items() if k not in said} | given)
     from asibkd.run.experiment import run_experiment
-    print_run(run_experiment(file, **merge_params(files, given)))
+    guessed = {k: v for k, v in merge_params(files, said).items() if k not in said}
+    print_run(run_experiment(file, **guessed, **given))
 
 # %% ../../nbs/11_run/17_commands.ipynb #af80e8ad
 def cmd_baseline(argv):

@@ -11,6 +11,7 @@ import getpass, hashlib, json, os, pickle, re, shutil, subprocess, time
 from pathlib import Path
 
 from fastcore.basics import patch
+from filelock import FileLock
 
 from ..core.config import ConfigError, RunError, log
 from ..core.files import atomic_write
@@ -169,7 +170,8 @@ def note(self:Cluster,
 ):
     "Write down which job has which number"
     numbers = {job_key(j): self.jobs[j.name].job_id for j in jobs if j.name in self.jobs}
-    atomic_write(self.file, json.dumps(numbers, indent=1))
+    with FileLock(f'{self.file}.lock'):                       # another loop may use the same folder
+        atomic_write(self.file, json.dumps(self.known() | numbers, indent=1))
 
 # %% ../../nbs/11_run/07_slurm.ipynb #a5daec9d
 def last_error(
