@@ -1,5 +1,6 @@
 "Rivals in continual learning: each equal to its authors' definition in value and gradient (float64), through the task loop"
 import copy
+from types import SimpleNamespace as NS
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from _stop import Stop, StopCB
 from asibkd.cl import loop, rivals                                         # noqa: they register
 from asibkd.cl.learner import Learner
 from asibkd.cl.memory import ReplayBatch, transplanted
-from asibkd.cl.methods import TaskContext, cl_methods
+from asibkd.cl.methods import CLMethod, TaskContext, cl_methods
 from asibkd.cl.rivals import averaged_copy, corrected, fit_bias
 from asibkd.cl.streams import align_head, create_stream
 from asibkd.core.config import ConfigError, resolve
@@ -209,3 +210,18 @@ def test_refused_at_once(kw, say, tmp_path):
 def test_the_row_counts_kept_networks(tmp_path, short_exam):
     row = run_experiment(**dict(SMALL, num_tasks=2, epochs=1, compare=0, report=0, cl_method='clser', results_dir=str(tmp_path)))['rows'][-1]
     assert row['statistics_mb'] == pytest.approx(2*4*row['params']/1e6, rel=.05)
+
+def test_a_new_domain_is_no_new_class():
+    "Of a task that brings known classes once more, ACE keeps the batch's classes, and neither head nor stored logits are corrected"
+    from asibkd.cl.memory import reservoir
+    from asibkd.cl.streams import Stream
+    domains = Stream(None, [0, 2, 4, 4], [0, 1, 2, 3], [(0, 2), (2, 4), (0, 2)])
+    assert [domains.brings_classes(t) for t in range(3)] == [False, True, False]
+    z, batch = torch.zeros(2, 4), NS(y=torch.tensor([0, 3]), is_new=torch.tensor([True, False]))
+    for t, closed in ((0, []), (2, [1, 2, 3])):
+        m = NS(cfg=NS(cl_mask='ace'), task=NS(index=t, first_label=0))
+        o = CLMethod.masked_logits(m, z, batch)
+        assert (o[0] < -1).nonzero().flatten().tolist() == closed and not o[1].any()
+    g = torch.Generator().manual_seed(0)
+    kept = [reservoir(104, 0, 500, 100, g) for _ in range(2)]                    # a memory whose share became smaller
+    assert all(len(k.unique()) == 100 and k.max() < 104 for k in kept) and not kept[0].equal(kept[1])

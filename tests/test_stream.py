@@ -16,18 +16,19 @@ from asibkd.run.experiment import run_experiment
 SMALL = dict(report=0, cl_mode=1, compare=0, device='cpu', train_per_class=15, epochs=1, finetune_epochs=1, teacher_adapt_epochs=1, replay_capacity=20, batch_size=8, log_level='ERROR')
 OF = dict(asib=dict(analytic_dim=60))      # a small trunk
 
+def named_digits(cfg, classes, invert=False):
+    "Some digits under other names, with validation images of their own"
+    d, out = datasets['digits'](cfg), {}
+    for split, ds, lo, hi in (('train', d['train'], 0, 12), ('val', d['train'], 12, 15), ('test', d['test'], 0, 10)):
+        keep = torch.cat([(ds.y == c).nonzero().flatten()[lo:hi] for c in classes])
+        x = ds.images(keep) if hasattr(ds, 'images') and ds.shape else ds.source.x[ds.ids[keep]]
+        out[split] = ImageSet(255 - x if invert else x, torch.tensor([classes.index(int(y)) for y in ds.y[keep]]), [f'n{c}' for c in classes])
+    return out | dict(flip=False)
+
 @pytest.fixture
 def pets(monkeypatch):
     "Digits under other names: `low` are 0 to 3, `high` 4 to 7, `all8` both, `drawn` 0 to 3 as negatives; with validation images of their own"
-    def part(classes, invert=False):
-        def read(cfg):
-            d, out = datasets['digits'](cfg), {}
-            for split, ds, lo, hi in (('train', d['train'], 0, 12), ('val', d['train'], 12, 15), ('test', d['test'], 0, 10)):
-                keep = torch.cat([(ds.y == c).nonzero().flatten()[lo:hi] for c in classes])
-                x = ds.images(keep) if hasattr(ds, 'images') and ds.shape else ds.source.x[ds.ids[keep]]
-                out[split] = ImageSet(255 - x if invert else x, torch.tensor([classes.index(int(y)) for y in ds.y[keep]]), [f'n{c}' for c in classes])
-            return out | dict(flip=False)
-        return read
+    def part(classes, invert=False): return lambda cfg: named_digits(cfg, classes, invert)
     for name, o in dict(low=part([*range(4)]), high=part([*range(4, 8)]), all8=part([*range(8)]), drawn=part([*range(4)], True)).items(): monkeypatch.setitem(datasets, name, o)
 
 def rows(s): return s['R'][s['method']]
@@ -70,6 +71,22 @@ def test_a_stream_of_datasets(pets, tmp_path):
     with pytest.raises(ConfigError, match='together with n4'): run_experiment(**kw, stream='low,all8')
     with pytest.raises(ConfigError, match='No folder of that name'): run_experiment(**kw, stream='low,hihg')
 
+def test_a_stream_goes_on(pets, tmp_path, monkeypatch):
+    "What is named is what is new, however the first run came by its data; it may be cut finer, and the folder may begin with ~"
+    monkeypatch.setitem(datasets, 'rest', lambda cfg: named_digits(cfg, [8, 9]))
+    kw = SMALL | dict(cl_method='er', results_dir=str(tmp_path))
+    first = run_experiment(**kw, stream='low,high')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    near = '~/' + Path(first['run']).name
+    for new in (dict(dataset='rest'), dict(stream='rest')):
+        later = run_experiment(extend=near, report=0, **new)
+        assert later['tasks'] == [*first['tasks'], ['n8', 'n9']] and rows(later)['class_il'][:2] == rows(first)['class_il']
+    for new in (dict(dataset='rest'), dict(stream='rest')):
+        assert [len(t) for t in run_experiment(extend=near, report=0, task_sizes=[1, 1], **new)['tasks']] == [4, 4, 1, 1]
+    with pytest.raises(ConfigError, match='share classes'): run_experiment(extend=near, report=0, stream='rest,drawn', task_sizes=[1, 1])
+    with pytest.raises(ConfigError, match='keeps new and old classes apart'): run_experiment(**kw | dict(cl_mask='separated'), stream='low,high,drawn')
+    with pytest.raises(ConfigError, match='it would close'): run_experiment(**kw | dict(cl_mask='separated', cl_method='joint'))
+
 def test_a_run_that_goes_on_can_be_interrupted(pets, tmp_path):
     first = run_experiment(**SMALL, cl_method='derpp', dataset='low', num_tasks=2, results_dir=str(tmp_path))
     more = dict(extend=first['run'], dataset='high', num_tasks=2, report=0)
@@ -90,9 +107,10 @@ def test_one_pass(tmp_path, short_exam):
     assert s['rows'][0]['student_images'] == n + 8*9                             # task 2 replays eight images a step
     with pytest.raises(ConfigError, match='epochs=3 with cl_online=1'): run_experiment(**SMALL | dict(epochs=3), cl_online=1)
 
-def test_the_student_after_each_task(tmp_path, short_exam):
-    "As it was examined, with the rows of the classes it had seen: derpp has all ten from the start"
-    s = run_experiment(**SMALL, cl_method='derpp', task_sizes='5,1,2,2', keep_task_weights=1, results_dir=str(tmp_path))
+@pytest.mark.parametrize('method', ['derpp', 'icarl'])
+def test_the_student_after_each_task(method, tmp_path, short_exam):
+    "As it was examined, with the rows of the classes it had seen: derpp has all ten from the start, icarl predicts the nearest mean"
+    s = run_experiment(**SMALL, cl_method=method, task_sizes='5,1,2,2', keep_task_weights=1, results_dir=str(tmp_path))
     assert [len(t) for t in s['tasks']] == [5, 1, 2, 2] and sum(s['composition'][-1]) == 20 and set(s['composition'][-1]) == {2}
     test = datasets['digits'](None)['test']
     for t in (0, 1, 3):
@@ -101,7 +119,7 @@ def test_the_student_after_each_task(tmp_path, short_exam):
         with torch.no_grad():
             right = [student.classes[int(student.model(student.preprocess(test.source.x[i])[None]).argmax())] == str(int(y))
                      for i, y in zip(test.ids, test.y) if str(int(y)) in s['tasks'][t]]
-        assert abs(sum(right)/len(right) - rows(s)['class_il'][t][t]) < 1e-6
+        assert abs(sum(right)/len(right) - rows(s)['class_il'][t][t]) < (1e-6 if method == 'derpp' else .03)
 
 @pytest.mark.parametrize('kw, say', [(dict(stream='digits,digits', num_tasks=2), 'each of its datasets is a task'), (dict(cl_method='er', cl_rows=20), 'cl_rows=20 has no effect'),
                                      (dict(extend='nowhere'), 'no run whose config.json'), (dict(stream='digits,digits', cl_method='wa'), 'compares new classes with old ones')])

@@ -30,7 +30,8 @@ from ..models.kdmodel import KDModel
 from ..models.trace import copied
 from ..trainers.build import build_student
 from ..trainers.callbacks import EmaCB
-from ..trainers.casts import balanced_rows, fuse_cast, left_out, set_base, unfitted
+from ..trainers.casts import balanced_rows, fuse_cast, left_out, needs_code, set_base, unfitted
+from ..trainers.fusing import fit_code
 from ..trainers.phases import adapt, distil, finetune, to_device
 from ..trainers.tables import fitting_table
 
@@ -69,9 +70,9 @@ class Learner:
         main=True,        # The run's method? Baselines prefix their phases with their name
     ):
         self.key, self.stream, self.cls = key, stream, check_cl_method(key)
-        check_stream(stream, key, self.cls)
         self.ctx = ctx.but(cfg=check_cl(ctx.cfg, key))
         self.cfg, self.acc, self.run = self.ctx.cfg, ctx.acc, ctx.run
+        check_stream(stream, key, self.cls, self.cfg.cl_mask)
         self.specs, self.params, self.prefix = list(specs), params, '' if main else f'{key}-'
         self.on_task = None             # Called with the number of each task that is learned
         c, n_class = self.cfg, stream.data.n_class
@@ -260,6 +261,10 @@ def fuse(self:Learner, t:int, method, teachers:list):
     split = 'memory' if c.bridge_images == 'train' else 'held'
     kept, new = (self.memory, data.train) if split == 'memory' else (self.held, data.val)
     if len(teachers) < 2 or not len(kept):
+        if method.adapts and needs_code(c):        # no fusion to fit, but the student learns from the code
+            method.prepare('A')
+            fit_code(fitting_table(self.student, teachers, self.eval_loader(data.train, data), self.ctx), method,
+                     self.ctx.but(data=data), name=self.phase_name(t, 'A'))
         return
     sets = [self.fusion_set(t, kept, new), self.fusion_set(t, self.memory, data.train)]
     table, seen = (fitting_table(self.student, teachers, self.eval_loader(o, data), self.ctx) for o in sets)
@@ -365,7 +370,7 @@ def anchor_weights(self:Learner, t:int):
 def consolidate(self:Learner, t:int, method):
     "Align the head (`cl_align`), and note which weights are important (SI, EWC)"
     new = self.stream.classes(t)
-    if self.cfg.cl_align and new.start and len(new):
+    if self.cfg.cl_align and self.stream.brings_classes(t):
         gammas = [align_head(m, new.start, new.stop) for m in method.networks(self.student)]
         log.info(f'{self.key}, task {t + 1}: the rows of the new classes times γ = {gammas[0]:.3f}')
     method.after_task()
@@ -425,7 +430,7 @@ def fill_memory(self:Learner, t:int, method=None, teachers=()):
     if self.cls.learns_from_memory:              # there is no network yet, and no use for logits
         ds, k = self.task_data(t).train, self.stream.n_seen(t)
         return self.memory.add(ds, t, k, torch.zeros(len(ds), 1, k))
-    if self.cfg.cl_der_alpha and self.cfg.cl_transplant and len(self.memory):
+    if self.cfg.cl_der_alpha and self.cfg.cl_transplant and len(self.memory) and self.stream.brings_classes(t):
         z, _ = collect_logits(dict(student=self.student), self.eval_loader(self.memory_set(), self.stream.data))
         new = self.stream.classes(t)
         self.memory.transplant(z['student'], new.start, new.stop, self.cfg.cl_transplant)

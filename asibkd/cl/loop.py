@@ -161,7 +161,9 @@ def restore(
         self.analytic.load(s['analytic'])
         self.alone = self.analytic.teacher(self.task_data(t).train, t) if self.cls.is_teacher else None
     self.ewc.load(s['ewc'], self.acc.device)
+    leak = self.out.leak                                    # of the teachers with the classes of this run
     self.out, self.kept = CLResult(**s['out']), s['kept']
+    self.out.leak = max(leak, self.out.leak)
     if s['si'] is not None:
         self.si = SI(self.student.model, self.cfg.si_c, self.cfg.si_xi)
         self.si.load_state_dict(s['si'])
@@ -177,7 +179,7 @@ def keep_state(self:Learner):
 @patch
 def take_over(self:Learner)->int: # The task to begin with
     "Begin where the run `extend` ended"
-    f = Path(self.cfg.extend)/'tasks'/f'{self.key}.pt'
+    f = Path(self.cfg.extend).expanduser()/'tasks'/f'{self.key}.pt'
     if not f.exists():
         raise RunError(f"extend={self.cfg.extend}: there is no '{f.name}' in its tasks/. Only a finished run of "
                        f"{self.key} can be extended (with compare=1, one that was run with compare=1).")

@@ -89,6 +89,8 @@ def reservoir(
 )->Tensor: # Positions that stay, among kept + new
     "Algorithm R on `new` items (Vitter 1985)"
     places = list(range(kept))
+    if kept > capacity:                                     # the memory has become smaller: a random part stays
+        places = torch.randperm(kept, generator=gen)[:capacity].sort().values.tolist()
     u = torch.rand(new, generator=gen, dtype=torch.float64)
     draws = (u*torch.arange(before + 1, before + new + 1)).long().tolist()
     for i, r in enumerate(draws):

@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['cl_methods', 'TaskContext', 'register_cl_method', 'list_cl_methods', 'check_cl_method', 'mean_over', 'cl_parameters',
            'fusion_parameters', 'CLMethod', 'SharedTerms', 'register_weights', 'SynapticIntelligence', 'LwF', 'ICaRL',
-           'FirstICaRL', 'AverageCL', 'ASIBCL']
+           'FirstICaRL', 'class_means', 'nearest_mean_network', 'AverageCL', 'ASIBCL']
 
 # %% ../../nbs/07_cl/04_methods.ipynb #d1374204
+import copy
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor
+from torch import nn, Tensor
 
 from .fisher import EWC, SI
-from ..core.config import Config, Registry, fields_read_by
+from ..core.config import Config, Registry, fields_read_by, log
 from ..core.runtime import FOREIGN, objective_of
 from ..distil.asmb import ASMB
 from ..distil.losses import ce_loss, kd_loss, upcast
 from ..distil.methods import AvgZ, Method, kd_parameters, registering, weighted
 from ..distil.views import ViewKD
+from ..models.kdmodel import KDModel
 
 # %% ../../nbs/07_cl/04_methods.ipynb #95505876
 @dataclass
@@ -150,7 +152,7 @@ def masked_logits(
 )->Tensor: # (B, K) with masked classes at `FOREIGN` (−10⁴), so their softmax is 0
     "The logits that enter each image's cross-entropy"
     mask, lo, is_new = self.cfg.cl_mask, self.task.first_label, batch.is_new[:, None]
-    if mask in ('full', 'seen') or lo == 0:
+    if mask in ('full', 'seen') or self.task.index == 0:
         return z
     if mask == 'ace':
         present = (F.one_hot(batch.y, z.shape[1]).bool() & is_new).any(0)   # the incoming batch's classes
@@ -356,6 +358,33 @@ def loss(self:ICaRL, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
         terms['old_kd'] = (c.cl_old_kd, bce(z[:, :lo], target))
     return weighted(**terms, **self.ewc_terms())
 
+# %% ../../nbs/07_cl/04_methods.ipynb #b0e47d1f
+def class_means(
+    features:dict, # label → (n, D) features of exemplars
+)->dict: # label → (D,), of length 1
+    "The mean direction of each class"
+    return {c: F.normalize(F.normalize(f, dim=1).mean(0), dim=0) for c, f in features.items()}
+
+# %% ../../nbs/07_cl/04_methods.ipynb #7eb9e76a
+def nearest_mean_network(
+    m:KDModel,
+    means:dict, # From `class_means`
+)->KDModel: # A copy; `m` itself where its head is not one linear layer on `feat_2d`
+    "A network that predicts the nearest class mean: between vectors of length 1, the nearest has the largest product"
+    head = m.model.get_submodule(m.anatomy.heads[0])
+    width = len(next(iter(means.values())))
+    if len(m.anatomy.heads) > 1 or not isinstance(head, nn.Linear) or head.in_features != width:
+        log.warning(f"'{m.name}' has no single linear head on its features: it is saved with the head it was trained "
+                    "with, which predicts other classes than the nearest mean that was evaluated.")
+        return m
+    m = copy.deepcopy(m)
+    head = m.model.get_submodule(m.anatomy.heads[0])
+    weight, bias = torch.zeros_like(head.weight), torch.full_like(head.weight[:, 0], FOREIGN)
+    for c, mean in means.items():
+        weight[c], bias[c] = mean, 0.
+    head.weight, head.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return m
+
 # %% ../../nbs/07_cl/04_methods.ipynb #cabb58b3
 @patch
 def set_class_means(
@@ -363,7 +392,7 @@ def set_class_means(
     features:dict,   # label → (n, D) features of the memory's items
 ):
     "The mean direction of each class's exemplars"
-    self.means = {c: F.normalize(F.normalize(f, dim=1).mean(0), dim=0) for c, f in features.items()}
+    self.means = class_means(features)
 
 # %% ../../nbs/07_cl/04_methods.ipynb #4d9292f7
 @patch
@@ -422,5 +451,5 @@ class ASIBCL(ViewKD, CLMethod, ASMB):
         if self.cfg.cl_old_kd == 0 or 'snapshot' not in self.task.roles:
             return {}
         old = t_outs[self.task.roles.index('snapshot')]
-        kd = self.kd_term(syn['open_logit'], old['logit'].detach(), when, columns=old['columns'])
+        kd = self.kd_term(syn['open_logit'], old['logit'].detach(), when, columns=old.get('columns'))
         return dict(old_kd=(self.cfg.cl_old_kd, kd))

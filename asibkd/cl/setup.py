@@ -94,6 +94,9 @@ def mask_rules(
             (c.cl_mask == 'separated' and cls.fills_early,
              f"cl_mask=separated: {key} replays the task's own images among the old ones, which it would close. "
              "Use ace."),
+            (c.cl_mask == 'separated' and cls.cumulative,
+             f"cl_mask=separated: for {key} the images of all tasks are new, also those of the classes it would close. "
+             "Use full or seen."),
             (closes and cls.classifies_by_means,
              f"cl_mask={c.cl_mask}: {key} has no softmax to close classes in. Use seen or full.")]
 
@@ -179,11 +182,14 @@ def check_typed_cl(
         check_extend(cfg, given)
 
 # %% ../../nbs/07_cl/05_setup.ipynb #e24c08e5
-def check_stream(stream:Stream, key:str, cls:type):
-    "Refuse a method that compares new classes with old ones where a task brings none"
+def check_stream(stream:Stream, key:str, cls:type, mask=None):
+    "Refuse a method, or a mask, that compares new classes with old ones where a task brings none"
     if stream.ranges and cls.needs_new_classes:
         raise ConfigError(f"cl_method={key} compares new classes with old ones, and a task of this stream is a new "
                           "domain of classes that are known. Use er, derpp or asib.")
+    if stream.ranges and mask == 'separated':
+        raise ConfigError("cl_mask=separated keeps new and old classes apart, and a task of this stream is a new "
+                          "domain of classes that are known. Use full, seen or ace.")
 
 # %% ../../nbs/07_cl/05_setup.ipynb #01f3eb97
 def check_cl(
@@ -370,6 +376,13 @@ def create_trunk(self:AnalyticMemory,
         network = first_teacher(self.spec, self.stream, c, keeps_trunk=self.kind == 'teacher')[0]
     return network_trunk(network, c.analytic_dim, c.seed)
 
+# %% ../../nbs/07_cl/05_setup.ipynb #0b9b06d9
+@patch
+def settle(self:AnalyticMemory):
+    "Trunk and sums on the device of the run"
+    self.trunk.to(self.device)
+    self.sums.to('cpu' if self.device.type == 'mps' else self.device)     # mps has no double precision
+
 # %% ../../nbs/07_cl/05_setup.ipynb #8eed1b66
 @patch
 def learn(self:AnalyticMemory,
@@ -381,8 +394,7 @@ def learn(self:AnalyticMemory,
     if self.trunk is None:
         self.trunk = self.create_trunk(loader.ds, network)
         self.sums = RidgeSums(self.trunk.dim)
-    self.trunk.to(self.device)
-    self.sums.to('cpu' if self.device.type == 'mps' else self.device)     # mps has no double precision
+    self.settle()
     self.sums.learn(self.trunk, loader, n_class)
 
 # %% ../../nbs/07_cl/05_setup.ipynb #df85b7a2
@@ -420,3 +432,4 @@ def load(self:AnalyticMemory,
         self.trunk = self.create_trunk()
         self.trunk.load_state_dict(trunk)
     self.sums = unpacked(sums)
+    self.settle()

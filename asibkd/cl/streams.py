@@ -82,6 +82,12 @@ def n_seen(self:Stream, t:int)->int:
     "K_t: classes seen when task `t` is over"
     return self.bounds[t + 1]
 
+# %% ../../nbs/07_cl/00_streams.ipynb #f166f7ce
+@patch
+def brings_classes(self:Stream, t:int)->bool:
+    "Does task `t` add classes to earlier ones? A first task does not, nor does a new domain"
+    return t > 0 and self.bounds[t + 1] > self.bounds[t]
+
 # %% ../../nbs/07_cl/00_streams.ipynb #7d233114
 @patch
 def classes(self:Stream, t:int)->range:

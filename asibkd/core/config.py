@@ -393,6 +393,8 @@ def config_layers(
     "Environment, presets, the run that is extended, file, given"
     given, filed = flatten_log(given), read_yaml(_file) if _file else {}
     old = extended_values(given.get('extend', filed.get('extend', '')))
+    if {'dataset', 'data_root'} & {*given, *filed}:        # what is named is what is new, and `stream` names other data
+        old.pop('stream', None)
     preset = given.get('preset', filed.get('preset', Config.model_fields['preset'].default))
     env = {'lr_schedule': os.environ['LR_SCHEDULE']} if os.environ.get('LR_SCHEDULE') else {}
     presets = [preset_values(n) for n in preset_names(preset)]

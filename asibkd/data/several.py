@@ -127,7 +127,8 @@ def extended_parts(
     if has_own:
         return [*parts, create_data(cfg, **given)]
     if (cfg.dataset, cfg.data_root, cfg.stream) != (old.dataset, old.data_root, old.stream):
-        new = [part_config(cfg, n) for n in cfg.stream] if cfg.stream else [cfg]
+        same = cfg.model_copy(update=dict(image_size=cfg.image_size or parts[0].shape[-1]))   # as that run saw images
+        new = [part_config(same, n) for n in cfg.stream] if cfg.stream else [same]
         return [*parts, *(create_data(p, only=only) for p in new)]
     new = [c for c in class_list(cfg) if c not in known and (only is None or c in only)] if not cfg.stream else []
     return [*parts, create_data(cfg, only=new)] if new else parts

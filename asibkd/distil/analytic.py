@@ -226,7 +226,7 @@ def unseen_logits(self:AnalyticTeacher,
 )->Tensor: # (N, n_class) float32
     "Leave-one-out logits: what it says about images as if it had not seen them"
     z = self.sums.leave_one_out(feats, y, self.lam)/self.temperature
-    return self.spread(z.float().to(feats.device))
+    return self.spread(z.float().to(self.model.fc.weight.device)).to(feats.device)
 
 # %% ../../nbs/05_distil/12_analytic.ipynb #6f7a1977
 @patch

@@ -139,17 +139,17 @@ def fuse_cast(
     seen=None,              # `TeacherTable` of more images: for means, deviations and the code
     name='A1',              # Of the phase
 )->dict: # As `fusion_record`, and `single`: the position of the teacher that the base is, or None
-    "Fit the fusion of a task's teachers: base, then path"
+    "Fit the fusion of a task's teachers: base, then path; the student changes while it is taught, so it is not asked"
     cfg = ctx.cfg
     base, single = cast_base(table, seed=cfg.seed)
     set_base(method, base)
     path = fit_path(table, base, prices(cfg) if method.adapts else PATH[:1], seed=seed_of(cfg.seed, 'path', name),
-                    gate=cfg.synergy_gate, seen=seen, noisy=cfg.use_ib)
+                    gate=cfg.synergy_gate, asks=False, seen=seen, noisy=cfg.use_ib)
     if method.adapts:
         method.prepare('A')
         use_fusion(method.synergy, path['head'], path['beta'] is not None)
         if needs_code(cfg):
-            fit_code(seen or table, method, ctx, judge=table, name=name)
+            fit_code(seen or table, method, ctx, judge=table.to(ctx.acc.device), name=name)
     record = fusion_record(path, table, images, cfg, 0, cfg.teacher_adapt_epochs) | dict(single=single)
     log.info(f'{name}: {fusion_text(record)}')
     return record
