@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from asibkd.core.config import CheckpointError, ConfigError
+from asibkd.core.config import CheckpointError, ConfigError, RunError
 from asibkd.run.cli import main
 from asibkd.run.experiment import run_experiment
 
@@ -113,3 +113,14 @@ def test_merge_takes_a_file_of_parameters(tmp_path, monkeypatch, capsys, folder)
                         (['a.pth', 'b.pth', 'B.pth', '--teachers', 'mlp,mlp'], 'teachers names 2 networks for 3 files')):
         assert main(['merge', *typed, '-f', 'm.yaml']) == 2
         assert said in (err := capsys.readouterr().err), err
+
+def test_a_replaced_checkpoint_is_not_the_old_result(tmp_path):
+    "The same command over another file of weights is refused before anything is passed off as its result; over the same file it is done"
+    s = run(tmp_path)
+    files = [Path(s['run'])/f'teacher{i}.pth' for i in (1, 2)]
+    kw = dict(finetune_epochs=0, **{f'teacher{i + 1}_ckpt': str(f) for i, f in enumerate(files)})
+    first = run(tmp_path, **kw)
+    assert run(tmp_path, **kw)['run'] == first['run']
+    shutil.copy(files[1], files[0])
+    with pytest.raises(RunError, match=r"teacher1.pth' is another file than when the run in .* began"): run(tmp_path, **kw)
+    assert run(tmp_path, **kw, resume=0)['run'] == first['run']
