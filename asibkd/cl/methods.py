@@ -5,25 +5,24 @@
 # %% auto #0
 __all__ = ['cl_methods', 'TaskContext', 'register_cl_method', 'list_cl_methods', 'check_cl_method', 'mean_over', 'cl_parameters',
            'fusion_parameters', 'CLMethod', 'SharedTerms', 'register_weights', 'SynapticIntelligence', 'LwF', 'ICaRL',
-           'FirstICaRL', 'class_means', 'nearest_mean_network', 'AverageCL', 'ASIBCL']
+           'FirstICaRL', 'AverageCL', 'ASIBCL']
 
 # %% ../../nbs/07_cl/04_methods.ipynb #d1374204
-import copy
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor
 
 from .fisher import EWC, SI
-from ..core.config import Config, Registry, fields_read_by, log
+from .streams import class_means
+from ..core.config import Config, Registry, fields_read_by
 from ..core.runtime import FOREIGN, objective_of
 from ..distil.asmb import ASMB
 from ..distil.losses import ce_loss, kd_loss, upcast
 from ..distil.methods import AvgZ, Method, kd_parameters, registering, weighted
 from ..distil.views import ViewKD
-from ..models.kdmodel import KDModel
 
 # %% ../../nbs/07_cl/04_methods.ipynb #95505876
 @dataclass
@@ -357,33 +356,6 @@ def loss(self:ICaRL, batch, s_out, t_outs, when)->dict: # dict(loss, parts)
         target = upcast(t_outs[0]['logit'])[:, :lo].sigmoid()
         terms['old_kd'] = (c.cl_old_kd, bce(z[:, :lo], target))
     return weighted(**terms, **self.ewc_terms())
-
-# %% ../../nbs/07_cl/04_methods.ipynb #b0e47d1f
-def class_means(
-    features:dict, # label → (n, D) features of exemplars
-)->dict: # label → (D,), of length 1
-    "The mean direction of each class"
-    return {c: F.normalize(F.normalize(f, dim=1).mean(0), dim=0) for c, f in features.items()}
-
-# %% ../../nbs/07_cl/04_methods.ipynb #7eb9e76a
-def nearest_mean_network(
-    m:KDModel,
-    means:dict, # From `class_means`
-)->KDModel: # A copy; `m` itself where its head is not one linear layer on `feat_2d`
-    "A network that predicts the nearest class mean: between vectors of length 1, the nearest has the largest product"
-    head = m.model.get_submodule(m.anatomy.heads[0])
-    width = len(next(iter(means.values())))
-    if len(m.anatomy.heads) > 1 or not isinstance(head, nn.Linear) or head.in_features != width:
-        log.warning(f"'{m.name}' has no single linear head on its features: it is saved with the head it was trained "
-                    "with, which predicts other classes than the nearest mean that was evaluated.")
-        return m
-    m = copy.deepcopy(m)
-    head = m.model.get_submodule(m.anatomy.heads[0])
-    weight, bias = torch.zeros_like(head.weight), torch.full_like(head.weight[:, 0], FOREIGN)
-    for c, mean in means.items():
-        weight[c], bias[c] = mean, 0.
-    head.weight, head.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return m
 
 # %% ../../nbs/07_cl/04_methods.ipynb #cabb58b3
 @patch

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['class_order', 'written_order', 'task_sizes', 'Stream', 'renamed_sets', 'check_validation', 'renamed_stream',
            'create_stream', 'planned_stream', 'new_tasks', 'domain_of', 'plan_of_parts', 'grown_layer', 'grow_head',
-           'align_head']
+           'align_head', 'class_means', 'nearest_mean_network']
 
 # %% ../../nbs/07_cl/00_streams.ipynb #39d0d5c6
+import copy
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.config import ConfigError
-from ..core.runtime import forked_rng, generator
+from ..core.config import ConfigError, log
+from ..core.runtime import FOREIGN, forked_rng, generator
 from ..data.images import Data, ImageSet, channel_stats
 from ..models.cards import class_number
 from ..models.kdmodel import KDModel
@@ -326,3 +328,30 @@ def align_head(
         gammas.append(norm[:lo].mean()/norm[lo:hi].mean())
         w[lo:hi] *= gammas[-1]
     return gammas[0].item()
+
+# %% ../../nbs/07_cl/00_streams.ipynb #6cde9874
+def class_means(
+    features:dict, # label → (n, D) features of exemplars
+)->dict: # label → (D,), of length 1
+    "The mean direction of each class"
+    return {c: F.normalize(F.normalize(f, dim=1).mean(0), dim=0) for c, f in features.items()}
+
+# %% ../../nbs/07_cl/00_streams.ipynb #4229c101
+def nearest_mean_network(
+    m:KDModel,
+    means:dict, # From `class_means`
+)->KDModel: # A copy; `m` itself where its head is not one linear layer on `feat_2d`
+    "A network that predicts the nearest class mean: between vectors of length 1, the nearest has the largest product"
+    head = m.model.get_submodule(m.anatomy.heads[0])
+    width = len(next(iter(means.values())))
+    if len(m.anatomy.heads) > 1 or not isinstance(head, nn.Linear) or head.in_features != width:
+        log.warning(f"'{m.name}' has no single linear head on its features: it is saved with the head it was trained "
+                    "with, which predicts other classes than the nearest mean that was evaluated.")
+        return m
+    m = copy.deepcopy(m)
+    head = m.model.get_submodule(m.anatomy.heads[0])
+    weight, bias = torch.zeros_like(head.weight), torch.full_like(head.weight[:, 0], FOREIGN)
+    for c, mean in means.items():
+        weight[c], bias[c] = mean, 0.
+    head.weight, head.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return m

@@ -18,12 +18,13 @@ import torch
 from ..analysis.knowledge import save_strips
 from ..cl import loop, rivals, yardsticks                         # noqa: with them a learner learns
 from ..cl.learner import CLResult, Learner
-from ..cl.methods import (check_cl_method, class_means, list_cl_methods,    # noqa: here all are registered
-                               nearest_mean_network)
+from ..cl.methods import check_cl_method, list_cl_methods             # noqa: here all are registered
 from ..cl.memory import memory_advice
 from ..cl.metrics import cl_metrics
 from ..cl.setup import check_cl, roles_of
-from ..cl.streams import Stream, create_stream, domain_of, grow_head, new_tasks, plan_of_parts, planned_stream
+from asibkd.cl.streams import (
+    Stream, class_means, create_stream, domain_of, grow_head, nearest_mean_network, new_tasks, plan_of_parts,
+    planned_stream)
 from ..core.config import Config, ConfigError, log
 from ..core.processes import from_main
 from ..core.runtime import RunContext

@@ -14,8 +14,8 @@ import argparse, contextlib, os, re, sys
 from pathlib import Path
 
 from ..core.config import (ALIASES, AsibError, Config, ConfigError, config_layers, effective_value, is_on,
-                                list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve, stated_values,
-                                unknown_name)
+                                list_presets, load_plugins, log, method_params, parameter_rows, refuse_key, resolve,
+                                stated_values, unknown_name)
 from ..core.params import field_bounds, field_kinds
 from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
