@@ -13,9 +13,8 @@ from os.path import relpath
 from pathlib import Path
 from urllib.parse import quote
 
-from asibkd.analysis.compare import (
-    MOST_LABELS, collect, compare_notes, compare_runs, default_baseline, main_measure, outcome, paired, plot_compare,
-    win_table)
+from .compare import (MOST_LABELS, compare_notes, compare_runs, default_baseline, main_measure, outcome,
+                                     paired, plot_compare, read_comparison, win_table)
 from .figures import plot_seeds
 from .notes import run_sentence, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
 from .page import code, page_figures, picture, render, section, table, text
@@ -235,7 +234,8 @@ def compare_page(
     summaries=None, # Run → its summary, where they have been read
 )->dict: # Input of `render`
     "The content of a comparison's report"
-    runs = collect(runs) if isinstance(runs, (str, Path)) else runs
+    if isinstance(runs, (str, Path)):
+        runs, summaries = read_comparison(runs)
     base, seeds, n_runs = baseline or default_baseline(runs), sorted(runs.seed.unique()), runs.run.nunique()
     t = compare_runs(runs, base) if compared is None else compared
     best = best_sentence(t, base, 'ACC' in runs)

@@ -163,7 +163,7 @@ def drop_sentence(
         return ''
     return (f"INT8 COSTS {100*drop:.1f} POINTS of test accuracy ({100*rows[0]['test_acc']:.1f} → "
             f"{100*rows[-1]['test_acc']:.1f} %), more than quant_tolerance={tolerance:g} allows. Use float32 or "
-            "bfloat16, or a network that bears it better: they differ, see bench/int8.csv.")
+            "bfloat16, or another network: they differ in what they bear.")
 
 # %% ../../nbs/08_eval/04_quantise.ipynb #a6fa8022
 def quantise_student(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCH_KEYS', 'N_OUTPUTS', 'MOST_LACKING', 'FAMILIES', 'TWINS', 'stated_arch', 'bare_shapes', 'shapes_lacking',
-           'fits_as', 'candidates', 'variants', 'twins_of', 'type_beside', 'identify', 'unnamed_outputs',
-           'merge_params', 'holds_program', 'check_merge']
+           'fits_as', 'candidates', 'variants', 'twins_of', 'identify', 'unnamed_outputs', 'merge_params',
+           'holds_program', 'check_merge']
 
 # %% ../../nbs/02_models/11_identify.ipynb #6641c4dd
 import re, warnings
@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 
 from ..core.config import CheckpointError, ConfigError, log
-from ..core.files import read_json
 from ..core.params import split_words
 from ..core.runtime import refuse
 from ..data.folders import data_entries
-from .cards import file_classes
+from .cards import file_classes, student_card_of
 from .checkpoints import is_bookkeeping, load_weights, match_names, plain_name, read_tensors
 from .programs import program_kind
 from .teachers import aliases
@@ -143,15 +142,6 @@ def twins_of(
     names = [name.replace(a, b) for a, b in TWINS if name.startswith(a)]
     return [n.partition(':')[2] for n in names if bare_shapes(n)]
 
-# %% ../../nbs/02_models/11_identify.ipynb #1d487933
-def type_beside(
-    path, # .safetensors
-)->str: # '' where it is no student of this package
-    "The network that the student.json beside a student's weights names"
-    beside = Path(path).with_name('student.json')
-    is_student = Path(path).name in ('student.safetensors', 'student_last.safetensors') and beside.exists()
-    return str(read_json(beside).get('type') or '') if is_student else ''
-
 # %% ../../nbs/02_models/11_identify.ipynb #19c0786a
 def identify(
     path, # .pth, .pt or .safetensors
@@ -159,7 +149,7 @@ def identify(
     "The network that a file of weights belongs to"
     state = {plain_name(k): v for k, v in load_weights(path).items()}
     is_bare = Path(path).suffix == '.safetensors'
-    stated = type_beside(path) if is_bare else stated_arch(read_tensors(Path(path)))
+    stated = str(student_card_of(path).get('type') or '') if is_bare else stated_arch(read_tensors(Path(path)))
     tried = [*(variants(stated) if stated else []), *candidates(state)]
     for name in dict.fromkeys(tried):
         shapes = bare_shapes(name)

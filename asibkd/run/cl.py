@@ -22,9 +22,8 @@ from ..cl.methods import check_cl_method, list_cl_methods             # noqa: he
 from ..cl.memory import memory_advice
 from ..cl.metrics import cl_metrics
 from ..cl.setup import check_cl, roles_of
-from asibkd.cl.streams import (
-    Stream, class_means, create_stream, domain_of, grow_head, nearest_mean_network, new_tasks, plan_of_parts,
-    planned_stream)
+from ..cl.streams import (Stream, class_means, create_stream, domain_of, grow_head, nearest_mean_network,
+                               new_tasks, plan_of_parts, planned_stream)
 from ..core.config import Config, ConfigError, log
 from ..core.processes import from_main
 from ..core.runtime import RunContext
