@@ -178,11 +178,10 @@ def collect_rows(
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #8f22cdcc
 def read_comparison(
-    *paths,  # Run folders, or folders of run folders
-    cl=None, # As in `collect_rows`
+    found:list, # From `finished_runs`
+    cl=None,    # As in `collect_rows`
 )->tuple: # (as `collect_rows` returns it, run → its summary)
-    "What a comparison needs, every file read once: a thousand runs are ten megabytes of text"
-    found = finished_runs(*paths)
+    "What a comparison needs of runs that were read, once: a thousand runs are ten megabytes of text"
     runs = collect_rows(found, cl)
     compared = {*runs.run}
     return runs, {str(d): s for d, s, _ in found if str(d) in compared}
@@ -193,7 +192,7 @@ def collect(
     cl=None, # As in `collect_rows`
 )->'pd.DataFrame': # As `collect_rows` returns it
     "A row for every student of every finished run"
-    return read_comparison(*paths, cl=cl)[0]
+    return collect_rows(finished_runs(*paths), cl)
 
 # %% ../../nbs/09_analysis/03_compare.ipynb #3d2e4994
 def main_measure(
@@ -415,7 +414,6 @@ def save_compare(
     folder,          # Where the files go
     baseline='avgz', # Label of the baseline
     compared=None,   # From `compare_runs`, where that was done
-    fig=None,        # From `plot_compare`, likewise
 )->list: # The paths
     "compare.csv, .md, .tex, .png and .pdf, and the rows behind them"
     import pandas as pd
@@ -427,7 +425,7 @@ def save_compare(
              'compare.tex': latex_table(t), 'compare_runs.csv': runs.to_csv(index=False)}
     for name, text in texts.items():
         atomic_write(folder/name, text)
-    fig = fig or plot_compare(runs)
+    fig = plot_compare(runs)
     for kind in ('png', 'pdf'):
         with atomic_path(folder/f'compare.{kind}') as tmp:
             fig.savefig(tmp, dpi=150, format=kind)

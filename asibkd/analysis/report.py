@@ -18,7 +18,8 @@ from .compare import (MOST_LABELS, compare_notes, compare_runs, default_baseline
 from .figures import plot_seeds
 from .notes import run_sentence, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
 from .page import code, page_figures, picture, render, section, table, text
-from .tables import MEASURES, effective_config, joined, load_config, load_summary, sees_all_data
+from .tables import (MEASURES, effective_config, finished_runs, joined, load_config, load_summary,
+                                    sees_all_data)
 from ..core.config import RunError
 from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 
@@ -235,7 +236,7 @@ def compare_page(
 )->dict: # Input of `render`
     "The content of a comparison's report"
     if isinstance(runs, (str, Path)):
-        runs, summaries = read_comparison(runs)
+        runs, summaries = read_comparison(finished_runs(runs))
     base, seeds, n_runs = baseline or default_baseline(runs), sorted(runs.seed.unique()), runs.run.nunique()
     t = compare_runs(runs, base) if compared is None else compared
     best = best_sentence(t, base, 'ACC' in runs)

@@ -72,7 +72,8 @@ def read_sums(
 )->dict: # As `parse_sums` returns it; not to be changed
     "The checksums recorded in a folder"
     try:
-        return parse_sums((Path(folder)/SUMS).read_bytes())
+        with open(os.path.join(folder, SUMS), 'rb') as f:
+            return parse_sums(f.read())
     except OSError:
         return {}
 
@@ -81,8 +82,8 @@ def recorded_sums(
     path, # A file
 )->set: # Empty: nothing is known about the file
     "The checksums recorded for a file"
-    path = Path(path)
-    return read_sums(path.parent).get(path.name, set())
+    folder, name = os.path.split(path)
+    return read_sums(folder).get(name, set())
 
 # %% ../../nbs/00_core/03_files.ipynb #ec862de8
 def sync_folder(
@@ -196,12 +197,13 @@ def check_file(
     path,
     strict=True, # False: warn where it does not match
     remedy='',   # What to do about a damaged file
+    data=None,   # Its content, where that has been read
 )->bool|None: # None: no checksum is known
     "Does a file match its checksum?"
     known = recorded_sums(path)
     if not known:
         return None
-    if file_sum(path) in known:
+    if (file_sum(path) if data is None else row_sum(data)) in known:
         return True
     error = damaged(path, f'it does not match its checksum in {SUMS}', f"{remedy or 'Restore it from a copy.'} "
                     f"If you changed it yourself, remove its lines from {SUMS}.")
@@ -218,8 +220,10 @@ def read_text_file(
 )->str:
     "A text file, checked"
     try:
-        check_file(path, strict, remedy)
-        return Path(path).read_text(encoding='utf-8')
+        with open(path, 'rb') as f:
+            data = f.read()
+        check_file(path, strict, remedy, data)
+        return data.decode()
     except FileNotFoundError:
         raise damaged(path, 'it does not exist', remedy) from None
     except UnicodeDecodeError as e:

@@ -21,7 +21,7 @@ from ..core.files import QUICK_BYTES, atomic_write, check_folder, warn_once
 from ..core.runfolder import start_log
 from ..core.text import printable
 from .export import cmd_export, cmd_push, newest
-from .forks import start_server
+from .forks import meanwhile, start_server
 from .usage import ABOUT
 
 # %% ../../nbs/11_run/17_commands.ipynb #d051eb89
@@ -265,12 +265,14 @@ def print_comparison(
     cl=None,      # As in `collect`
 ):
     "Print the table, write the files; every run is read once"
-    from asibkd.analysis.compare import (
-        compare_notes, compare_runs, default_baseline, read_comparison, save_compare, win_table)
-    from asibkd.analysis.page import page_figures, render
-    from asibkd.analysis.report import compare_page
-    from asibkd.analysis.tables import show_table
-    runs, summaries = read_comparison(*folders, cl=cl)
+    from asibkd.analysis.tables import finished_runs, show_table
+    with meanwhile(finished_runs, *folders) as found:            # a second of work, as is what is imported here
+        from asibkd.analysis.compare import (
+            compare_notes, compare_runs, default_baseline, read_comparison, save_compare, t_quantile, win_table)
+        from asibkd.analysis.page import render
+        from asibkd.analysis.report import compare_page
+        t_quantile(2)                                            # imports scipy
+        runs, summaries = read_comparison(found(), cl)
     baseline = baseline or default_baseline(runs)
     t = compare_runs(runs, baseline)
     print(show_table(t))
@@ -278,9 +280,10 @@ def print_comparison(
         print('\nseeds on which the row beats the column:\n' + show_table(win_table(runs)))
     for o in compare_notes(runs):
         print(f'\n{o}')
-    page = compare_page(runs, baseline, out, t, summaries)
-    files = save_compare(runs, out, baseline, t, page_figures(page)['result'])
-    atomic_write(Path(out)/'report.html', render(page))
+    with meanwhile(save_compare, runs, out, baseline, t) as saved:
+        page = compare_page(runs, baseline, out, t, summaries)
+        atomic_write(Path(out)/'report.html', render(page))
+        files = saved()
     print('\nmean ± half-width of the 95 % t-interval over seeds; paired differences. Written: '
           + ', '.join(map(str, [*files, Path(out)/'report.html'])))
 
@@ -378,6 +381,7 @@ def cmd_report(argv):
                      '<first folder>/compare/report.html]')
     from asibkd.analysis.compare import read_comparison
     from asibkd.analysis.report import save_compare_report, save_report
+    from asibkd.analysis.tables import finished_runs
     runs = a.runs or [newest()]
     if (Path(runs[0])/'sweep.json').exists():
         from asibkd.run.sweeps import save_sweep_report
@@ -386,7 +390,7 @@ def cmd_report(argv):
         print(save_report(runs[0], a.out))
     else:
         out = a.out or Path(runs[0])/'compare'/'report.html'
-        found, summaries = read_comparison(*runs, cl=a.cl)
+        found, summaries = read_comparison(finished_runs(*runs), a.cl)
         print(save_compare_report(found, out, a.baseline, summaries))
 
 # %% ../../nbs/11_run/17_commands.ipynb #c8eac41d
