@@ -250,11 +250,13 @@ def every(arm, buffer):
 
 
 def nearest(best:dict, arm, buffer)->int:
-    "The chosen setting for this memory, or for the nearest that was tuned; 0 without tuning"
-    there = [b for a, b in best if a == base_of(arm)]
+    "The chosen setting for this memory, or for the nearest that was tuned; untuned arms with views: that of `asib`; else 0"
+    tuned = {a for a, _ in best}
+    like = base_of(arm) if base_of(arm) in tuned or ARMS[base_of(arm)][2] is not VIEWS else 'asib'
+    there = [b for a, b in best if a == like]
     if not there:
         return 0
-    return best[base_of(arm), min(there, key=lambda b: abs(math.log((b or 1)/(buffer or 1))))]
+    return best[like, min(there, key=lambda b: abs(math.log((b or 1)/(buffer or 1))))]
 
 
 def room_in_bytes(t, data, ours='asib')->dict:
