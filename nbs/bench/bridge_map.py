@@ -532,7 +532,7 @@ def plot_map(m, title=''):
     from matplotlib.colors import TwoSlopeNorm
     rows, columns = [s for s in SETTINGS if s in {*m.setting}], [*dict.fromkeys(m.labels)]
     columns = sorted((c for c in columns if c)) + [c for c in columns if not c]
-    fig = Picture(figsize=(2 + 1.5*len(columns), .9 + .62*len(rows)), layout='constrained')
+    fig = Picture(figsize=(2 + 1.5*len(columns), max(2.4, .9 + .62*len(rows))), layout='constrained')
     ax, top = fig.add_subplot(), max(1., m.difference.abs().max())
     grid = [[float('nan')]*len(columns) for _ in rows]
     for r in m.itertuples():
@@ -546,15 +546,15 @@ def plot_map(m, title=''):
     ax.set_xticks(range(len(columns)), [str(c or 'all') for c in columns])
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlabel='labels a class', title=title)
-    fig.colorbar(shown, label='asmb − best baseline (points)')
+    fig.colorbar(shown, label='asmb − best (points)')
     return fig
 
 
-def plot_arms(t, title='', arms=('ce', 'best', 'avgz', 'wavg', 'stack', 'asmb')):
+def plot_arms(t, title='', arms=('ce', 'best', 'avgz', 'wavg', 'camkd', 'stack', 'asmb')):
     "Student accuracy against labels a class, one panel for each pair of teachers"
     from asibkd.core.picture import Picture
     rows = [s for s in SETTINGS if s in {*t.setting}]
-    fig = Picture(figsize=(1.2 + 1.9*len(rows), 2.7), layout='constrained')
+    fig = Picture(figsize=(max(5.5, 1.2 + 1.9*len(rows)), 2.7), layout='constrained')
     for i, (setting, ax) in enumerate(zip(rows, fig.subplots(1, len(rows), sharey=True, squeeze=False)[0])):
         g = t[t.setting == setting]
         counts = sorted({*g.labels} - {0}) + [0]*(0 in {*g.labels})
