@@ -187,8 +187,8 @@ def unnamed_outputs(
 def merge_params(
     files:list, # Checkpoints
     given:dict, # What the user typed
-)->dict: # Parameters of a run
-    "The run that merges these files into one student"
+)->dict: # Parameters, those that were typed left out
+    "What to guess for the run that merges these files into one student"
     names = given.get('teachers') or [given.get(f'teacher{i + 1}_type') for i in range(len(files))]
     names = split_words(names) if isinstance(names, str) else names
     known = [None if n else identify(f) for f, n in zip(files, names)]
@@ -208,7 +208,7 @@ def merge_params(
     else:
         for i, (name, file) in enumerate(zip(names, files)):
             out |= {f'teacher{i + 1}_type': name, f'teacher{i + 1}_ckpt': str(file)}
-    return out | given
+    return {k: v for k, v in out.items() if k not in given}
 
 # %% ../../nbs/02_models/11_identify.ipynb #9b0a4500
 def holds_program(

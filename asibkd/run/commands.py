@@ -222,10 +222,9 @@ def cmd_merge(argv):
     from asibkd.models.identify import check_merge, merge_params
     said = stated_values(file, **given)
     check_merge(files, said)
-    announce(file, {k: v for k, v in dict(dataset='imagefolder').items() if k not in said} | given)
+    announce(file, given if 'dataset' in said else given | dict(dataset='imagefolder'))
     from asibkd.run.experiment import run_experiment
-    guessed = {k: v for k, v in merge_params(files, said).items() if k not in said}
-    print_run(run_experiment(file, **guessed, **given))
+    print_run(run_experiment(file, **merge_params(files, said), **given))
 
 # %% ../../nbs/11_run/17_commands.ipynb #af80e8ad
 def cmd_baseline(argv):
