@@ -98,8 +98,9 @@ def test_tuning_takes_the_best_mean_of_its_arm():
                                   ('asib', 20, 2, 1, 70), ('asib', 200, 1, 2, 90), ('joint', 0, 1, 3, 99))]
     best = study.chosen(rows, 'digits', 'buffer')
     assert best == {('asib', 20): 1, ('asib', 200): 2, ('joint', 0): 3} and study.chosen(rows, 'cifar', 'buffer') == {}
-    asked = (('asib', 10), ('asib_no_views', 50), ('joint', 0), ('er', 20))
-    assert [study.nearest(best, *o) for o in asked] == [1, 1, 3, 0]
+    asked = (('asib', 10), ('asib_no_views', 50), ('joint', 0), ('er', 20), ('wavg', 200))     # not tuned: as asib
+    assert [study.nearest(best, *o) for o in asked] == [1, 1, 3, 0, 2]
+    assert study.nearest(best | {('wavg', 20): 3}, 'wavg', 200) == 3 and study.nearest({}, 'wavg', 20) == 0
 
 
 def test_options_are_checked():
