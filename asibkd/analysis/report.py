@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'MOST_BEHIND', 'MOST_COMMANDS', 'repeat_section', 'run_page', 'save_report', 'is_our_method',
-           'behind_sentence', 'behind_warnings', 'run_warnings', 'seed_warnings', 'summaries_of', 'compare_warnings',
-           'best_sentence', 'run_list', 'repeat_runs_section', 'compare_sections', 'compare_page',
+           'behind_sentence', 'on_each_dataset', 'behind_warnings', 'run_warnings', 'seed_warnings', 'summaries_of',
+           'compare_warnings', 'best_sentence', 'run_list', 'repeat_runs_section', 'compare_sections', 'compare_page',
            'save_compare_report']
 
 # %% ../../nbs/09_analysis/09_report.ipynb #30e12c6a
@@ -95,6 +95,13 @@ def behind_sentence(
     return f'{a} is BELOW {b} by {-m:.2f} points ({sure}): it did not help here.'
 
 # %% ../../nbs/09_analysis/09_report.ipynb #72d2289a
+def on_each_dataset(
+    runs:'pd.DataFrame', # From `collect`
+)->list: # of the same
+    "The rows of each dataset: what is on different data has no difference"
+    return [g for _, g in runs.groupby('dataset')] if 'dataset' in runs else [runs]
+
+# %% ../../nbs/09_analysis/09_report.ipynb #f77263bf
 MOST_BEHIND = 10   # Sentences; a search has thousands of pairs
 
 def behind_warnings(
@@ -102,11 +109,12 @@ def behind_warnings(
     all_data=(),         # Methods that keep all data: upper bounds, not competitors
 )->list: # of sentences
     "Where the package's methods are below any other"
-    by = main_measure(runs)
-    acc = {label: g.set_index('seed')[by] for label, g in runs.groupby('label', sort=False)}
-    ours = [k for k in acc if is_our_method(k)]
-    others = [k for k in acc if k not in ours and k.split()[0] not in all_data]
-    pairs = ((paired(acc[a], acc[b]), a, b) for a in ours for b in others)
+    by, pairs = main_measure(runs), []
+    for g in on_each_dataset(runs):
+        acc = {label: o.set_index('seed')[by] for label, o in g.groupby('label', sort=False)}
+        ours = [k for k in acc if is_our_method(k)]
+        others = [k for k in acc if k not in ours and k.split()[0] not in all_data]
+        pairs += [(paired(acc[a], acc[b]), a, b) for a in ours for b in others]
     behind = [o for o in pairs if o[0][0] < 0]
     worst = sorted(behind, key=lambda o: o[0][0])[:MOST_BEHIND] if len(behind) > MOST_BEHIND else behind
     rest = [f'So it is for {len(behind) - MOST_BEHIND} more pairs.'] if len(behind) > MOST_BEHIND else []
@@ -167,7 +175,7 @@ def best_sentence(
     measure = 'ACC %' if cl else MEASURES['distil']['test_acc_val_selected']
     against = f'ACC vs {base}' if cl else f'vs {base}'
     def standing(o):
-        if o['method'] == base:
+        if not o['verdict']:
             return 'it is the baseline'
         if not o[against]:
             return f"{o['verdict']} with {base}"
@@ -239,7 +247,8 @@ def compare_page(
         runs, summaries = read_comparison(finished_runs(runs))
     base, seeds, n_runs = baseline or default_baseline(runs), sorted(runs.seed.unique()), runs.run.nunique()
     t = compare_runs(runs, base) if compared is None else compared
-    best = best_sentence(t, base, 'ACC' in runs)
+    parts = [t[t.method.isin(g.label)].reset_index(drop=True) for g in on_each_dataset(runs)]
+    best = ' '.join(best_sentence(o, base, 'ACC' in runs) for o in parts)
     summaries = summaries or summaries_of(runs)
     datasets = joined(sorted({s['dataset'] for s in summaries.values()}))
     plural = 's' if len(seeds) > 1 else ''
