@@ -166,14 +166,14 @@ def check_ewc(
     if used != 'sgd' or not lam:
         return
     lr, F_max = cfg.student_lr, ewc.max_curvature
-    momentum = 0 if cfg.nesterov else cfg.momentum
-    limit = 2*(1 + momentum)
+    m = cfg.momentum
+    limit = 2*(1 + m)/(1 + 2*m if cfg.nesterov else 1)
     if lr*lam*F_max < limit:
         return
-    with_momentum = f' with momentum {cfg.momentum:g}' if limit != 2 else ''
+    with_momentum = f" with {'Nesterov ' if cfg.nesterov else ''}momentum {m:g}" if m else ''
     product = f'{lr:g} · {lam:g} · {F_max:.4g} = {lr*lam*F_max:.4g}'
     raise RunError(f"lambda_ewc={lam:g} must diverge: student_lr · λ · F_max = {product}, "
-                   f"and SGD{with_momentum} needs less than {limit:g}. "
+                   f"and SGD{with_momentum} needs less than {limit:.4g}. "
                    f"The largest safe λ here is {.99*limit/lr/F_max:.3g}; or lower student_lr, or use optimizer=adamw.")
 
 # %% ../../nbs/07_cl/02_fisher.ipynb #c3f53ed1

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .fisher import SI
 from .learner import CLResult, Learner
 from .metrics import task_accuracies
-from .setup import first_teacher
+from .setup import first_teacher, limit_to_seen
 from .streams import grow_head
 from ..core.config import ConfigError, RunError, log
 from ..core.files import atomic_save, read_weights
@@ -159,7 +159,9 @@ def restore(
     self.share_places(t)
     if self.analytic:
         self.analytic.load(s['analytic'])
-        self.alone = self.analytic.teacher(self.task_data(t).train, t) if self.cls.is_teacher else None
+        if self.cls.is_teacher:
+            teacher = self.analytic.teacher(self.task_data(t).train, t)
+            self.alone = to_device(self.ctx, limit_to_seen(teacher, self.stream.n_seen(t), self.width(t)))
     self.ewc.load(s['ewc'], self.acc.device)
     leak = self.out.leak                                    # of the teachers with the classes of this run
     self.out, self.kept = CLResult(**s['out']), s['kept']

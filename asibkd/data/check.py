@@ -61,7 +61,7 @@ def photo_facts(
     "What the header of a file says, and whether the file is whole"
     from PIL import Image
     try:
-        source.check(i)
+        source.check(i, full=True)
         with Image.open(source.paths[i]) as im: mode = im.mode
         return dict(size=source.size(i), mode=mode, ending=os.path.splitext(source.paths[i])[1].lower())
     except DataError as e: return dict(error=str(e))
@@ -78,7 +78,7 @@ def _deep_findings(files):
     import numpy as np
     from PIL import Image
     for f in files[:8]:
-        with Image.open(f) as im: top = int(np.asarray(im).max())
+        with Image.open(f) as im: top = int(np.asarray(im).max())               # it has been decoded once, so it is whole
         if 0 < top < 65536//8:
             yield Finding('warning', f"'{shown_path(f)}' has 16 bits, but no value above {top}: "
                           "it is read as nearly black.", "If white is 255 or 4095 in it, rescale the photos to 8 bits.")
@@ -122,20 +122,26 @@ def duplicate_findings(
     scans, # {'train': `SplitScan`, …}
 ):
     "Photos in two splits, or in two classes of one"
-    at = {f: (k, c) for k, s in scans.items() for c, files in s.files.items() for f in files}
-    groups = same_files(at)
+    at = defaultdict(list)
+    for k, s in scans.items():
+        for c, files in s.files.items():
+            for f in files: at[f].append((k, c))                  # a row of train.csv and one of test.csv may name one photo
+    same = same_files(at)
+    copies = {f for g in same for f in g}
+    twice = [[f] for f, places in at.items() if len(places) > 1 and f not in copies]
+    groups = [[(f, *o) for f in g for o in at[f]] for g in [*same, *twice]]
     for a, b in (('train', 'test'), ('train', 'val'), ('val', 'test'), ('unlabelled', 'test'), ('unlabelled', 'val')):
-        both = [[next((f for f in g if at[f][0] == k), None) for k in (a, b)] for g in groups]
+        both = [[next((f for f, s, _ in g if s == k), None) for k in (a, b)] for g in groups]
         if both := [o for o in both if all(o)]:
             yield Finding('warning', f"{len(both)} photos are in {a}/ and in {b}/, first: "
                           f"'{shown_path(both[0][0])}' is '{shown_path(both[0][1])}'.",
                           f"Remove them from one; until then, the accuracy on {b}/ is too high.")
     for k in scans:
-        mixed = [[f for f in g if at[f][0] == k] for g in groups]
-        if mixed := [g for g in mixed if len({at[f][1] for f in g}) > 1]:
-            other = next(f for f in mixed[0] if at[f][1] != at[mixed[0][0]][1])
+        mixed = [[(f, c) for f, s, c in g if s == k] for g in groups]
+        if mixed := [g for g in mixed if len({c for _, c in g}) > 1]:
+            first, other = mixed[0][0][0], next(f for f, c in mixed[0] if c != mixed[0][0][1])
             yield Finding('warning', f"{len(mixed)} photos of {k}/ are in two classes, first: "
-                          f"'{shown_path(mixed[0][0])}' is '{shown_path(other)}'.", "Remove the wrong ones.")
+                          f"'{shown_path(first)}' is '{shown_path(other)}'.", "Remove the wrong ones.")
 
 # %% ../../nbs/01_data/05_check.ipynb #71bafe58
 def class_findings(
@@ -157,7 +163,7 @@ def class_findings(
             if c not in train.files: yield Finding('error', f"Class '{c}' of {k}/ is not in train/.",
                                                    "Is it misspelt? Every class needs training images.")
     try:
-        if train.files: require_two_classes([*train.files], train.folder)
+        if train.files: require_two_classes([*train.files], train.folder if Path(train.folder).is_dir() else None)
     except DataError as e: yield Finding('error', str(e))
     counts = {c: len(files) for c, files in train.files.items() if files}
     if imbalance(counts.values()) >= LONG_TAIL:

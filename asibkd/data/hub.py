@@ -256,8 +256,8 @@ def hub_labels(
     names = sorted({v for v in raw['train'] if v is not None})
     number = {v: i for i, v in enumerate(names)} | {None: UNLABELLED}
     for k, y in raw.items():
-        if new := next((v for v in y if v not in number), None):
-            raise DataError(f"{text}: class {new!r} of {k} is not in train. Every class needs training images.")
+        if new := [v for v in y if v not in number]:
+            raise DataError(f"{text}: class {new[0]!r} of {k} is not in train. Every class needs training images.")
     return {k: [number[v] for v in y] for k, y in raw.items()}, list(map(str, names))
 
 # %% ../../nbs/01_data/02_hub.ipynb #5467fe1c

@@ -99,9 +99,9 @@ def image_column_of(
     "The column that names the photos"
     if given: return given if given in t else None
     some = t.iloc[::max(1, len(t)//200)]
-    share = {c: sum(bool(photo_of(v, names, root, split)) for v in some[c])/max(1, len(some)) for c in t}
-    best = max(t, key=lambda c: (share[c], t[c].nunique()), default=None)
-    return best if best is not None and share[best] >= .5 else None
+    found = {c: [tuple(p) for v in some[c] if (p := photo_of(v, names, root, split))] for c in t}
+    likely = [c for c in t if len(found[c]) >= .5*max(1, len(some))]
+    return max(likely, key=lambda c: (len({*found[c]}), len(found[c]), t[c].nunique()), default=None)   # '7' may be 7.png
 
 # %% ../../nbs/01_data/01_tables.ipynb #2a5bdb0d
 def binary_columns(
@@ -121,9 +121,9 @@ def label_columns_of(
 )->list: # One name; several where each class has a column; none where that cannot be told
     "The column, or columns, that hold the classes"
     if given: return [given] if given in t else []
-    if hot := binary_columns(t, image): return hot
-    rest = [c for c in t if c != image]
+    rest, hot = [c for c in t if c != image], binary_columns(t, image)
     usual = [c for c in rest if c.lower().replace(' ', '_') in LABEL_NAMES]
+    if hot and not (len(usual) == 1 and usual[0] not in hot): return hot      # beside a column of classes they say something else
     repeat = [c for c in rest if 1 < t[c].nunique() <= len(t)/2]
     return next((o for o in (usual, rest, repeat) if len(o) == 1), [])
 

@@ -307,7 +307,7 @@ def export_folder(
     tol=1e-4,              # Largest difference of a logit, relative to the largest logit
 )->dict: # path, way, difference
     "A run's student as a folder for the Hub; one that was there is replaced when the new one is whole"
-    path = Path(path or Path(run)/to)
+    path = Path(path or Path(run)/to).resolve()                  # '.' has a name, too
     refuse_folder(path)
     student = load_student(run, model)
     new = path.with_name(f'.{path.name}.new')

@@ -98,11 +98,13 @@ def code_validator(
     if table is None or not len(table):
         return dict
     t_outs = [dict(logit=z, feat_2d=f, columns=c) for z, f, c in zip(table.logits, table.feats, table.columns)]
+    known = getattr(method, 'known_columns', None)
+    columns = slice(None) if known is None else known                       # as the method itself compares
     def validate():
         with eval_mode(method), torch.no_grad(), acc.autocast():
             o = method.synergy_outputs(asked(table), t_outs)
         return dict(val_acc=accuracy(o['recon'], table.y), val_nll=nll(o['recon'], table.y),
-                    val_recon=kd_loss(o['recon'], o['base'], method.cfg.tau_start).item())
+                    val_recon=kd_loss(o['recon'][:, columns], o['base'][:, columns], method.cfg.tau_start).item())
     return validate
 
 # %% ../../nbs/06_trainers/07_fusing.ipynb #668f8493
@@ -209,7 +211,8 @@ def fuse_teachers(
     if fitting is not None:
         table = known_part(fitting_table(student, teachers, fitting[0], ctx)).to(ctx.acc.device)
     seen = training_table(student, teachers, method, ctx).to(ctx.acc.device) if cfg.teacher_adapt_epochs else None
-    base = base_for(table, cfg, len(teachers)).to(ctx.acc.device)
+    cpu = ctx.acc.device.type == 'mps'                                      # it has no double precision
+    base = base_for(table.to('cpu') if cpu and table is not None else table, cfg, len(teachers)).to(ctx.acc.device)
     synergy.head.fusion.temps.copy_(base.temps)
     synergy.head.fusion.weights.copy_(base.weights)
     if cfg.teacher_adapt_epochs:
