@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WRAPPERS', 'USUAL', 'COUNTERS', 'COMPANY', 'OTHER_NAMES', 'as_tensor', 'tensors_in', 'tensor_dicts', 'empty_dict',
            'empty_list', 'missing_file', 'read_tensors', 'plain_name', 'Weights', 'load_weights', 'Mismatch',
-           'is_bookkeeping', 'prefixes', 'match_with_prefix', 'usual_names', 'match_names', 'match_wrapped',
-           'compare_weights', 'likely_reason', 'mismatch_error', 'load_into']
+           'is_bookkeeping', 'prefixes', 'match_with_prefix', 'usual_names', 'unwrapped', 'match_names',
+           'match_wrapped', 'compare_weights', 'likely_reason', 'mismatch_error', 'load_into']
 
 # %% ../../nbs/02_models/04_checkpoints.ipynb #c4ec0004
 import argparse, builtins, datetime, pathlib, pickle, re, types
@@ -127,6 +127,7 @@ USUAL = ('state_dict', 'model', 'model_state_dict', 'student', 'net')   # the fi
 
 class Weights(dict):
     "Name → tensor, from a checkpoint file"
+    saved = None  # The same with the names of the file, where wrappers have added levels
     place = ''    # Where in the file the dict lies
     others = {}   # The file's other dicts of tensors: place → dict
 
@@ -142,8 +143,9 @@ def load_weights(
         last = place.rpartition('.')[2]
         return USUAL.index(last) if last in USUAL else len(USUAL)
     place = min(found, key=rank)
-    out = Weights({plain_name(k): v for k, v in found.pop(place).items()})
-    out.place, out.others = place, found
+    saved = found.pop(place)
+    out = Weights({plain_name(k): v for k, v in saved.items()})
+    out.saved, out.place, out.others = saved, place, found
     return out
 
 # %% ../../nbs/02_models/04_checkpoints.ipynb #746c4534
@@ -158,6 +160,7 @@ class Mismatch:
     place:str=''    # Where in the file the weights lie
     prefix:str=''   # Before the checkpoint's names
     unused:list=field(default_factory=list) # Names of the checkpoint outside the prefix
+    rivals:list=field(default_factory=list) # Other prefixes under which everything fits, with other values
 
     def __bool__(self): return bool(self.missing or self.extra or self.reshaped)
 
@@ -223,16 +226,32 @@ def usual_names(
     return {'.'.join(OTHER_NAMES.get(k, k) for k in name.split('.')): v for name, v in state.items()}
 
 # %% ../../nbs/02_models/04_checkpoints.ipynb #5e54b458
+def unwrapped(
+    wanted, # Names of the model
+    state:dict,
+)->dict: # Name → tensor
+    "The weights without the levels of wrappers, unless the model itself has such a level"
+    if WRAPPERS & {p for k in wanted for p in k.split('.')}: return getattr(state, 'saved', None) or state
+    return {plain_name(k): v for k, v in state.items()}
+
+# %% ../../nbs/02_models/04_checkpoints.ipynb #be44b55f
 def match_names(
     wanted:dict, # Name → tensor, of the model
     state:dict,  # Name → tensor, of the checkpoint
 )->Mismatch: # With the prefix that fits best
     "Compare the weights of a model with those of a checkpoint, whose names may have prefixes"
-    if not WRAPPERS & {p for k in wanted for p in k.split('.')}:
-        state = {plain_name(k): v for k, v in state.items()}
+    state = unwrapped(wanted, state)
     renamed = usual_names(state)
     tried = [state] if renamed.keys() == state.keys() else [state, renamed]
-    return min((match_with_prefix(wanted, o, p) for o in tried for p in prefixes(wanted, o)), key=lambda o: o.size)
+    found = [match_with_prefix(wanted, o, p) for o in tried for p in prefixes(wanted, o)]
+    best = min(found, key=lambda o: o.size)
+    whole = [o for o in found if not o and all(any(o.prefix + k in names for names in tried) for k in o.state)]
+    if len(whole) > 1:                                      # a student beside its teacher, weights and their mean
+        best = min(whole, key=lambda o: next((i for i, k in enumerate(USUAL) if o.prefix.endswith(f'{k}.')), len(USUAL)))
+        def differs(o):
+            return any(not torch.equal(o.state[k].float(), v.float()) for k, v in best.state.items() if k in o.state)
+        best.rivals = list(dict.fromkeys(o.prefix for o in whole if o.prefix != best.prefix and differs(o)))
+    return best
 
 # %% ../../nbs/02_models/04_checkpoints.ipynb #986a3fa3
 def match_wrapped(
@@ -242,6 +261,7 @@ def match_wrapped(
     "`match_names` for a network and its adapter"
     wanted = model.state_dict()
     core = {k.removeprefix('model.'): v for k, v in wanted.items() if k.startswith('model.')}
+    state = unwrapped(core, state)
     o = match_names(core, state)
     there = [k for k in o.unused if k.rpartition('adapter.')[0] == o.prefix.removesuffix('model.') and 'adapter.' in k]
     adapter = {'adapter.' + k.rpartition('adapter.')[2]: state.get(k) for k in there}
@@ -320,7 +340,10 @@ def load_into(
     others = [k for k in getattr(state, 'others', {}) if not k.endswith('(all)')]
     if found.place in others or others and found.place.rpartition('.')[2] in USUAL:
         log.info(f"'{path}': took the weights under '{found.place}'; it also holds {', '.join(others[:4])}")
-    if found.unused:
+    if found.rivals:
+        log.warning(f"'{path}' holds this network more than once: took the weights under '{found.prefix}', not those "
+                    f"under {', '.join(map(repr, found.rivals))}. To take others, save them alone.")
+    elif found.unused:
         log.info(f"'{path}': {len(found.unused)} tensors outside the network are left out "
                  f"({', '.join(found.unused[:3])})")
     return model
