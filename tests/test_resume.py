@@ -59,3 +59,21 @@ def test_finished_run_is_not_run_again(tiny):
     b = run_experiment(**tiny | dict(resume='0'))
     assert f.stat().st_mtime_ns > t and {k: v for k, v in a.items() if k != 'time'} == {k: v for k, v in b.items() if k != 'time'}     # anew, and the same result
     assert (f.parent.parent/f'{f.parent.name}~1'/'summary.json').exists()                                                              # the old one is kept
+
+def test_other_photos_are_refused(folder, tiny):
+    "A run that was interrupted goes on with the images it began with, or says why not"
+    import shutil
+    from _stop import Stop, StopCB
+    from asibkd.core.config import RunError
+    from asibkd.run.experiment import run_experiment
+    photos = folder(train=8, test=3)
+    kw = tiny | dict(preset='method/ce', method='ce', dataset='imagefolder', data_root=str(photos), student_type='resnet8', student_epochs_per_stage=2, batch_size=4, train_per_class=8)
+    with pytest.raises(Stop): run_experiment(**kw, callbacks=[StopCB('B1', 1)])
+    more = photos/'test'/'cat'/'more.png'
+    shutil.copy(photos/'test'/'cat'/'000.png', more)
+    with pytest.raises(RunError, match='test images are others.*6 images.*7 images'): run_experiment(**kw)
+    more.unlink()
+    (photos/'train'/'cat'/'000.png').rename(photos/'train'/'dog'/'zzz.png')              # as many as before
+    with pytest.raises(RunError, match='images are others.*labels'): run_experiment(**kw)
+    (photos/'train'/'dog'/'zzz.png').rename(photos/'train'/'cat'/'000.png')
+    assert run_experiment(**kw)['images']['test'] == 6

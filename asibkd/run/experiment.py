@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS_OF_A_RUN', 'split_given', 'function_source', 'code_hash', 'method_class', 'classes_of_run', 'check_blocks',
-           'check_typed', 'preset_summary', 'save_effective_config', 'finish_run', 'open_context', 'prepare_teachers',
-           'save_freeze_report', 'changes_teachers', 'fuses_teachers', 'run_distil', 'run_in_folder', 'objects_id',
-           'explained_stops', 'opened', 'close_finished', 'refuse_unshared', 'run_experiment', 'parameters_set']
+           'check_typed', 'preset_summary', 'save_effective_config', 'finish_run', 'images_read', 'open_context',
+           'prepare_teachers', 'save_freeze_report', 'changes_teachers', 'fuses_teachers', 'run_distil',
+           'run_in_folder', 'objects_id', 'explained_stops', 'opened', 'close_finished', 'refuse_unshared',
+           'run_experiment', 'parameters_set']
 
 # %% ../../nbs/11_run/03_experiment.ipynb #63557915
 import ast, contextlib, copy, hashlib, inspect, json, os, re, textwrap
@@ -28,6 +29,7 @@ from ..core.processes import from_main, is_main, join_processes, n_processes, qu
 from ..core.runtime import (RunContext, create_accelerator, pick_device, refuse, set_deterministic,
                                  trains_teachers)
 from ..data.datasets import as_unlabelled_set
+from ..data.images import Data
 from ..data.several import run_data
 from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
@@ -183,6 +185,16 @@ def finish_run(
     row |= dict(difference=(summary.get('difference') or {}).get('diff'))
     run.finish(summary, row, partial(save_report, figures=figures) if run.cfg.report else None)
 
+# %% ../../nbs/11_run/03_experiment.ipynb #b31f7a3e
+def images_read(
+    data:Data,
+)->dict: # Split → '800 images, labels 1f2e3d4c'
+    "Number and labels of each split: other ones where photos were added, moved or removed"
+    def said(ds):
+        labels = hashlib.blake2b(ds.y.contiguous().numpy().tobytes(), digest_size=4).hexdigest()
+        return f'{len(ds):,} images, labels {labels}'
+    return {k: said(getattr(data, k)) for k in ('train', 'val', 'test')}
+
 # %% ../../nbs/11_run/03_experiment.ipynb #2beee880
 def open_context(
     run:Run, cfg:Config,
@@ -200,6 +212,7 @@ def open_context(
     refuse_unlabelled(f'{key}={getattr(cfg, key)}', classes_of_run(cfg), n)
     cfg = settle_config(cfg, data)
     if is_main():
+        run.check_images(images_read(data))
         save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
     precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
     log.info(f"{run.path}: {data.name}, "
