@@ -78,7 +78,7 @@ def _deep_findings(files):
     import numpy as np
     from PIL import Image
     for f in files[:8]:
-        with Image.open(f) as im: top = int(np.asarray(im).max())               # it has been decoded once, so it is whole
+        with Image.open(f) as im: top = int(np.asarray(im).max())     # whole: it was decoded before
         if 0 < top < 65536//8:
             yield Finding('warning', f"'{shown_path(f)}' has 16 bits, but no value above {top}: "
                           "it is read as nearly black.", "If white is 255 or 4095 in it, rescale the photos to 8 bits.")
@@ -125,7 +125,7 @@ def duplicate_findings(
     at = defaultdict(list)
     for k, s in scans.items():
         for c, files in s.files.items():
-            for f in files: at[f].append((k, c))                  # a row of train.csv and one of test.csv may name one photo
+            for f in files: at[f].append((k, c))              # rows of train.csv and test.csv may name one photo
     same = same_files(at)
     copies = {f for g in same for f in g}
     twice = [[f] for f, places in at.items() if len(places) > 1 and f not in copies]

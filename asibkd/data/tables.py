@@ -101,7 +101,8 @@ def image_column_of(
     some = t.iloc[::max(1, len(t)//200)]
     found = {c: [tuple(p) for v in some[c] if (p := photo_of(v, names, root, split))] for c in t}
     likely = [c for c in t if len(found[c]) >= .5*max(1, len(some))]
-    return max(likely, key=lambda c: (len({*found[c]}), len(found[c]), t[c].nunique()), default=None)   # '7' may be 7.png
+    def worth(c): return len({*found[c]}), len(found[c]), t[c].nunique()              # the class '7' may be 7.png, too
+    return max(likely, key=worth, default=None)
 
 # %% ../../nbs/01_data/01_tables.ipynb #2a5bdb0d
 def binary_columns(
@@ -123,7 +124,7 @@ def label_columns_of(
     if given: return [given] if given in t else []
     rest, hot = [c for c in t if c != image], binary_columns(t, image)
     usual = [c for c in rest if c.lower().replace(' ', '_') in LABEL_NAMES]
-    if hot and not (len(usual) == 1 and usual[0] not in hot): return hot      # beside a column of classes they say something else
+    if hot and (len(usual) != 1 or usual[0] in hot): return hot      # beside a column of classes they say something else
     repeat = [c for c in rest if 1 < t[c].nunique() <= len(t)/2]
     return next((o for o in (usual, rest, repeat) if len(o) == 1), [])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRAPPERS', 'USUAL', 'COUNTERS', 'COMPANY', 'OTHER_NAMES', 'as_tensor', 'tensors_in', 'tensor_dicts', 'empty_dict',
            'empty_list', 'missing_file', 'read_tensors', 'plain_name', 'Weights', 'load_weights', 'Mismatch',
-           'is_bookkeeping', 'prefixes', 'match_with_prefix', 'usual_names', 'unwrapped', 'match_names',
+           'is_bookkeeping', 'prefixes', 'match_with_prefix', 'usual_names', 'without_wrappers', 'match_names',
            'match_wrapped', 'compare_weights', 'likely_reason', 'mismatch_error', 'load_into']
 
 # %% ../../nbs/02_models/04_checkpoints.ipynb #c4ec0004
@@ -226,7 +226,7 @@ def usual_names(
     return {'.'.join(OTHER_NAMES.get(k, k) for k in name.split('.')): v for name, v in state.items()}
 
 # %% ../../nbs/02_models/04_checkpoints.ipynb #5e54b458
-def unwrapped(
+def without_wrappers(
     wanted, # Names of the model
     state:dict,
 )->dict: # Name → tensor
@@ -234,20 +234,21 @@ def unwrapped(
     if WRAPPERS & {p for k in wanted for p in k.split('.')}: return getattr(state, 'saved', None) or state
     return {plain_name(k): v for k, v in state.items()}
 
-# %% ../../nbs/02_models/04_checkpoints.ipynb #be44b55f
+# %% ../../nbs/02_models/04_checkpoints.ipynb #6f166e31
 def match_names(
     wanted:dict, # Name → tensor, of the model
     state:dict,  # Name → tensor, of the checkpoint
 )->Mismatch: # With the prefix that fits best
     "Compare the weights of a model with those of a checkpoint, whose names may have prefixes"
-    state = unwrapped(wanted, state)
+    state = without_wrappers(wanted, state)
     renamed = usual_names(state)
     tried = [state] if renamed.keys() == state.keys() else [state, renamed]
     found = [match_with_prefix(wanted, o, p) for o in tried for p in prefixes(wanted, o)]
     best = min(found, key=lambda o: o.size)
     whole = [o for o in found if not o and all(any(o.prefix + k in names for names in tried) for k in o.state)]
     if len(whole) > 1:                                      # a student beside its teacher, weights and their mean
-        best = min(whole, key=lambda o: next((i for i, k in enumerate(USUAL) if o.prefix.endswith(f'{k}.')), len(USUAL)))
+        def usual(o): return next((i for i, k in enumerate(USUAL) if o.prefix.endswith(f'{k}.')), len(USUAL))
+        best = min(whole, key=usual)
         def differs(o):
             return any(not torch.equal(o.state[k].float(), v.float()) for k, v in best.state.items() if k in o.state)
         best.rivals = list(dict.fromkeys(o.prefix for o in whole if o.prefix != best.prefix and differs(o)))
@@ -261,7 +262,7 @@ def match_wrapped(
     "`match_names` for a network and its adapter"
     wanted = model.state_dict()
     core = {k.removeprefix('model.'): v for k, v in wanted.items() if k.startswith('model.')}
-    state = unwrapped(core, state)
+    state = without_wrappers(core, state)
     o = match_names(core, state)
     there = [k for k in o.unused if k.rpartition('adapter.')[0] == o.prefix.removesuffix('model.') and 'adapter.' in k]
     adapter = {'adapter.' + k.rpartition('adapter.')[2]: state.get(k) for k in there}
