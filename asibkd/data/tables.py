@@ -124,7 +124,8 @@ def label_columns_of(
     if given: return [given] if given in t else []
     rest, hot = [c for c in t if c != image], binary_columns(t, image)
     usual = [c for c in rest if c.lower().replace(' ', '_') in LABEL_NAMES]
-    if hot and (len(usual) != 1 or usual[0] in hot): return hot      # beside a column of classes they say something else
+    if hot and (len(usual) != 1 or usual[0] in hot):       # beside a column of classes they say something else
+        return hot
     repeat = [c for c in rest if 1 < t[c].nunique() <= len(t)/2]
     return next((o for o in (usual, rest, repeat) if len(o) == 1), [])
 
