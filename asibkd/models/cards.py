@@ -6,7 +6,7 @@
 __all__ = ['CLASS_KEYS', 'OUTSIDE', 'hash_of_items', 'split_of', 'save_teacher', 'read_card', 'student_card_of', 'card_norm',
            'check_card', 'warn_split', 'as_names', 'classes_in', 'file_classes', 'module_classes', 'class_number',
            'match_classes', 'refuse_labels', 'refuse_unseen', 'labels_text', 'task_of', 'unknown_to_all',
-           'object_fingerprint']
+           'hash_of_labels', 'object_fingerprint']
 
 # %% ../../nbs/02_models/10_cards.ipynb #91323b95
 import difflib, hashlib
@@ -19,7 +19,7 @@ from torch import nn
 from ..core.config import CheckpointError, ConfigError, log, unknown_name
 from ..core.files import atomic_save, check_weights, read_json
 from ..data.images import Data, ImageSet, as_labels, restrict
-from ..data.sources import DatasetSource
+from ..data.sources import DatasetSource, stored_labels
 from .cache import weights_hash
 from .checkpoints import read_tensors
 from .kdmodel import KDModel
@@ -263,13 +263,22 @@ def unknown_to_all(
         return []
     return sorted({*range(n_class)} - {c for t in teachers for c in t.columns.tolist()})
 
+# %% ../../nbs/02_models/10_cards.ipynb #3f2d8ea9
+def hash_of_labels(
+    o, # A dataset of (image, label)
+)->str: # 8 hex digits; '' where the items alone have them: reading all may take minutes
+    "A hash of all labels"
+    y = o.y if isinstance(o, ImageSet) else o.tensors[-1] if hasattr(o, 'tensors') else stored_labels(o)
+    if y is None: return ''
+    return hashlib.blake2b(repr(y.tolist() if torch.is_tensor(y) else [*y]).encode(), digest_size=4).hexdigest()
+
 # %% ../../nbs/02_models/10_cards.ipynb #0a934fb2
 def object_fingerprint(o)->str:
-    "A short name for the user's module (weights, normalisation, classes) or dataset (length, some images and labels)"
+    "A short name for the user's module (weights, normalisation, classes) or dataset (length, some images, the labels)"
     if isinstance(o, str):
         return o
     if not isinstance(o, nn.Module):
-        return f'{type(o).__name__}:{len(o)}:{hash_of_items(o)}'
+        return ':'.join(filter(None, (type(o).__name__, str(len(o)), hash_of_items(o), hash_of_labels(o))))
     if is_lazy(o):
         return f'{type(o).__name__}:lazy'   # its weights are still to be made
     norm = network_norm(o)
