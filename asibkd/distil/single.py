@@ -33,7 +33,7 @@ def aligned_after_stem(
     s, t,          # As in `aligned`
     start='front', # stage_pairs
 )->list: # The stem's pair alone where there is no other
-    "The pairs of `aligned`, without the stem's"
+    "The pairs of `aligned` without the first: the stem's, where there is one"
     pairs = aligned(s, t, start)
     return pairs[1:] or pairs
 
