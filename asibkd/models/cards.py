@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from ..core.config import CheckpointError, ConfigError, log, unknown_name
 from ..core.files import atomic_save, check_weights, read_json
@@ -263,12 +264,12 @@ def unknown_to_all(
         return []
     return sorted({*range(n_class)} - {c for t in teachers for c in t.columns.tolist()})
 
-# %% ../../nbs/02_models/10_cards.ipynb #3f2d8ea9
+# %% ../../nbs/02_models/10_cards.ipynb #aeef674b
 def hash_of_labels(
     o, # A dataset of (image, label)
 )->str: # 8 hex digits; '' where the items alone have them: reading all may take minutes
     "A hash of all labels"
-    y = o.y if isinstance(o, ImageSet) else o.tensors[-1] if hasattr(o, 'tensors') else stored_labels(o)
+    y = o.y if isinstance(o, ImageSet) else o.tensors[-1] if isinstance(o, TensorDataset) else stored_labels(o)
     if y is None: return ''
     return hashlib.blake2b(repr(y.tolist() if torch.is_tensor(y) else [*y]).encode(), digest_size=4).hexdigest()
 

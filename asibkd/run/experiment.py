@@ -194,8 +194,8 @@ def open_context(
     key, n = 'cl_method' if cfg.cl_mode else 'method', len(data.train) - len(data.labelled)
     refuse_unlabelled(f'{key}={getattr(cfg, key)}', classes_of_run(cfg), n)
     cfg = settle_config(cfg, data)
+    from_main(lambda: run.check_images(images_read(data)))
     if is_main():
-        run.check_images(images_read(data))
         save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
     precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
     log.info(f"{run.path}: {data.name}, "
