@@ -34,7 +34,7 @@ from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
 from ..freeze import freeze_report
 from ..models.cache import add_counts, class_code, is_frozen, teacher_counts
-from ..models.cards import object_fingerprint
+from ..models.cards import hash_of_labels, object_fingerprint
 from ..models.trace import copied, plain_module
 from .cl import CL_BASELINES, run_cl
 from .students import baselines_of, look_ahead, train_all, try_views
@@ -168,14 +168,12 @@ def finish_run(
     row |= dict(difference=(summary.get('difference') or {}).get('diff'))
     run.finish(summary, row, partial(save_report, figures=figures) if run.cfg.report else None)
 
-# %% ../../nbs/11_run/03_experiment.ipynb #0f15878d
+# %% ../../nbs/11_run/03_experiment.ipynb #d72a23e5
 def images_read(
     data:Data,
 )->dict: # Split → '800 images, labels 1f2e3d4c'
     "Number and labels of each split: other ones where photos were added, moved or removed"
-    def said(ds):
-        labels = hashlib.blake2b(ds.y.contiguous().numpy().tobytes(), digest_size=4).hexdigest()
-        return f'{len(ds):,} images, labels {labels}'
+    def said(ds): return f'{len(ds):,} images, labels {hash_of_labels(ds)}'
     return {k: said(getattr(data, k)) for k in ('train', 'val', 'test')}
 
 # %% ../../nbs/11_run/03_experiment.ipynb #2beee880
