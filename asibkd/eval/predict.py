@@ -119,7 +119,7 @@ def open_program(
         lacks = 'the size of its images' if not shape else 'how its images are normalised'
         raise ConfigError(f"'{path}' does not say {lacks}: what `asibkd export` writes does. "
                           "--norm imagenet or --norm 'mean / std' gives the normalisation.")
-    n = net.try_out(shape[0], shape[-1])
+    n = net.try_out(shape)
     return Classifier(net, tuple(shape), norm, list(card.get('classes') or map(str, range(n))))
 
 # %% ../../nbs/08_eval/02_predict.ipynb #700ec9ac

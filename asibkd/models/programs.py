@@ -190,7 +190,7 @@ class Program(nn.Module):
         self.kind, self.file = program_kind(path), Path(path).name
         load = dict(onnx=load_onnx, pt2=load_pt2, torchscript=load_script)[self.kind]
         self.run, self.shape, self.card, self.n_params = load(path)
-        self.size, self.probabilities = self.shape[-1], False
+        self.size, self.probabilities = self.shape[2:] if all(self.shape[2:]) else (), False   # () = any
         digest = torch.tensor(list(bytes.fromhex(content_sum(path))), dtype=torch.uint8)
         self.register_buffer('digest', digest)
         self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)   # tells the device
@@ -217,7 +217,7 @@ def forward(self:Program,
 )->torch.Tensor: # (B, K) logits, float32
     "Run the program, without gradient and without autocast"
     n, x = len(x), x.detach().float()
-    if self.size and self.size != x.shape[-1]:
+    if self.size and self.size != x.shape[-2:]:
         x = ResizeInput(self.size)(self, (x,))[0]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         outs = [logits_of(self.run(o), self.file) for o in self.chunks(x)]
@@ -229,16 +229,16 @@ SIZES = (32, 224, 64, 96, 128, 299, 28)   # Tried where a program fails on the d
 
 @patch
 def try_out(self:Program,
-    in_chans:int,
-    img_size:int,   # Pixels of the data's images
+    shape,  # (C, H, W) of the data's images
 )->int: # Classes
     "Run the program on two grey images, and find out what size and what kind of output it has"
-    if self.shape[1] not in (0, in_chans):
-        raise ConfigError(f"'{self.file}' takes images of {self.shape[1]} channels; the data's have {in_chans}.")
-    sizes, why = [self.size] if self.size else [img_size, *(s for s in SIZES if s != img_size)], ''
+    c, h, w = shape
+    if self.shape[1] not in (0, c):
+        raise ConfigError(f"'{self.file}' takes images of {self.shape[1]} channels; the data's have {c}.")
+    sizes, why = [self.size] if self.size else [(h, w), *((s, s) for s in SIZES if (s, s) != (h, w))], ''
     for self.size in sizes:
         try:
-            z = self(torch.full((2, in_chans, img_size, img_size), .1))
+            z = self(torch.full((2, c, h, w), .1))
         except ConfigError:
             raise
         except Exception as e:
@@ -246,7 +246,7 @@ def try_out(self:Program,
             continue
         self.probabilities = bool((z >= 0).all()) and bool(((z.sum(1) - 1).abs() < 1e-3).all())
         return z.shape[1]
-    raise ConfigError(f"'{self.file}' fails on images of {img_size}×{img_size} pixels: {why}. Set image_size to what "
+    raise ConfigError(f"'{self.file}' fails on images of {h}×{w} pixels: {why}. Set image_size to what "
                       "it was exported for.")
 
 # %% ../../nbs/02_models/04_programs.ipynb #eb74346b
@@ -294,7 +294,7 @@ class ProgramTeacher(KDModel):
         in_chans=3,
     ):
         net = Program(path)
-        n = net.try_out(in_chans, img_size)
+        n = net.try_out((in_chans, img_size, img_size))
         super().__init__(net, img_size, in_chans, net.file, known=Anatomy([], [], [], None, {'': 0}, [], n))
 
     @property
@@ -325,8 +325,9 @@ def create_program(
     net, card = t.model, t.model.card
     if card.get('mean') and card.get('std'):
         net.input_norm = dict(mean=card['mean'], std=card['std'])
-    notes = [(net.size != img_size, f"it takes {net.size}×{net.size} pixels: the {img_size}×{img_size} images are "
-              "resized"), (net.probabilities, "its outputs are probabilities: their logarithm is used as logits"),
+    there, takes = f'{img_size}×{img_size}', '×'.join(map(str, net.size))
+    notes = [(takes != there, f"it takes {takes} pixels: the {there} images are resized"),
+             (net.probabilities, "its outputs are probabilities: their logarithm is used as logits"),
              (net.shape[0], f"it takes {net.shape[0]} images at once: batches are cut and padded")]
     for is_so, text in notes:
         if is_so:

@@ -174,17 +174,17 @@ def failure_at(
 
 # %% ../../nbs/02_models/01_trace.ipynb #5b6651c8
 class ResizeInput:
-    "A forward pre-hook that resizes images to `size`×`size` pixels"
+    "A forward pre-hook that resizes images"
     def __init__(self,
-        size:int, # Pixels
+        size, # Pixels of a side, or (height, width)
     ): self.size = size
 
     def __call__(self, module, args):
         "The arguments of `module`, the image resized"
         x, *others = args
-        if x.shape[-2:] == (self.size, self.size): return args
-        shape = (self.size, self.size)
-        return F.interpolate(x, shape, mode='bilinear', antialias=self.size < min(x.shape[-2:])), *others
+        shape = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        if x.shape[-2:] == shape: return args
+        return F.interpolate(x, shape, mode='bilinear', antialias=min(shape) < min(x.shape[-2:])), *others
 
 # %% ../../nbs/02_models/01_trace.ipynb #fe292dc6
 def unwrapped(
