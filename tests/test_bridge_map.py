@@ -41,6 +41,9 @@ def test_map_finds_what_was_planted(tmp_path):
     assert 'wins 1, loses 1, 1 are undecided' in study.sentence(study.the_map(t))
     parts = study.parts(t).set_index('asmb minus')
     assert parts.outcome['ce'] == 'better' and parts.points['wavg'].startswith('+0.') and len(study.means(t)) == 3
+    gaps = study.gaps(t).set_index('arm')
+    assert gaps['worst in'].asmb == 'noisy, 20' and gaps.worst.asmb == pytest.approx(-m.difference['noisy'])
+    assert gaps.worst.wavg == pytest.approx(m.difference['specialists']) and (gaps.worst >= gaps['mean']).all()
     for fig in (study.plot_map(m.reset_index()), study.plot_arms(t)):
         assert 0 < len(fig._repr_png_()) < 40_000
 

@@ -512,6 +512,21 @@ def parts(t, ours='asmb'):
     return pd.DataFrame(rows)
 
 
+def gaps(t):
+    "How far an arm is behind the best arm of a cell, ours included: mean over the cells, and where it is furthest behind"
+    import pandas as pd
+    cells = t.pivot_table(index=['data', 'setting', 'labels'], columns='arm', values='test')
+    rows = []
+    for data, g in cells.groupby('data'):
+        g = g[[a for a in ARMS if a in g and g[a].notna().all()]]          # those that every cell has
+        behind = (-g).add(g.max(axis=1), axis=0)
+        for arm in behind:
+            _, setting, n = behind[arm].idxmax()
+            rows.append({'data': data, 'arm': arm, 'mean': behind[arm].mean(), 'worst': behind[arm].max(),
+                         'worst in': f"{setting}, {n or 'all'}"})
+    return pd.DataFrame(rows)
+
+
 def settings_table(tuning:list):
     "What was chosen for each arm, by labels a class"
     import pandas as pd
