@@ -217,7 +217,7 @@ def forward(self:Program,
 )->torch.Tensor: # (B, K) logits, float32
     "Run the program, without gradient and without autocast"
     n, x = len(x), x.detach().float()
-    if self.size and self.size != x.shape[-2:]:
+    if self.size:
         x = ResizeInput(self.size)(self, (x,))[0]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         outs = [logits_of(self.run(o), self.file) for o in self.chunks(x)]

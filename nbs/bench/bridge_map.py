@@ -519,7 +519,7 @@ def gaps(t):
     rows = []
     for data, g in cells.groupby('data'):
         g = g[[a for a in ARMS if a in g and g[a].notna().all()]]          # those that every cell has
-        behind = (-g).add(g.max(axis=1), axis=0)
+        behind = g.rsub(g.max(axis=1), axis=0)
         for arm in behind:
             _, setting, n = behind[arm].idxmax()
             rows.append({'data': data, 'arm': arm, 'mean': behind[arm].mean(), 'worst': behind[arm].max(),
