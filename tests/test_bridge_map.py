@@ -108,6 +108,21 @@ def test_cells_and_plan():
     assert len(todo) == 10*(20*10 + 4) and len({study.key_of(r) for r in todo}) == len(todo)
 
 
+def test_the_plan_counts_the_settings_that_were_chosen(tmp_path, monkeypatch, capsys):
+    "`--plan` agrees with the call that follows: done rows have the chosen setting, not setting 0"
+    def row(seed, choice, val): return dict.fromkeys(study.COLUMNS, '') | dict(
+        data='digits', setting='equal', labels=5, seed=seed, arm='wavg', choice=choice, test=val, val=val, cpu=360, torch='2')
+    monkeypatch.setattr(study, 'TUNING', written(tmp_path/'tuning.csv', [row(1000, c, 80 + c) for c in range(study.BUDGET)]))
+    monkeypatch.setattr(study, 'TABLE', written(tmp_path/'map.csv', [row(s, study.BUDGET - 1, 90) for s in range(6)]))
+    study.main('--plan --cells equal:5 --arms wavg --tuned_in equal'.split())
+    missing = len(study.DATA['digits'][3])*study.BUDGET - study.BUDGET
+    assert capsys.readouterr().out.splitlines() == [
+        f'tuning.csv: 4 of {4 + missing} students are there; {missing} missing, {missing/10:.1f} h of CPU',
+        'map.csv: 6 of 10 students are there; 4 missing, 0.4 h of CPU']
+    study.main('--plan --cells equal:5 --arms wavg --untuned'.split())       # nothing to tune; setting 0: none is there
+    assert capsys.readouterr().out.splitlines()[1].startswith('map.csv: 0 of 10')
+
+
 def test_a_cell_from_end_to_end(tmp_path, monkeypatch, capsys):
     "Small networks, one epoch: equal steps, teachers trained once, and the second call trains nothing"
     def small(t): return study.replace(t, arch='mlp')

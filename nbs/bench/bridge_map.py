@@ -472,7 +472,8 @@ def sentence(m)->str:
     n, top = m.outcome.value_counts(), m.loc[m.difference.idxmax()]
     low, labels = m.loc[m.difference.idxmin()], lambda r: f"{r.labels or 'all'} labels a class"
     def said(r): return f"{r.setting}, {labels(r)}: {r.difference:+.2f} ± {r.half:.2f} against {r.best}"
-    return (f"{m.data.iloc[0]}, {len(m)} cells, {m.seeds.min()} to {m.seeds.max()} seeds: asmb wins "
+    seeds = ' to '.join(str(k) for k in sorted({m.seeds.min(), m.seeds.max()}))
+    return (f"{m.data.iloc[0]}, {len(m)} cells, {seeds} seeds: asmb wins "
             f"{n.get('won', 0)}, loses {n.get('lost', 0)}, {n.get('undecided', 0)} are undecided "
             f"(best baseline of the cell, Holm, 5 %). Largest gain: {said(top)}. Largest loss or smallest gain: {said(low)}.")
 
@@ -555,7 +556,7 @@ def plot_map(m, title=''):
         grid[i][j] = r.difference
         weight = 'bold' if r.outcome != 'undecided' else 'normal'
         dark = abs(r.difference) > .6*top
-        ax.text(j, i, f'{r.difference:+.1f} ± {r.half:.1f}\n{r.outcome}, {r.best}', ha='center', va='center', fontsize=8,
+        ax.text(j, i, f'{r.difference:+z.1f} ± {r.half:.1f}\n{r.outcome}, {r.best}', ha='center', va='center', fontsize=8,
                 weight=weight, color='white' if dark else 'black')
     shown = ax.imshow(grid, cmap='PuOr', norm=TwoSlopeNorm(0, -top, top), aspect='auto')
     ax.set_xticks(range(len(columns)), [str(c or 'all') for c in columns])
@@ -588,22 +589,16 @@ def plot_arms(t, title='', arms=('ce', 'best', 'avgz', 'wavg', 'camkd', 'stack',
 
 # The command
 
-def cpu_time(todo:list, known)->str:
-    "CPU time of rows that are missing: the mean of their arm in the rows that exist"
+def estimate(rows:list, file, seen:list, key=None, what='students')->str:
+    "How many of the rows a file lacks, and their CPU time: the mean of their arm in the rows that were `seen`"
     import pandas as pd
+    key = key or key_of
+    done, known = {key(r) for r in read_rows(file)}, pd.DataFrame(seen, columns=['arm', 'cpu'])
+    todo = [r for r in rows if key(r) not in done]
     cpu = pd.to_numeric(known.cpu).groupby(known.arm).mean()
-    seconds = sum(cpu.get(r['arm'], cpu.mean()) for r in todo)
-    return f'{seconds/3600:.1f} h of CPU' if seconds == seconds else 'no row yet to estimate the time from'
-
-
-def estimate(rows:list, file)->str:
-    "How much is missing, and its CPU time from the rows that exist"
-    import pandas as pd
-    known = pd.DataFrame(read_rows(TABLE) + read_rows(TUNING), columns=COLUMNS)
-    done = {key_of(r) for r in read_rows(file)}
-    todo = [r for r in rows if key_of(r) not in done]
-    return (f'{Path(file).name}: {len(rows) - len(todo)} of {len(rows)} students are there; {len(todo)} missing, '
-            f'{cpu_time(todo, known)}')
+    hours = sum(cpu.get(r['arm'], cpu.mean()) for r in todo)/3600
+    time_needed = f'{hours:.1f} h of CPU' if hours == hours else 'no row yet to estimate the time from'
+    return f'{Path(file).name}: {len(rows) - len(todo)} of {len(rows)} {what} are there; {len(todo)} missing, {time_needed}'
 
 
 def read_cells(text, data)->list:
@@ -644,13 +639,16 @@ def main(argv=None):
     every = [(s, n) for s in pairs for n in dict.fromkeys(n for _, n in cells)]
     tuned = dict.fromkeys(map(base_of, arms))
     tuning = wanted(o.data, every, tuned, DATA[o.data][3], lambda a, n: range(BUDGET))
-    if o.plan:
-        print(estimate(tuning, TUNING))
-        return print(estimate(wanted(o.data, cells, arms, seeds, lambda a, n: [0]), TABLE))
-    if not (o.untuned or o.tuned_on):
+    if o.untuned or o.tuned_on:
+        tuning = []
+    if not o.plan:
         work_through(TUNING, tuning, o.jobs, params)
     best = {} if o.untuned else chosen(read_rows(TUNING), o.tuned_on or o.data)
-    work_through(TABLE, wanted(o.data, cells, arms, seeds, lambda a, n: [nearest(best, a, n)]), o.jobs, params)
+    rows = wanted(o.data, cells, arms, seeds, lambda a, n: [nearest(best, a, n)])
+    if o.plan:
+        seen = read_rows(TABLE) + read_rows(TUNING)
+        return print(estimate(tuning, TUNING, seen), estimate(rows, TABLE, seen), sep='\n')
+    work_through(TABLE, rows, o.jobs, params)
     t = load()
     m = the_map(t[t.data == o.data])
     print(m.round(2).to_string(index=False), sentence(m), sep='\n')

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import bridge_map
-from bridge_map import chosen, cpu_time, p_value, read_rows, run_all
+from bridge_map import chosen, estimate, p_value, read_rows, run_all
 
 HERE = Path(__file__).parent
 TABLE, TUNING = HERE/'cl_analytic.csv', HERE/'cl_analytic_tuning.csv'
@@ -268,6 +268,15 @@ def room_in_bytes(t, data, ours='asib')->dict:
     return {(a, b): int((total[ours, b] + 1e-12)/r.each) for (a, b), r in mean.iterrows() if (ours, b) in total}
 
 
+def in_bytes(data, arms, buffers, seeds, choice)->list:
+    "The rivals' rows with memories of as many bytes as ours: as far as the runs that say how many exist"
+    rivals, rows = [a for a in IN_BYTES if a in arms], []
+    for budget, ours in BUDGETS.items():
+        room = room_in_bytes(load(), data, ours)
+        rows += wanted(data, rivals, buffers, seeds, choice, budget, lambda a, b: room.get((a, b)))
+    return rows
+
+
 def work_through(file, rows:list, jobs:int, params:dict):
     "Train what the file lacks"
     done = {key_of(r) for r in read_rows(file)}
@@ -439,17 +448,6 @@ def plot_curves(g, arms=('asib', 'derpp', 'joint'), title=''):
 
 # The command
 
-def estimate(rows:list, file)->str:
-    "How much is missing, and its CPU time from the rows that exist"
-    import pandas as pd
-    known = pd.DataFrame(read_rows(TABLE) + read_rows(TUNING), columns=COLUMNS)
-    known = known[known.data.isin({r['data'] for r in rows})]
-    done = {key_of(r) for r in read_rows(file)}
-    todo = [r for r in rows if key_of(r) not in done]
-    return (f'{Path(file).name}: {len(rows) - len(todo)} of {len(rows)} runs are there; {len(todo)} missing, '
-            f'{cpu_time(todo, known)}')
-
-
 def options(argv):
     "The command's options"
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -508,21 +506,21 @@ def main(argv=None):
     arms, buffers, seeds = arms_asked(o, params), numbers(o.buffers, buffers), numbers(o.seeds, reported)
     tuned_at = numbers(o.tuned_at, tuned_at)
     tuning = wanted(o.data, dict.fromkeys(map(base_of, arms)), tuned_at, trial, every)
-    if not (o.untuned or o.tuned_on or o.plan):
+    if o.untuned or o.tuned_on:
+        tuning = []
+    if not o.plan:
         work_through(TUNING, tuning, o.jobs, params)
     best = {} if o.untuned else chosen(read_rows(TUNING), o.tuned_on or o.data, 'buffer')
     def choice(a, b): return [nearest(best, a, b)]
-    rows = wanted(o.data, arms, buffers, seeds, choice)
-    if o.plan:
-        return print(estimate(tuning, TUNING), estimate(rows, TABLE), sep='\n')
-    if o.budget != 'bytes':
+    rows = wanted(o.data, arms, buffers, seeds, choice) if o.budget != 'bytes' else []
+    if not o.plan:
         work_through(TABLE, rows, o.jobs, params)
-    if o.budget != 'images':
-        rooms = {k: room_in_bytes(load(), o.data, ours) for k, ours in BUDGETS.items()}
-        rivals = [a for a in IN_BYTES if a in arms]
-        larger = [r for k, room in rooms.items()
-                  for r in wanted(o.data, rivals, buffers, seeds, choice, k, lambda a, b: room.get((a, b)))]
-        work_through(TABLE, larger, o.jobs, params)
+    larger = in_bytes(o.data, arms, buffers, seeds, choice) if o.budget != 'images' else []
+    if o.plan:
+        seen = [r for r in read_rows(TABLE) + read_rows(TUNING) if r['data'] == o.data]
+        plans = [estimate(part, file, seen, key_of, 'runs') for part, file in ((tuning, TUNING), (rows + larger, TABLE))]
+        return print(*plans, sep='\n')
+    work_through(TABLE, larger, o.jobs, params)
     report(o.data)
 
 
