@@ -77,3 +77,8 @@ def test_other_photos_are_refused(folder, tiny):
     with pytest.raises(RunError, match='images are others.*labels'): run_experiment(**kw)
     (photos/'train'/'dog'/'zzz.png').rename(photos/'train'/'cat'/'000.png')
     assert run_experiment(**kw)['images']['test'] == 6
+    more.write_bytes((photos/'test'/'cat'/'000.png').read_bytes())
+    with pytest.raises(RunError, match="photos' are others.*22 files.*23 files.*resume=0"): run_experiment(**kw)    # finished: its result is of other images
+    assert run_experiment(**kw, resume='0')['images']['test'] == 7
+    photos.rename(photos.with_name('elsewhere'))
+    assert run_experiment(**kw)['images']['test'] == 7                                   # a result needs no images

@@ -173,18 +173,22 @@ def check_inputs(self:Run,
 # %% ../../nbs/00_core/04_runfolder.ipynb #7470a872
 @patch
 def check_images(self:Run,
-    now:dict, # Split → what identifies its images, e.g. '800 images, labels 1f2e…'
+    now:dict, # What holds images, in words → what identifies them: {'train images': '800 images, labels 1f2e…'}
 ):
-    "Note the images that a run begins with in `inputs.json`; refuse to go on with others"
+    "Note the images that a run begins with in `inputs.json`; refuse to go on with others, or to return their result"
     file = self/'inputs.json'
     noted = read_json(file) if file.exists() else {}
-    was = noted.setdefault('images', now)              # a run of an older version has noted none
-    if changed := [k for k in was if now.get(k) != was[k]]:
+    if self.finished:
+        was = noted.get('images', {})                  # a run of an older version has noted none
+    else:
+        was = noted.setdefault('images', now)
+    if changed := [k for k in was if now.get(k, was[k]) != was[k]]:
         k = changed[0]
-        raise RunError(f"The {k} images are others than when the run in '{self.path}' began: it had {was[k]}; now "
-                       f"there are {now.get(k, 'none')}. Restore them, give this run another exp_id, or resume=0 to "
-                       "start anew (nothing is deleted).")
-    atomic_write(file, json.dumps(noted, indent=1), checksum=True)
+        raise RunError(f"The {k} are others than when the run in '{self.path}' began: it had {was[k]}; now there are "
+                       f"{now[k]}. Restore them, give this run another exp_id, or resume=0 to start anew (nothing is "
+                       "deleted).")
+    if not self.finished:
+        atomic_write(file, json.dumps(noted, indent=1), checksum=True)
 
 # %% ../../nbs/00_core/04_runfolder.ipynb #4b3e4cf1
 @patch

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SeveralData', 'joined_split', 'join_data', 'part_config', 'run_config', 'run_plan', 'data_parts', 'extended_parts',
-           'run_data']
+           'run_data', 'data_files', 'names_and_sizes', 'files_named']
 
 # %% ../../nbs/01_data/06_several.ipynb #366789d6
+import hashlib, os
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -18,7 +19,9 @@ from ..core.files import read_json
 from ..core.runtime import has_label
 from .catalogue import folder_dataset, is_dataset, list_datasets
 from .datasets import class_list, create_data
+from .folders import SPLIT_NAMES, photos_below, scan_photos, unlabelled_folder
 from .images import Data, ImageSet, join_sets
+from .tables import scan_tables, table_files
 
 # %% ../../nbs/01_data/06_several.ipynb #8dc41c7f
 @dataclass(repr=False)
@@ -141,3 +144,53 @@ def run_data(
     "All data of a run"
     parts = data_parts(cfg, **given)
     return parts[0] if len(parts) == 1 else join_data(parts)
+
+# %% ../../nbs/01_data/06_several.ipynb #f60ed90f
+def data_files(
+    cfg, # dataset, data_root, image_column, label_column, skip_corrupt
+)->list: # Paths
+    "The user's photos, tables or arrays that a dataset is read from; none where it is no folder and no file"
+    root = Path(cfg.data_root).expanduser()
+    if cfg.dataset.endswith('npz'):
+        return [*root.glob('*.npz')] if root.is_dir() and cfg.dataset == 'npz' else \
+            [f for f in (Path(cfg.dataset).expanduser(), root) if f.suffix == '.npz' and f.is_file()][:1]
+    if cfg.dataset not in ('imagefolder', 'imagenet100', 'csv') or not root.is_dir():
+        return []
+    if cfg.dataset == 'csv':
+        scans = scan_tables(root, cfg.image_column, cfg.label_column, cfg.skip_corrupt).values()
+        found = table_files(root)
+    else:
+        scans = scan_photos({n: root/n for names in SPLIT_NAMES.values() for n in names if (root/n).is_dir()}).values()
+        found = []
+    if not cfg.unlabelled and (more := unlabelled_folder(root)):
+        scans = [*scans, photos_below(more)]
+    return [*found, *(f for s in scans for files in s.files.values() for f in files)]
+
+# %% ../../nbs/01_data/06_several.ipynb #82452324
+def names_and_sizes(
+    files, # Paths
+    root,  # Where they lie: names count from here
+)->str: # '800 files, names and sizes 1f2e3d4c5b6a7988'
+    "What identifies these files, if none of them is read"
+    h, root = hashlib.blake2b(digest_size=8), str(root)
+    for f in sorted(map(str, files)):
+        h.update(repr((f.removeprefix(root), os.stat(f).st_size)).encode())
+    return f"{len(files):,} file{'s'*(len(files) != 1)}, names and sizes {h.hexdigest()}"
+
+# %% ../../nbs/01_data/06_several.ipynb #f3ff1771
+def files_named(
+    cfg:Config,
+)->dict: # "files in 'photos'" → '800 files, names and sizes 1f2e3d4c5b6a7988'
+    "What identifies the files that a run reads, and those of the run in `extend`; not where they are gone"
+    found, parts = {}, [cfg]
+    if cfg.extend and (Path(cfg.extend).expanduser()/'config.json').exists():
+        found |= files_named(run_config(cfg.extend))
+    if cfg.stream:
+        parts = [part_config(cfg, n) for n in cfg.stream if is_dataset(n) or Path(n).expanduser().is_dir()]
+    for p in parts:
+        if files := data_files(p):
+            where = p.dataset if p.dataset.endswith('.npz') else p.data_root
+            found[f"files in '{where}'"] = names_and_sizes(files, Path(where).expanduser())
+    if cfg.unlabelled and (folder := Path(cfg.unlabelled).expanduser()).is_dir():
+        found[f"files in '{cfg.unlabelled}'"] = names_and_sizes(photos_below(folder).files[''], folder)
+    return found

@@ -29,7 +29,7 @@ from ..core.runtime import (RunContext, create_accelerator, pick_device, refuse,
                                  trains_teachers)
 from ..data.datasets import as_unlabelled_set
 from ..data.images import Data
-from ..data.several import run_data
+from ..data.several import files_named, run_data
 from ..distil.idle import refuse_idle
 from ..distil.methods import check_method, methods, refuse_unlabelled, with_method_defaults
 from ..freeze import freeze_report
@@ -171,10 +171,10 @@ def finish_run(
 # %% ../../nbs/11_run/03_experiment.ipynb #d72a23e5
 def images_read(
     data:Data,
-)->dict: # Split → '800 images, labels 1f2e3d4c'
+)->dict: # 'train images' → '800 images, labels 1f2e3d4c'
     "Number and labels of each split: other ones where photos were added, moved or removed"
     def said(ds): return f'{len(ds):,} images, labels {hash_of_labels(ds)}'
-    return {k: said(getattr(data, k)) for k in ('train', 'val', 'test')}
+    return {f'{k} images': said(getattr(data, k)) for k in ('train', 'val', 'test')}
 
 # %% ../../nbs/11_run/03_experiment.ipynb #2beee880
 def open_context(
@@ -192,7 +192,7 @@ def open_context(
     key, n = 'cl_method' if cfg.cl_mode else 'method', len(data.train) - len(data.labelled)
     refuse_unlabelled(f'{key}={getattr(cfg, key)}', classes_of_run(cfg), n)
     cfg = settle_config(cfg, data)
-    from_main(lambda: run.check_images(images_read(data)))
+    from_main(lambda: run.check_images(images_read(data) | files_named(cfg)))
     if is_main():
         save_effective_config(run, check_cl(cfg, cfg.cl_method) if cfg.cl_mode else cfg, acc)
     precision = dict(no='float32').get(acc.mixed_precision, acc.mixed_precision)
@@ -348,7 +348,8 @@ def opened(run:Run):
 
 # %% ../../nbs/11_run/03_experiment.ipynb #9fcd33cb
 def close_finished(run:Run):
-    "A finished run: say so, and write what is missing of its closing"
+    "A finished run: refuse if its photos have changed; else say so, and write what is missing of its closing"
+    run.check_images(files_named(run.cfg))
     log.info(f"{run.path} is finished: nothing was run again (resume=0 starts anew)")
     if run.unclosed or run.cfg.report and not (run/'report.html').exists():
         run.close_up(save_report if run.cfg.report else None)
