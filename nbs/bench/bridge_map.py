@@ -556,7 +556,7 @@ def plot_map(m, title=''):
         grid[i][j] = r.difference
         weight = 'bold' if r.outcome != 'undecided' else 'normal'
         dark = abs(r.difference) > .6*top
-        ax.text(j, i, f'{r.difference:+z.1f} ± {r.half:.1f}\n{r.outcome}, {r.best}', ha='center', va='center', fontsize=8,
+        ax.text(j, i, f'{round(r.difference, 1) + 0:+.1f} ± {r.half:.1f}\n{r.outcome}, {r.best}', ha='center', va='center', fontsize=8,
                 weight=weight, color='white' if dark else 'black')
     shown = ax.imshow(grid, cmap='PuOr', norm=TwoSlopeNorm(0, -top, top), aspect='auto')
     ax.set_xticks(range(len(columns)), [str(c or 'all') for c in columns])
