@@ -65,7 +65,7 @@ def open_by_scope(
         if part == 'adapter' and m.adapter is None:
             raise ConfigError(f"Freeze scope 'adapter' matches nothing: '{m.name}' has none. "
                               "Set use_distillation_adapter=1.")
-        if part in short and part not in names:
+        if part in short:           # also where a module has this name, such as the last `norm` of a ViT
             found |= short[part]
             continue
         hit = {n for n in names
@@ -117,7 +117,9 @@ def apply_freeze(
     elif bn_head_only: open_names = open_norms(m)
     else: open_names = open_by_scope(m, scope) if scope else open_by_level(m, level)
     mods = dict(m.model.named_modules())
-    if freeze_bn: open_names = open_names - {n for n, o in mods.items() if has_stats(o)}
+    if freeze_bn:
+        with_stats = [n for n, o in mods.items() if has_stats(o)]        # timm's have an activation inside
+        open_names = open_names - {n for s in with_stats for n in mods if n == s or n.startswith(f'{s}.')}
     m.requires_grad_(True)
     for n, o in mods.items():
         for p in o._parameters.values():

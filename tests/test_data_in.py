@@ -242,6 +242,13 @@ def test_weights_reach_the_terms_that_are_named(tail):
     method = create_method('avgz', Config(class_weight='balanced'), student, [], labels=y)
     assert torch.allclose(method.hard_ce(b, dict(logit=z)), F.cross_entropy(z, b.y, w), atol=1e-6)
     assert 'class_weight' not in method.state_dict() and create_method('avgz', Config(), student, [], labels=y).class_weight is None
+    from asibkd.distil.methods import Method, list_methods
+    from asibkd.distil.simkd import student_for
+    from asibkd.models.teachers import create_teacher
+    net, *teachers = [create_teacher(n, n_class=4, img_size=16) for n in ('resnet8', 'resnet14', 'resnet14')]
+    for name in (*list_methods(), 'crd+wttm'):                     # whatever its constructor passes on
+        built = create_method(name, Config(class_weight='balanced'), student_for(name, net, teachers), teachers, labels=y)
+        assert all(torch.allclose(o.class_weight.double(), w) for o in built.modules() if isinstance(o, Method)), name
     class Net(torch.nn.Module):
         n_class = 4
         def forward(self, x): return dict(logit=x)

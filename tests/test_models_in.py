@@ -241,3 +241,39 @@ def test_evaluate_scores_outputs_as_the_classes_they_stand_for(folder, tmp_path)
     assert accuracy(file('bare.pth', [2, 0, 1], named=False), teacher_type='mlp') < .2              # nobody can know
     assert accuracy(file('two.pth', [1, 0]), teacher_type='mlp') == pytest.approx(right*2/3, abs=.04)
     assert accuracy(file('typed.pth', [1, 0], named=False), teacher_type='mlp', teacher1_classes=['dog', 'cat']) == pytest.approx(right*2/3, abs=.04)
+
+@pytest.mark.parametrize('method', ['vanilla_kd', 'wavg', 'best'])
+def test_programs_that_know_some_classes(tiny, tmp_path, method):
+    "Two specialists, of which only programs are left"
+    from asibkd import run_experiment
+    for i in range(2):
+        torch.manual_seed(i)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)).eval()
+        torch.jit.save(torch.jit.trace(net, torch.randn(2, 3, 8, 8)), tmp_path/f'{i}.pt')
+    known = dict(teacher1_classes=list('01234'), teacher2_classes=list('56789'))
+    s = run_experiment(**tiny, dataset='digits', method=method, student_type='mlp', teacher1_type=str(tmp_path/'0.pt'), teacher2_type=str(tmp_path/'1.pt'), **known)
+    assert s['rows'][-1]['test_acc_last'] >= 0
+
+# images that are no squares
+
+def wide(n):
+    g = torch.Generator().manual_seed(0)
+    return torch.utils.data.TensorDataset((torch.rand(n, 3, 16, 24, generator=g)*255).byte(), torch.arange(n) % 3)
+
+@pytest.mark.parametrize('method', ['fitnet', 'camkd', 'mtkd_static', 'simkd', 'reviewkd'])
+def test_maps_of_images_that_are_no_squares(tiny, method):
+    from asibkd import run_experiment
+    nets = dict(teacher1_type='resnet8', teacher2_type='resnet14', student_type='resnet8')
+    s = run_experiment(train=wide(60), test=wide(12), **tiny | nets | dict(method=method, preset='none', train_per_class=0, epochs=2, val_frac=.2, batch_size=16))
+    assert s['rows'][-1]['test_acc_last'] >= 0
+
+def test_a_network_of_squares(tiny):
+    from asibkd import run_experiment
+    kw = tiny | dict(method='ce', preset='method/ce', train_per_class=0, student_type='vit_tiny_patch16_224', epochs=1)
+    with pytest.raises(ConfigError, match='cannot read images of 16×24 pixels.*image_size=24'): run_experiment(train=wide(60), test=wide(12), **kw)
+
+def test_camkd_refuses_what_does_not_average(tiny):
+    "The regressed map goes through the teacher's classifier: a class token is no average"
+    from asibkd import run_experiment
+    kw = tiny | dict(dataset='digits', method='camkd', student_type='resnet8', teacher1_type='resnet8', teacher2_type='convnext_atto', finetune_epochs=0, allow_untrained=1)
+    with pytest.raises(ConfigError, match="average is what the classifier reads; 'convnext_atto'.*camkd_beta=0"): run_experiment(**kw)

@@ -69,6 +69,8 @@ def test_a_stream_of_datasets(pets, tmp_path):
     assert [len(r) for r in R] == [1, 2, 3] and R[1] == told[1] and max(R[-1]) > .4
     assert load_student(s['run']).classes == [f'n{c}' for c in range(8)]
     with pytest.raises(ConfigError, match='together with n4'): run_experiment(**kw, stream='low,all8')
+    for m in ('wa', 'bic', 'ssil', 'icarl'):                       # icarl's snapshot would teach nothing
+        with pytest.raises(ConfigError, match='compares new classes with old ones'): run_experiment(**kw | dict(cl_method=m), stream='low,drawn,high')
     with pytest.raises(ConfigError, match='No folder of that name'): run_experiment(**kw, stream='low,hihg')
 
 def test_a_stream_goes_on(pets, tmp_path, monkeypatch):

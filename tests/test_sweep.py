@@ -121,3 +121,19 @@ def test_refused_before_any_trial(tmp_path):
                      (dict(student_lr='float(.1,.2)', sampler='grid'), 'counted'), (dict(dkd_beta='float(1,2)'), 'no effect'), (dict(student_lr='float(.1,.2)', trials='many'), 'whole number'), (dict(exp_id='choice(a,b)'), "own")):
         with pytest.raises(ConfigError, match=why): run_sweep(**SMALL | dict(results_dir=str(tmp_path/'none')) | bad)
     assert not (tmp_path/'none').exists()
+
+def test_the_same_command_tries_again_what_failed(tmp_path, folder):
+    "The images were not there; then they are"
+    root = tmp_path/'late'
+    kw = SMALL | dict(dataset='imagefolder', data_root=str(root), student_lr='choice(.01,.1)', sampler='grid', results_dir=str(tmp_path/'r'))
+    assert [t['state'] for t in run_sweep(**kw)['trials']] == ['fail']*2
+    folder('late', train=8, test=4)
+    found = run_sweep(**kw)
+    assert sorted(t['state'] for t in found['trials'] if t['state'] != 'fail') == ['complete']*2 and best_trial(found)
+
+def test_a_search_has_the_same_images_throughout(tmp_path, folder):
+    root = folder(train=8, test=4)
+    kw = SMALL | dict(dataset='imagefolder', data_root=str(root), student_lr='choice(.01,.1,.02)', sampler='grid', results_dir=str(tmp_path/'r'))
+    run_sweep(**kw, trials=1)
+    (root/'train'/'cat'/'more.png').write_bytes((root/'train'/'cat'/'000.png').read_bytes())
+    with pytest.raises(ConfigError, match='begun with other files in .*another study'): run_sweep(**kw, trials=2)

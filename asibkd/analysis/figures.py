@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from .compare import best_labels, collect, t_quantile
+from .compare import best_labels, collect
+from .intervals import t_quantile
 from .tables import is_cl, load_config, load_metrics, load_summary, shorten
 from ..core.config import RunError
 from ..core.files import FileDamaged, check_file, damaged, read_json, read_jsonl

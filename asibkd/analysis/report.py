@@ -13,9 +13,10 @@ from os.path import relpath
 from pathlib import Path
 from urllib.parse import quote
 
-from .compare import (MOST_LABELS, compare_notes, compare_runs, default_baseline, main_measure, outcome,
-                                     paired, plot_compare, read_comparison, win_table)
+from .compare import (MOST_LABELS, compare_notes, compare_runs, default_baseline, main_measure,
+                                     plot_compare, read_comparison, win_table)
 from .figures import plot_seeds
+from .intervals import outcome, paired
 from .notes import run_sentence, warn_gate, warn_leak, warn_oracle, warn_untrained, warnings_of
 from .page import code, page_figures, picture, render, section, table, text
 from .tables import (MEASURES, effective_config, finished_runs, joined, load_config, load_summary,

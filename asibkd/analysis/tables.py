@@ -345,6 +345,6 @@ def baselines_ahead(
     "The baselines that beat the run's method; a method that keeps all data is an upper bound, not a baseline"
     s = summary if isinstance(summary, dict) else load_summary(summary)
     by = 'ACC' if is_cl(s) else 'test_acc_val_selected'
-    acc = {r['key']: r[by] for r in s['rows'] if is_student(r) and not sees_all_data(r)}
+    acc = {r['key']: r[by] for r in s['rows'] if is_student(r) and (r['key'] == s['method'] or not sees_all_data(r))}
     gap = {k: 100*(v - acc[s['method']]) for k, v in acc.items()}
     return {k: v for k, v in sorted(gap.items(), key=lambda o: -o[1]) if v > 0}

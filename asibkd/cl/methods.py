@@ -328,7 +328,7 @@ class LwF(CLMethod):
 class ICaRL(CLMethod):
     "Incremental classifier and representation learning: exemplars by herding, nearest mean of exemplars"
     cited_by = ('rebuffi2017icarl',)
-    classifies_by_means, only_snapshot = True, True
+    classifies_by_means, only_snapshot, needs_new_classes = True, True, True
     unused_weights = ('kd_alpha', 'cl_der_alpha', 'cl_replay_ce', 'cl_align')
     defaults = CLMethod.defaults | dict(cl_teachers='snapshot', cl_old_kd=1., replay_policy='herding')
 

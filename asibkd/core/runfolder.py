@@ -145,7 +145,7 @@ def move_aside(self:Run):
 
 # %% ../../nbs/00_core/04_runfolder.ipynb #c73456a1
 MAY_NAME_FILES = ('teacher_ckpt', 'teacher1_ckpt', 'teacher2_ckpt', 'teacher_ckpts', 'student_ckpt', 'teacher_type',
-                  'teacher1_type', 'teacher2_type', 'teachers')
+                  'teacher1_type', 'teacher2_type', 'teachers', 'finetune_ckpt1', 'finetune_ckpt2')
 
 def input_sums(
     cfg:Config,
@@ -153,6 +153,8 @@ def input_sums(
     "The files of weights and programs that a run begins with"
     named = [getattr(cfg, k) or () for k in MAY_NAME_FILES]
     paths = [p for o in named for p in ([o] if isinstance(o, str) else o)]
+    types = [cfg.teacher_type, cfg.teacher1_type, cfg.teacher2_type, *(cfg.teachers or ())]
+    paths += [f'checkpoints/{t}_ft.pth' for t in types if isinstance(t, str)]          # found by their names
     return {p: file_sum(Path(p).expanduser()) for p in paths if Path(p).expanduser().is_file()}
 
 # %% ../../nbs/00_core/04_runfolder.ipynb #1dfe5a8c

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SeveralData', 'joined_split', 'join_data', 'part_config', 'run_config', 'run_plan', 'data_parts', 'extended_parts',
-           'run_data', 'data_files', 'names_and_sizes', 'files_named']
+           'run_data', 'data_files', 'mark_of', 'mark_of_files', 'files_named']
 
 # %% ../../nbs/01_data/06_several.ipynb #366789d6
-import hashlib, os
+import hashlib, os, zipfile
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..core.config import Config, ConfigError, DataError, RunError, resolve, unknown_name
-from ..core.files import read_json
+from ..core.files import file_sum, read_json
 from ..core.runtime import has_label
 from .catalogue import folder_dataset, is_dataset, list_datasets
 from .datasets import class_list, create_data
@@ -51,9 +51,8 @@ def join_data(
     parts:list,  # Of `Data`, all of one shape
 )->SeveralData:
     "Several datasets as one"
-    shapes = {p.name: '×'.join(map(str, p.shape)) for p in parts}
-    if len({*shapes.values()}) > 1:
-        text = ', '.join(f'{n} has {s}' for n, s in shapes.items())
+    if len({tuple(p.shape) for p in parts}) > 1:
+        text = ', '.join(f"number {i} ({p.name}) has {'×'.join(map(str, p.shape))}" for i, p in enumerate(parts, 1))
         raise DataError(f"Images of several datasets must have one shape, and {text} (channels, height, width). Set "
                         "image_size, e.g. image_size=32; all need the same number of channels.")
     if twice := [c for p in parts for c in p.classes if p.classes.count(c) > 1]:
@@ -149,16 +148,19 @@ def run_data(
 def data_files(
     cfg, # dataset, data_root, image_column, label_column, skip_corrupt
 )->list: # Paths
-    "The user's photos, tables or arrays that a dataset is read from; none where it is no folder and no file"
+    "The user's photos, tables or arrays that a dataset is read from; none where there is no folder and no file"
     root = Path(cfg.data_root).expanduser()
     if cfg.dataset.endswith('npz'):
         return [*root.glob('*.npz')] if root.is_dir() and cfg.dataset == 'npz' else \
             [f for f in (Path(cfg.dataset).expanduser(), root) if f.suffix == '.npz' and f.is_file()][:1]
+    if cfg.dataset.startswith('hf:') and (found := Path(cfg.dataset[3:]).expanduser()).exists():
+        return [found] if found.is_file() else [f for f in found.rglob('*') if f.is_file()]
     if cfg.dataset not in ('imagefolder', 'imagenet100', 'csv') or not root.is_dir():
         return []
     if cfg.dataset == 'csv':
-        scans = scan_tables(root, cfg.image_column, cfg.label_column, cfg.skip_corrupt).values()
-        found = table_files(root)
+        columns = (cfg.image_column, cfg.label_column)
+        scans = scan_tables(root, *columns, cfg.skip_corrupt).values() if table_files(root) else []
+        found = [*dict.fromkeys(s.folder for s in scans)]              # the tables that are used
     else:
         scans = scan_photos({n: root/n for names in SPLIT_NAMES.values() for n in names if (root/n).is_dir()}).values()
         found = []
@@ -167,20 +169,31 @@ def data_files(
     return [*found, *(f for s in scans for files in s.files.values() for f in files)]
 
 # %% ../../nbs/01_data/06_several.ipynb #82452324
-def names_and_sizes(
+def mark_of(
+    f:str, # Path
+): # Checksums of a table and of arrays, the size of any other file
+    "What tells a file from an earlier one of its name, and is read at once"
+    if f.endswith(('.csv', '.tsv')):
+        return file_sum(f)
+    if f.endswith('.npz') and zipfile.is_zipfile(f):
+        return [(o.filename, o.CRC) for o in zipfile.ZipFile(f).infolist()]
+    return os.stat(f).st_size
+
+# %% ../../nbs/01_data/06_several.ipynb #842927c6
+def mark_of_files(
     files, # Paths
     root,  # Where they lie: names count from here
-)->str: # '800 files, names and sizes 1f2e3d4c5b6a7988'
-    "What identifies these files, if none of them is read"
+)->str: # '800 files, 1f2e3d4c5b6a7988'
+    "What identifies these files together"
     h, root = hashlib.blake2b(digest_size=8), str(root)
     for f in sorted(map(str, files)):
-        h.update(repr((f.removeprefix(root), os.stat(f).st_size)).encode())
-    return f"{len(files):,} file{'s'*(len(files) != 1)}, names and sizes {h.hexdigest()}"
+        h.update(repr((f.removeprefix(root), mark_of(f))).encode())
+    return f"{len(files):,} file{'s'*(len(files) != 1)}, {h.hexdigest()}"
 
 # %% ../../nbs/01_data/06_several.ipynb #f3ff1771
 def files_named(
     cfg:Config,
-)->dict: # "files in 'photos'" → '800 files, names and sizes 1f2e3d4c5b6a7988'
+)->dict: # "files in 'photos'" → '800 files, 1f2e3d4c5b6a7988'
     "What identifies the files that a run reads, and those of the run in `extend`; not where they are gone"
     found, parts = {}, [cfg]
     if cfg.extend and (Path(cfg.extend).expanduser()/'config.json').exists():
@@ -189,8 +202,8 @@ def files_named(
         parts = [part_config(cfg, n) for n in cfg.stream if is_dataset(n) or Path(n).expanduser().is_dir()]
     for p in parts:
         if files := data_files(p):
-            where = p.dataset if p.dataset.endswith('.npz') else p.data_root
-            found[f"files in '{where}'"] = names_and_sizes(files, Path(where).expanduser())
+            where = p.dataset if p.dataset.endswith('.npz') or p.dataset.startswith('hf:') else p.data_root
+            found[f"files in '{where}'"] = mark_of_files(files, Path(where.removeprefix('hf:')).expanduser())
     if cfg.unlabelled and (folder := Path(cfg.unlabelled).expanduser()).is_dir():
-        found[f"files in '{cfg.unlabelled}'"] = names_and_sizes(photos_below(folder).files[''], folder)
+        found[f"files in '{cfg.unlabelled}'"] = mark_of_files(photos_below(folder).files[''], folder)
     return found

@@ -43,7 +43,12 @@ def read_rows(
     try:
         with open(f, encoding='utf-8-sig') as h: header = h.readline()
         sep = max(',;\t|', key=header.count)
-        t = pd.read_csv(f, sep=sep, dtype=str, keep_default_na=False, encoding='utf-8-sig', skipinitialspace=True)
+        how = dict(sep=sep, dtype=str, keep_default_na=False, encoding='utf-8-sig', skipinitialspace=True)
+        t = pd.read_csv(f, **how)
+        if not isinstance(t.index, pd.RangeIndex):     # rows longer than the header: pandas shifts the columns
+            if t.iloc[:, -1].str.strip().any():
+                raise ValueError('its rows have more fields than its header')
+            t = pd.read_csv(f, **how, index_col=False)
     except (OSError, ValueError) as e:     # pandas' own errors are ValueErrors
         raise DataError(f"The table '{shown_path(f)}' cannot be read: {one_line(e).rstrip('.')}. "
                         "It should be a CSV file with a header, in UTF-8.") from e

@@ -93,7 +93,7 @@ class Method(nn.Module):
         super().__init__()
         self.cfg, self.params = cfg, params
         self.known_columns = columns_of(teachers)   # classes that some teacher knows; None = all
-        self.register_buffer('class_weight', loss_weights(cfg, labels, student), persistent=False)
+        self.register_buffer('class_weight', None, persistent=False)   # `create_method` sets it, from the labels
 
     @classmethod
     def reads(cls,
@@ -342,7 +342,11 @@ def create_method(
     "Build the method of that name for these models"
     cls = check_method(name)
     model = params_of(name)
-    return cls(with_method_defaults(cfg, cls), student, teachers, model and model(**(extra or {})), labels)
+    method = cls(with_method_defaults(cfg, cls), student, teachers, model and model(**(extra or {})), labels)
+    for part in method.modules():
+        if isinstance(part, Method):                  # a sum of methods has others inside
+            part.class_weight = loss_weights(part.cfg, labels, student)
+    return method
 
 # %% ../../nbs/05_distil/02_methods.ipynb #7ffa7a0a
 @register_method('ce')

@@ -236,9 +236,9 @@ def check_last_maps(
 ):
     "Refuse networks whose last map is not pooled into the classifier"
     odd = [m.name for m in (student, *teachers) if m.feat4_dim is None]
-    odd += [t.name for t in teachers if t.feat4_dim != t.feat_dim]
+    odd += [t.name for t in teachers if not t.averages_last_map()]
     if odd:
-        raise ConfigError(f"{name}'s feature term needs a last map that is pooled into the classifier; "
+        raise ConfigError(f"{name}'s feature term needs a last map whose average is what the classifier reads; "
                           f"'{odd[0]}' has none.{instead}")
 
 # %% ../../nbs/05_distil/06_multi.ipynb #59484b0f

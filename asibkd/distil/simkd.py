@@ -17,7 +17,6 @@ from pydantic import BaseModel, Field
 from torch import nn, Tensor
 
 from ..core.config import ConfigError
-from ..core.runtime import eval_mode
 from .amalgam import same_size
 from .losses import upcast
 from .methods import check_method, register_method, weighted
@@ -96,6 +95,7 @@ def with_reused_head(
         raise ConfigError(f"simkd projects the student's last feature map; '{student.name}' has none.")
     net = ReusedHead(copy.deepcopy(student.model), student.anatomy, shape, n_class, bias)
     new = KDModel(net, student.shape[-1], student.shape[0], student.name, known=reused_anatomy(student.anatomy, shape))
+    new.shape = student.shape
     new.norm, new.norm_scale, new.norm_shift = student.norm, student.norm_scale, student.norm_shift
     new.frozen_modules = {k.replace('model', 'model.body', 1) for k in student.frozen_modules}
     return new.train(student.training)
@@ -109,13 +109,7 @@ def check_reusable(
     if t.feat4_dim is None: why = "has no feature map"
     elif len(t.heads) > 1 or not isinstance(t.heads[0], nn.Linear): why = "has no single linear classifier"
     elif t.columns is not None and len(t.columns) < t.n_class: why = "does not know every class"
-    elif t.feat4_dim != t.feat_dim: why = "does not average its last map before the classifier"
-    else:
-        p = next(t.model.parameters())
-        with eval_mode(t), torch.no_grad():
-            o = t(torch.randn(2, *t.shape, device=p.device, dtype=p.dtype))
-        gap = (o['feat_2d'] - o['feat_4d'].mean((2, 3))).abs().max()
-        if gap > 1e-3*o['feat_2d'].abs().max(): why = "does something else than averaging before its classifier"
+    elif not t.averages_last_map(): why = "does something else than averaging its last map before the classifier"
     if why:
         raise ConfigError(f"simkd reuses the classifier behind the teacher's averaged last map; '{t.name}' {why}. "
                           "Use another teacher (ResNets, VGGs and most CNNs), or reviewkd, crd or dkd.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['calibration_images', 'calibration_reader', 'check_onnx', 'to_int8', 'onnx_session', 'half_precision',
-           'interleaved_ms', 'form_rows', 'student_forms', 'drop_sentence', 'quantise_student']
+           'interleaved_ms', 'form_rows', 'student_forms', 'drop_sentence', 'data_of_student', 'quantise_student']
 
 # %% ../../nbs/08_eval/04_quantise.ipynb #9f1175aa
 import copy, json, logging, statistics, time
@@ -19,6 +19,7 @@ from ..core.files import atomic_path, atomic_write
 from ..data.batches import Loader, normalise
 from ..data.images import Data
 from ..distil.metrics import accuracy, predict
+from ..models.cards import OUTSIDE, match_classes, task_of
 from .deploy import export_program, load_student
 
 # %% ../../nbs/08_eval/04_quantise.ipynb #c59dc40b
@@ -165,6 +166,18 @@ def drop_sentence(
             f"{100*rows[-1]['test_acc']:.1f} %), more than quant_tolerance={tolerance:g} allows. Use float32 or "
             "bfloat16, or another network: they differ in what they bear.")
 
+# %% ../../nbs/08_eval/04_quantise.ipynb #d72c016a
+def data_of_student(
+    data:Data,
+    classes:list, # Names, in the order of the student's logits
+)->Data:
+    "The images of the classes that a student knows, labelled in the order of its logits"
+    labels = match_classes(classes, list(map(str, data.classes)))
+    if OUTSIDE in labels:
+        raise AsibError(f"The student knows the class '{classes[labels.index(OUTSIDE)]}', which these images do not "
+                        "have. Give the images of its run.")
+    return data if labels == [*range(len(data.classes))] else task_of(data, labels)
+
 # %% ../../nbs/08_eval/04_quantise.ipynb #a6fa8022
 def quantise_student(
     run,                   # A run folder
@@ -177,6 +190,7 @@ def quantise_student(
     "A run's student in int8 beside student.onnx in float32; measured with bfloat16, in quantised.json of the run"
     check_onnx()
     student, run, threads = load_student(run, model), Path(run), torch.get_num_threads()
+    data = data_of_student(data, student.classes)
     export_program(run, 'onnx', model=model)
     to_int8(run/'student.onnx', run/'student.int8.onnx', calibration_images(data, student.preprocess, n_images))
     seen = replace(data, mean=student.preprocess.mean, std=student.preprocess.std)

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.config import ConfigError
-from ..core.runtime import FOREIGN
+from ..core.runtime import FOREIGN, eval_mode
 from .anatomy import anatomy, head_input
 from .trace import logits_of, meta_copy
 
@@ -177,6 +177,31 @@ def stage_shapes(self:KDModel)->list: # [(C, h, w)]
 def last_shape(self:KDModel)->tuple: # (C, h, w)
     "Shape of the last map before the head"
     return tuple(self.dry_run()['feat_4d'].shape[1:])
+
+# %% ../../nbs/02_models/03_kdmodel.ipynb #790f09e0
+@patch
+def see(self:KDModel,
+    shape, # (C, h, w)
+)->KDModel:
+    "Tell a network, built for a square, how large the images really are; one that cannot read them is refused"
+    self.shape = tuple(shape)
+    if shape[-1] == shape[-2] or getattr(self, 'logits_only', False): return self
+    try: self.dry_run()
+    except Exception as e:
+        raise ConfigError(f"'{self.name}' cannot read images of {shape[-2]}×{shape[-1]} pixels ({e}). Set image_size, "
+                          f"e.g. image_size={max(shape[-2:])}: images are then resized and cropped to a square.") from e
+    return self
+
+# %% ../../nbs/02_models/03_kdmodel.ipynb #ff103034
+@patch
+def averages_last_map(self:KDModel)->bool:
+    "Is the average of the last map what the classifier reads?"
+    if self.feat4_dim is None or self.feat4_dim != self.feat_dim: return False
+    p, g = next(self.model.parameters()), torch.Generator().manual_seed(0)
+    with eval_mode(self), torch.no_grad():
+        o = self(torch.randn(2, *self.shape, generator=g).to(p))
+    gap = (o['feat_2d'] - o['feat_4d'].mean((2, 3))).abs().max()
+    return bool(gap <= 1e-3*o['feat_2d'].abs().max())
 
 # %% ../../nbs/02_models/03_kdmodel.ipynb #942bcad9
 @patch

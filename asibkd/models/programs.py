@@ -312,7 +312,9 @@ def forward(self:ProgramTeacher,
 )->dict: # logit (and columns)
     "Logits in the columns of the task's classes"
     out = LogitsOnly(logit=self.spread(self.model(self.renormalise(x))), name=self.name)
-    return out if self.columns is None else out | dict(columns=self.columns)
+    if self.columns is not None:
+        out['columns'] = self.columns
+    return out
 
 # %% ../../nbs/02_models/04_programs.ipynb #8eab98c5
 def create_program(

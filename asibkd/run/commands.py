@@ -267,7 +267,8 @@ def print_comparison(
     from asibkd.analysis.tables import finished_runs, show_table
     with meanwhile(finished_runs, *folders) as found:            # a second of work, as is what is imported here
         from asibkd.analysis.compare import (
-            compare_notes, compare_runs, default_baseline, read_comparison, save_compare, t_quantile, win_table)
+            compare_notes, compare_runs, default_baseline, read_comparison, save_compare, win_table)
+        from asibkd.analysis.intervals import t_quantile
         from asibkd.analysis.page import render
         from asibkd.analysis.report import compare_page
         t_quantile(2)                                            # imports scipy
@@ -311,13 +312,15 @@ def cmd_loop(argv):
         raise failed
 
 # %% ../../nbs/11_run/17_commands.ipynb #d3ea0aff
-def cmd_sweep(argv):
+def cmd_sweep(argv)->int: # 2: no trial has a score
     "asibkd sweep"
     file, given = parse('sweep', argv)
     if given.get('jobs', 1) not in (1, '1'):
         start_server()
-    from asibkd.run.sweeps import run_sweep, sweep_text
-    print(sweep_text(run_sweep(file, **given)))
+    from asibkd.run.sweeps import finished_trials, run_sweep, sweep_text
+    record = run_sweep(file, **given)
+    print(sweep_text(record))
+    return 0 if finished_trials(record) else 2
 
 # %% ../../nbs/11_run/17_commands.ipynb #dc697e1b
 def runs_options(
@@ -435,9 +438,11 @@ def cmd_doctor(argv)->int: # 0: nothing is wrong, 1: something is
     p = argparse.ArgumentParser('asibkd doctor', description=ABOUT['doctor'])
     p.add_argument('path', nargs='*', default=['results'],
                    help='run folders, folders of runs, data_root, or single files [results]')
+    for k, what in dict(image_column='photos', label_column='classes').items():
+        p.add_argument(f'--{k}', default='', help=f'the column of a table that holds the {what}, where it is not found')
     a = p.parse_args(argv)
     from asibkd.run.doctor import check_path, findings_text
-    found = [o for path in a.path for o in check_path(path)]
+    found = [o for path in a.path for o in check_path(path, a.image_column, a.label_column)]
     print(printable(findings_text(found)))
     return int(any(o.bad for o in found))
 

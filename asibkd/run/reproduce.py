@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from ..analysis.compare import t_interval
+from ..analysis.intervals import t_interval
 from ..analysis.tables import show_table
 from ..core.config import (CheckpointError, ConfigError, RunError, fields_that_affect_results, log, preset_names,
                                 read_yaml, resolve, unknown_name)

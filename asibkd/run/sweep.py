@@ -6,7 +6,7 @@
 __all__ = ['SWEEP', 'BEAT', 'STUDENT_SIDE', 'MOST_EPOCHS', 'Sweep', 'study_name', 'plan_sweep', 'check_sweep', 'optuna_package',
            'with_driver', 'server_lock', 'storage_lock', 'create_storage', 'open_storage', 'create_sampler',
            'queue_grid', 'storage_text', 'fixed_values', 'open_study', 'refuse_other_study', 'sign_of_life',
-           'is_abandoned', 'retry', 'superseded', 'next_trial', 'alive', 'drawn', 'teachers_of_trial',
+           'is_abandoned', 'retry', 'superseded', 'retry_failed', 'next_trial', 'alive', 'drawn', 'teachers_of_trial',
            'validation_score', 'epoch_step', 'pruning', 'run_trial', 'do_trial', 'work_on', 'SweepWorker', 'board_of',
            'run_workers']
 
@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from ..core.config import (AsibError, Config, ConfigError, config_layers, effective_value,
                                 fields_that_affect_results, log, read_yaml, resolve)
+from ..data.several import files_named
 from .experiment import check_typed, run_experiment
 from .jobs import Board, Screen, Workers
 from .loops import whole_number
@@ -234,9 +235,9 @@ def open_study(
         study = optuna.create_study(study_name=sweep.study, storage=storage, sampler=create_sampler(sweep),
                                     pruner=pruner, direction='maximize', load_if_exists=True)
         here = dict(space={k: str(r) for k, r in sweep.space.items()}, sampler=sweep.sampler, machine=platform.node(),
-                    fixed=fixed_values(sweep))
+                    fixed=fixed_values(sweep), data=files_named(resolve(**sweep.params | extremes(sweep.space)[0])[0]))
         for k, v in here.items():
-            if k not in study.user_attrs:
+            if not study.user_attrs.get(k):
                 study.set_user_attr(k, v)
         refuse_other_study(sweep, study.user_attrs, here)
         if sweep.sampler == 'grid':
@@ -249,8 +250,12 @@ def refuse_other_study(
     there:dict, # What the study was begun with
     here:dict,  # What was typed now
 ):
-    "Refuse to join a search of something else, and SQLite for several machines"
-    where = storage_text(sweep.storage)
+    "Refuse to join a search of something else, or on other images, and SQLite for several machines"
+    where, images = storage_text(sweep.storage), there.get('data') or {}
+    if changed := [k for k, v in here['data'].items() if images.get(k, v) != v]:
+        k = changed[0]
+        raise ConfigError(f"study={sweep.study} in {where} was begun with other {k} ({images[k]}) than there are now "
+                          f"({here['data'][k]}). Restore them, or give this search another study=NAME.")
     old, new = ({k: d[k] for k in ('space', 'sampler')} | d['fixed'] for d in (there, here))
     if different := [k for k in old | new if old.get(k) != new.get(k)]:
         k = different[0]
@@ -301,6 +306,20 @@ def superseded(
 )->set: # Numbers
     "Trials that were taken up again by a later one"
     return {n for t in trials for n in t.system_attrs.get('retry_history', [])}
+
+# %% ../../nbs/11_run/10_sweep.ipynb #62ee2a48
+def retry_failed(
+    study,          # optuna's
+    sweep:Sweep,
+)->int: # Trials
+    "Put the trials that failed back in the queue"
+    with storage_lock(sweep.storage):
+        trials = study.get_trials(deepcopy=False)
+        gone = superseded(trials)
+        failed = [t for t in trials if t.state.name == 'FAIL' and t.number not in gone]
+        for t in failed:
+            retry(study, t)
+    return len(failed)
 
 # %% ../../nbs/11_run/10_sweep.ipynb #cafed36d
 def next_trial(

@@ -20,8 +20,9 @@ from ..core.picture import COLOURS, Picture
 from ..core.runfolder import start_log
 from ..core.processes import refuse_processes
 from .loops import whole_number
-from .sweep import (
-    Sweep, board_of, optuna_package, plan_sweep, run_workers, storage_text, superseded, work_on)
+from asibkd.run.sweep import (
+    Sweep, board_of, open_study, optuna_package, plan_sweep, retry_failed, run_workers, storage_text, superseded,
+    work_on)
 
 # %% ../../nbs/11_run/13_sweeps.ipynb #24b75ca3
 def best_config(
@@ -231,6 +232,8 @@ def run_sweep(
     sweep = plan_sweep(_file, **given)
     start_log(effective_value(config_layers(**sweep.params), 'log_level'))
     log.info(f"search {sweep.study} in {storage_text(sweep.storage)}: {sweep.trials} trials")
+    if n := retry_failed(open_study(sweep), sweep):
+        log.info(f"{n} of its trials failed: {'it is' if n == 1 else 'they are'} tried again")
     if jobs > 1:
         study = run_workers(sweep, jobs, threads)
     else:

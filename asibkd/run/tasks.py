@@ -19,7 +19,7 @@ from ..core.runfolder import Run, setup_log, shared_table
 from ..core.processes import refuse_processes
 from ..core.runtime import RunContext, create_accelerator, set_deterministic
 from ..data.batches import make_loader
-from ..data.several import run_data
+from ..data.several import files_named, run_data
 from ..distil.metrics import accuracy, collect_logits
 from ..distil.simkd import for_weights
 from ..eval.evaluate import load_synergy, report_splits
@@ -28,7 +28,7 @@ from ..models.checkpoints import load_into, load_weights
 from ..models.kdmodel import spread_classes
 from ..models.students import create_student
 from ..models.teachers import create_teacher
-from .experiment import run_experiment, save_effective_config
+from .experiment import images_read, run_experiment, save_effective_config
 from ..trainers.build import (TeacherSpec, build_student, build_teacher, give_norm, settle_classes, settle_config,
                                    spec_of_student, teacher_specs, train_teacher)
 from ..trainers.callbacks import PhaseCheckpoint
@@ -55,6 +55,7 @@ def finetune_in_folder(
     acc, data = create_accelerator(cfg), run_data(cfg)
     if named := dict.fromkeys(cfg.teacher1_classes or ()):      # a specialist: its card names what it knows
         data = task_of(data, [class_number(c, list(map(str, data.classes))) for c in named])
+    run.check_images(images_read(data) | files_named(cfg))
     cfg = settle_config(cfg, data)
     save_effective_config(run, cfg, acc)
     ctx = RunContext(cfg, data, acc, run, callbacks)

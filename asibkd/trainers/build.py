@@ -19,7 +19,7 @@ from torch import nn
 
 from ..distil import amalgam, analytic, asmb, crd, features, merging, mtkd, multi, review, simkd, single
 from ..distil import logits, stacked    # they register their methods
-from ..core.config import CheckpointError, Config, ConfigError, log, near_chance
+from ..core.config import CheckpointError, Config, ConfigError, RunError, log, near_chance
 from ..core.processes import is_main
 from ..core.runtime import (RunContext, base_of, forked_rng, objective_of, pick_device, precision_of, refuse,
                                  trains_teachers)
@@ -261,6 +261,10 @@ def load_start_weights(t, spec:TeacherSpec, data:Data)->str: # The file, '' wher
         spec.search_default = False
         log.warning(f"{spec.name}: '{f}', found by its name, is passed over: {e}")
         return ''
+    of_a_loop, split = Path(f).parent.parent.name == 'teachers', (read_card(f) or {}).get('split')
+    if f == spec.save_to and of_a_loop and split not in (None, split_of(data.teacher)):
+        raise RunError(f"{spec.name}: '{f}' was fine-tuned by a loop or a search on other images than these: they have "
+                       f"changed since. Move the folder '{Path(f).parent}' away, and its teachers are fine-tuned anew.")
     warn_split(spec.name, f, data)
     return f
 
@@ -301,6 +305,7 @@ def new_teacher(
             in_chans=data.shape[0], small_input=cfg.small_input == '1', dropout=dropout_of(spec.arch, cfg),
             use_adapter=cfg.use_distillation_adapter, adapter_hidden=cfg.distill_hidden_dim,
             adapter_out=cfg.distill_out_dim)
+    t.see(data.shape)
     if t.n_class != data.n_class:
         raise width_error(t, spec, data)
     return t
@@ -575,6 +580,7 @@ def build_student(
                            pretrained=cfg.student_pretrained, img_size=data.shape[-1], in_chans=data.shape[0],
                            small_input=cfg.small_input == '1', use_adapter=cfg.use_distillation_adapter,
                            adapter_hidden=cfg.distill_hidden_dim, adapter_out=cfg.distill_out_dim)
+    s.see(data.shape)
     if cfg.student_ckpt:
         load_into(s, load_weights(cfg.student_ckpt), cfg.student_ckpt)
     give_norm(s, spec_of_student(cfg, given), data, cfg.student_ckpt, ready=cfg.student_freeze_level != -1)

@@ -435,7 +435,7 @@ def load(file=None):
 
 def cell_row(g, ours='asmb')->dict:
     "One cell: the arm against the best baseline, and against wavg"
-    from asibkd.analysis.compare import paired
+    from asibkd.analysis.intervals import paired
     test = g.pivot(index='seed', columns='arm', values='test')
     base = test.drop(columns=[a for a in OURS if a in test])
     if ours not in test or base.empty:
@@ -481,7 +481,7 @@ def sentence(m)->str:
 def stage_gains(t):
     "What the second stage adds, with the student as query: synergy and student, paired over seeds"
     import pandas as pd
-    from asibkd.analysis.compare import t_interval
+    from asibkd.analysis.intervals import t_interval
     rows = []
     for k, g in t[t.arm == 'asmb'].groupby(['data', 'setting', 'labels']):
         s = [json.loads(o) for o in g.stages if o and len(json.loads(o)) > 1]
@@ -501,7 +501,7 @@ def means(t):
 def parts(t, ours='asmb'):
     "`asmb` minus each other arm over the whole map: mean over the cells of a seed, paired over seeds"
     import pandas as pd
-    from asibkd.analysis.compare import outcome, paired
+    from asibkd.analysis.intervals import outcome, paired
     rows = []
     for data, g in t.groupby('data'):
         test = g.pivot_table(index=['seed', 'setting', 'labels'], columns='arm', values='test')

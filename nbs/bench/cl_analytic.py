@@ -323,7 +323,7 @@ def by_seed(g, measure='ACC'):
 def against_best(t, budget='images', ours='asib', measure='ACC'):
     "One row per cell: `ours` minus its best rival (the best by its test mean: a bar no single rival has to clear)"
     import pandas as pd
-    from asibkd.analysis.compare import outcome, paired
+    from asibkd.analysis.intervals import outcome, paired
     rows = []
     for (data, b), g in cells(t, budget):
         acc = by_seed(g, measure)
@@ -341,14 +341,14 @@ def against_best(t, budget='images', ours='asib', measure='ACC'):
 
 def interval(v)->str:
     "Mean ± half-width of the 95 % t-interval"
-    from asibkd.analysis.compare import t_interval
+    from asibkd.analysis.intervals import t_interval
     return '{:.2f} ± {:.2f}'.format(*t_interval(v)).removesuffix(' ± nan')
 
 
 def table(g, ours='asib'):
     "The arms of one cell, the best first: ACC, AIA, BWT, bytes, CPU, and `ours` minus each, paired over seeds"
     import pandas as pd
-    from asibkd.analysis.compare import outcome, paired
+    from asibkd.analysis.intervals import outcome, paired
     acc, rows = by_seed(g), []
     for arm in acc.mean().sort_values(ascending=False).index:
         o = g[g.arm == arm]
@@ -367,7 +367,7 @@ def table(g, ours='asib'):
 def parts(t, ours='asib'):
     "What each part is worth: `asib` minus each ablation, and minus avgz and wavg of the same cast"
     import pandas as pd
-    from asibkd.analysis.compare import outcome, paired
+    from asibkd.analysis.intervals import outcome, paired
     rows = []
     for (data, b), g in cells(t):
         acc = by_seed(g)
@@ -405,7 +405,7 @@ def settings_table(tuning:list):
 
 def plot_cells(t, data, budget='images'):
     "ACC of every arm, one panel per memory: mean, interval, and a tick for each seed"
-    from asibkd.analysis.compare import t_interval
+    from asibkd.analysis.intervals import t_interval
     from asibkd.core.picture import COLOURS, Picture
     shown = [(k[1], g) for k, g in cells(t, budget) if k[0] == data]
     arms = [a for a in arms_of(data) if any(a in {*g.arm} for _, g in shown)]
