@@ -242,7 +242,7 @@ def test_evaluate_scores_outputs_as_the_classes_they_stand_for(folder, tmp_path)
     assert accuracy(file('two.pth', [1, 0]), teacher_type='mlp') == pytest.approx(right*2/3, abs=.04)
     assert accuracy(file('typed.pth', [1, 0], named=False), teacher_type='mlp', teacher1_classes=['dog', 'cat']) == pytest.approx(right*2/3, abs=.04)
 
-@pytest.mark.parametrize('method', ['vanilla_kd', 'wavg', 'best'])
+@pytest.mark.parametrize('method', ['vanilla_kd', 'wavg'])
 def test_programs_that_know_some_classes(tiny, tmp_path, method):
     "Two specialists, of which only programs are left"
     from asibkd import run_experiment
@@ -260,7 +260,7 @@ def wide(n):
     g = torch.Generator().manual_seed(0)
     return torch.utils.data.TensorDataset((torch.rand(n, 3, 16, 24, generator=g)*255).byte(), torch.arange(n) % 3)
 
-@pytest.mark.parametrize('method', ['fitnet', 'camkd', 'mtkd_static', 'simkd', 'reviewkd'])
+@pytest.mark.parametrize('method', ['fitnet', 'camkd', 'mtkd_static'])
 def test_maps_of_images_that_are_no_squares(tiny, method):
     from asibkd import run_experiment
     nets = dict(teacher1_type='resnet8', teacher2_type='resnet14', student_type='resnet8')
